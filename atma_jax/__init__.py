@@ -1,0 +1,1 @@
+"""ATMA: length-invariant language models in JAX/Flax."""
