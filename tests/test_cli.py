@@ -1,0 +1,209 @@
+"""The command lines: bad input is one line that names the field and the legal values, and exit code 2.
+
+Most cases run in children forked from one process that has the libraries imported (and no backend started): each is
+the real main with its own flags, streams and exit code, without paying for the imports again.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+DEBUG = "--config=configs/debug.py"
+
+SERVER = """
+import json, os, runpy, sys
+import absl.app, flax.nnx, grain, jax, matplotlib.pyplot, ml_collections, optax, orbax.checkpoint, pyarrow.parquet
+for line in sys.stdin:
+  job = json.loads(line)
+  child = os.fork()
+  if child == 0:
+    for stream, name in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
+      os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdin = open(os.devnull)
+    sys.argv = [job["module"], *job["arguments"]]
+    runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
+    sys.exit(0)
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory):
+  """Calls ``python -m atma_jax.NAME ARGUMENTS...`` in the repository; returns exit code, stdout and stderr."""
+  folder = tmp_path_factory.mktemp("streams")
+  server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=REPOSITORY, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True)
+
+  def call(name: str, *arguments: object) -> tuple[int, str, str]:
+    job = {"module": f"atma_jax.{name}", "arguments": [str(a) for a in arguments],
+           "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr")}
+    print(json.dumps(job), file=server.stdin, flush=True)
+    code = int(server.stdout.readline())
+    return code, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+
+  yield call
+  server.stdin.close()
+  assert server.wait(timeout=60) == 0
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  """Forty short text files."""
+  folder = tmp_path_factory.mktemp("corpus")
+  for i in range(40):
+    (folder / f"{i:02}.txt").write_text(f"Document {i}. " + "The quick brown fox jumps over the lazy dog. " * (5 + i))
+  return folder
+
+
+def small(corpus: pathlib.Path) -> list[str]:
+  """A model and a byte-level corpus small enough to train in a moment."""
+  return [
+    DEBUG, f"--config.data.sources=('text:{corpus}/*.txt',)", "--config.data.weights=(1.0,)",
+    "--config.data.tokenizer=bytes", "--config.data.sequence_length=64", "--config.data.batch_size=2",
+    "--config.data.validation_documents=4", "--config.data.heldout_documents=4", "--config.train.steps=1",
+    "--config.train.validate_every=0", "--config.train.accumulation=1", "--config.model.vocab_size=512",
+  ]
+
+
+@pytest.fixture(scope="module")
+def trained(main, corpus, tmp_path_factory):
+  """A work directory after one step."""
+  workdir = tmp_path_factory.mktemp("trained")
+  code, _, stderr = main("train", *small(corpus), f"--workdir={workdir}")
+  assert code == 0, stderr
+  return workdir
+
+
+def assert_one_line(result: tuple[int, str, str], *words: str):
+  """Exit code 2; one line beginning with "error:", the last one, which holds every word; no traceback."""
+  code, stdout, stderr = result
+  lines = stderr.splitlines()
+  errors = [line for line in lines if line.startswith("error:")]
+  assert code == 2, stderr
+  assert errors == lines[-1:], stderr
+  assert "Traceback" not in stdout + stderr
+  assert [word for word in words if word not in errors[0]] == [], errors[0]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+  (["--config.model.atention=polar"], ["config.model", "atention", "did you mean", "attention", "num_heads"]),
+  (["--config.modle.attention=polar"], ["modle", "model", "optimizer"]),
+  (["--config.model.attention=linear"], ["config.model.attention", "linear", "polar, nope, rope"]),
+  (["--config.train.steps=many"], ["config.train.steps", "many", "int"]),
+  (["--config.train.steps=2.5"], ["config.train.steps", "2.5", "int"]),
+  (["--config.train.steps=0"], ["config.train.steps", "0", "greater than 0"]),
+  (["--config.model.memory.enabled=perhaps"], ["config.model.memory.enabled", "perhaps", "true", "false"]),
+  (["--config.data.batch_size=6", "--config.train.accumulation=4"], ["config.train.accumulation", "6", "divisor"]),
+  (["--config.data.sequence_length=64", "--config.mesh.context=3"],
+   ["config.data.sequence_length", "64", "multiple of", "mesh.context=3"]),
+  (["--config.mesh.fsdp=3"], ["mesh", "fsdp=3", "1 device"]),
+  (["--wrkdir=elsewhere"], ["wrkdir", "workdir"]),
+  (["elsewhere"], ["elsewhere", "--"]),
+], ids=lambda value: value[0] if isinstance(value, list) else None)
+def test_train_flags(main, tmp_path, arguments, words):
+  """A wrong name, type or value on the command line, before anything is read or written."""
+  assert_one_line(main("train", DEBUG, f"--workdir={tmp_path}/run", *arguments), *words)
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "prepare_data"])
+def test_recipe_is_required_and_found(main, tmp_path, name):
+  """No recipe, an absent one, and one that does not parse."""
+  (tmp_path / "broken.py").write_text("def get_config(:\n")
+  (tmp_path / "empty.py").write_text("")
+  assert_one_line(main(name, f"--workdir={tmp_path}"), "--config")
+  assert_one_line(main(name, "--config=configs/absent.py", f"--workdir={tmp_path}"), "configs/absent.py")
+  assert_one_line(main(name, f"--config={tmp_path}/broken.py", f"--workdir={tmp_path}"), "broken.py")
+  assert_one_line(main(name, f"--config={tmp_path}/empty.py", f"--workdir={tmp_path}"), "empty.py", "get_config")
+
+
+def test_workdir_is_required(main):
+  """Nothing is written to a directory that nobody named."""
+  assert_one_line(main("train", DEBUG), "--workdir")
+
+
+@pytest.mark.parametrize("name", ["train", "prepare_data"])
+def test_missing_data(main, tmp_path, name):
+  """A glob without files is named, with the field it stands in."""
+  sources = f"--config.data.sources=('text:{tmp_path}/absent/*.txt',)"
+  assert_one_line(main(name, DEBUG, sources, "--config.data.weights=(1.0,)", f"--workdir={tmp_path}/run"),
+                  "data.sources", f"{tmp_path}/absent/*.txt")
+
+
+def test_unknown_source(main, tmp_path):
+  """A source of no known kind is answered with the kinds there are."""
+  sources = "--config.data.sources=('sql:everything',)"
+  assert_one_line(main("train", DEBUG, sources, "--config.data.weights=(1.0,)", f"--workdir={tmp_path}/run"),
+                  "data.sources", "sql:everything", "python-source", "text:", "bin:")
+
+
+def test_empty_corpus(main, tmp_path):
+  """Files without text are no corpus."""
+  (tmp_path / "empty.txt").write_text("")
+  arguments = small(tmp_path)
+  assert_one_line(main("train", *arguments, f"--workdir={tmp_path}/run"), "data.sources", f"{tmp_path}/*.txt", "empty")
+
+
+def test_missing_tokenizer(main, corpus, tmp_path):
+  """A tokenizer file that does not exist."""
+  arguments = [*small(corpus), f"--config.data.tokenizer={tmp_path}/absent.model"]
+  assert_one_line(main("train", *arguments, f"--workdir={tmp_path}/run"), "data.tokenizer", "absent.model", "bytes")
+
+
+def test_vocabulary_mismatch(main, corpus, tmp_path):
+  """The tokenizer knows more tokens than the model has rows."""
+  arguments = [*small(corpus), "--config.model.vocab_size=100"]
+  assert_one_line(main("train", *arguments, f"--workdir={tmp_path}/run"), "model.vocab_size", "100", "at least")
+
+
+@pytest.mark.parametrize(("change", "words"), [
+  (["--config.model.attention=nope"], ["model.attention", "polar", "nope"]),
+  (["--config.model.mlp_width=96"], ["model.mlp_width", "96"]),
+])
+def test_checkpoint_of_another_architecture(main, corpus, trained, change, words):
+  """Going on in a work directory that holds a checkpoint of another model."""
+  assert_one_line(main("train", *small(corpus), *change, f"--workdir={trained}"), str(trained), *words)
+
+
+def test_data_of_another_recipe(main, corpus, trained, tmp_path):
+  """Shards prepared from other sources are not trained on silently."""
+  arguments = [*small(tmp_path), f"--config.data.directory={trained}/data"]
+  (tmp_path / "other.txt").write_text("Something else. " * 100)
+  assert_one_line(main("train", *arguments, f"--workdir={tmp_path}/run"), "data.sources", f"{trained}/data")
+
+
+def test_evaluate_flags(main, trained, tmp_path):
+  """A missing checkpoint, a step that is not there, an unknown suite, lengths that are none."""
+  output = f"--output={tmp_path}/evaluation"
+  checkpoint = f"--checkpoint={trained}"
+  assert_one_line(main("evaluate", "--suite=loss", output), "--checkpoint")
+  assert_one_line(main("evaluate", f"--checkpoint={tmp_path}/absent", "--suite=loss", output), f"{tmp_path}/absent")
+  assert_one_line(main("evaluate", checkpoint, "--step=7", "--suite=loss", output), "7", "1")
+  assert_one_line(main("evaluate", checkpoint, "--suite=loss,neddle", output), "neddle", "loss", "needle")
+  assert_one_line(main("evaluate", checkpoint, "--suite=loss", "--lengths=long", output), "lengths", "long")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "prepare_data"])
+def test_help(main, name):
+  """--help lists the main's own flags."""
+  _, stdout, stderr = main(name, "--help")
+  assert "--config" in stdout + stderr or "--checkpoint" in stdout + stderr
+  assert "Traceback" not in stdout + stderr
+
+
+@pytest.mark.parametrize(("command", "words"), [
+  (["train", DEBUG, "--workdir=/nowhere", "--config.model.atention=polar"], ["atention", "attention"]),
+  (["evaluate", "--checkpoint=/nowhere", "--suite=loss", "--output=/nowhere"], ["/nowhere"]),
+  (["prepare_data", "--config=configs/absent.py"], ["configs/absent.py"]),
+])
+def test_in_a_process_of_its_own(command, words):
+  """As a shell starts it, imports and interpreter exit included."""
+  result = subprocess.run([sys.executable, "-m", f"atma_jax.{command[0]}", *command[1:]], cwd=REPOSITORY,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+  assert_one_line((result.returncode, result.stdout, result.stderr), *words)
