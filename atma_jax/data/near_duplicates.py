@@ -1,0 +1,38 @@
+"""Near duplicates of evaluation documents: other versions of the same file that would leak into training."""
+
+from __future__ import annotations
+
+import collections
+
+_SIGNIFICANT_LINE = 20  # characters; shorter lines are the same everywhere
+_FEWEST_LINES = 16  # a document of fewer significant lines is compared as a whole only (by its hash)
+_COVERED_SHARE = 0.5
+
+
+class EvaluationLines:
+  """Lines of the evaluation documents; tells whether a text contains at least half of those of any one document."""
+
+  def __init__(self):
+    self._documents_of: dict[str, list[int]] = {}
+    self._totals: list[int] = []
+
+  def add(self, text: str) -> None:
+    """Adds one evaluation document."""
+    lines = _significant_lines(text)
+    if len(lines) < _FEWEST_LINES:
+      return
+    for line in lines:
+      self._documents_of.setdefault(line, []).append(len(self._totals))
+    self._totals.append(len(lines))
+
+  def cover(self, text: str) -> bool:
+    """Whether `text` repeats most of an evaluation document."""
+    shared = collections.Counter()
+    for line in _significant_lines(text) & self._documents_of.keys():
+      shared.update(self._documents_of[line])
+    return any(count >= _COVERED_SHARE * self._totals[index] for index, count in shared.items())
+
+
+def _significant_lines(text: str) -> set[str]:
+  stripped = (line.strip() for line in text.splitlines())
+  return {line for line in stripped if len(line) >= _SIGNIFICANT_LINE}

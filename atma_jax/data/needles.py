@@ -1,0 +1,141 @@
+"""Recall: the induction needle that measures it, and synthetic documents that teach it.
+
+Evaluation and training never share a key: record keys have seven digits, evaluation draws multiples of 7, training
+draws the others.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from atma_jax.config import UserError
+from atma_jax.data.tokenizers import Tokenizer
+
+CUE = " The access code for record {key} is"
+VALUE_DIGITS = 5
+_KEY_RANGE = (1_000_000, 10_000_000)
+_EVALUATION_MODULUS = 7
+_EVALUATION_SEED = 0x6E65
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def draw_needle(trial: int, seed: int = 0) -> tuple[str, str]:
+  """Key (7 digits) and value (5 digits) of an evaluation trial: the same for every length, distance and depth."""
+  rng = np.random.default_rng([_EVALUATION_SEED, seed, trial])
+  low, high = (bound // _EVALUATION_MODULUS for bound in _KEY_RANGE)
+  key = _EVALUATION_MODULUS * rng.integers(low + 1, high)
+  return str(key), "".join(map(str, rng.integers(0, 10, VALUE_DIGITS)))
+
+
+def needle_length(tokenizer: Tokenizer, *, key: str, value: str) -> int:
+  """Tokens that `induction_needle` adds to its gap: end-of-text, the statement, the cue and the value again."""
+  statement = len(tokenizer.encode(CUE.format(key=key))) + len(tokenizer.encode(_spaced(value)))
+  return 1 + 2 * statement
+
+
+def induction_needle(tokenizer: Tokenizer, filler_tokens: np.ndarray, *, distance: int, key: str, value: str,
+                     present: bool = True) -> tuple[np.ndarray, np.ndarray]:
+  """The induction needle (Polar Attention, arXiv 2606.25156): state a code, wait, ask for it.
+
+  End-of-text, the cue " The access code for record {key} is" with the five spaced digits, a gap of `distance` filler
+  tokens, the cue again and the digits again, to be predicted under teacher forcing.
+
+  Args:
+    tokenizer: gives each digit a token of its own (a separate token for the space before it is fine).
+    filler_tokens: real text, at least `distance` tokens and the length of the statement more.
+    distance: tokens between the statement and the second cue.
+    key: seven digits, see `draw_needle`.
+    value: five digits.
+    present: False makes the baseline: the statement gives way to as many tokens of filler; the gap stays the same.
+
+  Returns:
+    tokens (n,) int32 and positions (5,) of the value's digits: the prediction made at position p - 1 is compared with
+    ``tokens[p]``. n is ``distance + needle_length(...)`` with or without the statement.
+  """
+  cue = tokenizer.encode(CUE.format(key=key))
+  digits = tokenizer.encode(_spaced(value))
+  offsets = [i for i, token in enumerate(digits) if tokenizer.decode([token]).strip() in set("0123456789")]
+  if "".join(tokenizer.decode([digits[i]]).strip() for i in offsets) != value or len(value) != VALUE_DIGITS:
+    raise UserError(f"the {tokenizer.kind} tokenizer does not give each digit of {_spaced(value)!r} its own token: "
+                    "the needle needs five value tokens")
+  statement = np.concatenate([cue, digits])
+  needed = len(statement) + distance
+  if len(filler_tokens) < needed:
+    raise UserError(f"a needle at distance {distance} needs {needed} filler tokens, got {len(filler_tokens)}: take a "
+                    "longer held-out document or a shorter distance")
+  filler = np.asarray(filler_tokens[:needed], np.int32)
+  first = statement if present else filler[:len(statement)]
+  tokens = np.concatenate([[tokenizer.eot_id], first, filler[len(statement):], cue, digits]).astype(np.int32)
+  return tokens, len(tokens) - len(digits) + np.asarray(offsets)
+
+
+def _spaced(value: str | np.ndarray) -> str:
+  return "".join(f" {digit}" for digit in value)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+_WORDS = ("amber birch cedar delta ember falcon garnet harbor indigo jasper kestrel lantern maple nectar onyx pepper "
+          "quartz raven saffron timber umber velvet willow yarrow zephyr").split()
+# Half of the records are worded like the evaluation's needle; the others keep the skill from clinging to one sentence.
+_PHRASINGS = ((CUE, 0.5), (" The special magic {word} number is", 0.1), (" Locker {key} opens with", 0.1),
+              (" # pin of {word} {short}:", 0.1), (" The pass phrase of {word} {short} reads", 0.1),
+              (" record[{key}] =", 0.1))
+_LIVE_RECORDS = (1, 1, 2, 3)  # how many records a document keeps alive at a time, drawn uniformly
+_MOST_QUESTIONS = 4
+_SHORTEST_GAP = 4  # characters
+
+
+def recall_document(filler: str, *, reach: int, rng: np.random.Generator) -> str:
+  """One recall document: short records dropped into real text, each asked for again one to four times.
+
+  This is practice material, not natural text: it exists so that a small model learns within a few million tokens to
+  fetch a value it has seen once. Gaps between a record and its question, and between questions, are drawn
+  log-uniformly up to `reach`, so most are short and some span the whole training length. One to three records are
+  alive at a time; when one has been asked for often enough another takes its place. Half of them are worded like the
+  evaluation's needle; keys are never the evaluation's.
+
+  Args:
+    filler: real text; it is used up in order, cut at white space.
+    reach: longest gap, in characters (what the training length holds).
+    rng: decides everything else.
+  """
+  parts, used, written = [], 0, 0
+  # A live record: (characters written when it is due, its slot, cue, value, questions left). 0 left: state a new one.
+  due = [(0 if slot == 0 else _gap(rng, reach), slot, "", "", 0) for slot in range(rng.choice(_LIVE_RECORDS))]
+  while used < len(filler):
+    when, slot, cue, value, left = heapq.heappop(due)
+    if when > written:
+      end = _next_space(filler, used + when - written)
+      parts.append(filler[used:end])
+      written += end - used
+      used = end
+    if left == 0:
+      cue, value = _draw_cue(rng), _spaced(rng.integers(0, 10, VALUE_DIGITS))
+      left = rng.integers(1, _MOST_QUESTIONS + 1)
+    else:
+      left -= 1
+    parts.append(cue + value)
+    written += len(parts[-1])
+    heapq.heappush(due, (written + _gap(rng, reach), slot, cue, value, left))
+  return "".join(parts)
+
+
+def _gap(rng: np.random.Generator, reach: int) -> int:
+  return int(np.exp(rng.uniform(np.log(_SHORTEST_GAP), np.log(max(reach, _SHORTEST_GAP + 1)))))
+
+
+def _next_space(text: str, position: int, most: int = 40) -> int:
+  """First white space at or after `position`; `position` itself where the next `most` characters have none."""
+  return next((i for i in range(position, min(position + most, len(text))) if text[i].isspace()),
+              min(position, len(text)))
+
+
+def _draw_cue(rng: np.random.Generator) -> str:
+  phrases, weights = zip(*_PHRASINGS)
+  key = rng.integers(*_KEY_RANGE)
+  key += key % _EVALUATION_MODULUS == 0
+  return rng.choice(phrases, p=weights).format(key=key, word=rng.choice(_WORDS), short=rng.integers(100, 1000))

@@ -1,0 +1,160 @@
+"""Batches of tokens from a prepared directory: a Grain pipeline whose whole state is one number.
+
+Each source is one long stream of tokens, cut into windows of T + 1 tokens that start T apart, so that every token is a
+target once an epoch; the last window wraps to the stream's start and no tail is lost. Windows are shuffled anew every
+epoch and the sources mixed by weight. Sequence i of the run is the same whatever the number of processes and whenever
+the run was interrupted, so the state is the index of the next sequence, and seeking costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import os
+import pathlib
+from typing import Any
+
+import grain
+import numpy as np
+
+from atma_jax.config import DataConfig, UserError
+from atma_jax.data.manifest import check_settings, load_manifest, load_prepared_tokenizer, open_stream, settings_of
+from atma_jax.data.shards import TokenStream
+
+_READ_THREADS = 2
+
+
+class TokenWindows:
+  """Random access to the windows of a stream: window i holds tokens [i T, i T + T], (T + 1,) int32."""
+
+  def __init__(self, stream: TokenStream, sequence_length: int, vocab_size: int, name: str):
+    self._stream = stream
+    self._length = sequence_length
+    self._vocab_size = vocab_size
+    self._name = name
+
+  def __len__(self) -> int:
+    return -(-len(self._stream) // self._length)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    start = index * self._length
+    tokens = self._stream.read(start, start + self._length + 1)
+    largest = tokens.max()
+    if largest >= self._vocab_size:
+      raise UserError(f"config.data.sources: {self._name!r} holds token {largest}, but config.data.tokenizer has "
+                      f"{self._vocab_size} tokens: it is not the tokenizer that made them")
+    return tokens
+
+  def __repr__(self) -> str:
+    return f"TokenWindows({self._name}, {len(self)} windows)"
+
+
+class TrainingData:
+  """Iterator over training batches, {"tokens": (batch_size / process_count, T + 1) int32}, without end.
+
+  Process p of n gets rows [p B / n, (p + 1) B / n) of every global batch. `get_state` counts what was handed out, not
+  what was read ahead.
+  """
+
+  def __init__(self, config: DataConfig, directory: str | os.PathLike, *, process_index: int = 0,
+               process_count: int = 1):
+    if config.batch_size % process_count:
+      raise UserError(f"config.data.batch_size={config.batch_size}: must be a multiple of the {process_count} processes")
+    directory = pathlib.Path(directory)
+    self.manifest = load_manifest(directory)
+    check_settings(self.manifest.settings, settings_of(config), directory)
+    self.tokenizer = load_prepared_tokenizer(directory, self.manifest)
+    self._config = config
+    self._process = (process_index, process_count)
+    self._sequences = _mixed_sequences(config, directory, self.manifest.train, self.tokenizer.vocab_size)
+    self._fingerprint = self.manifest.fingerprint
+    self._next_sequence = 0
+    self._batches: grain.DatasetIterator | None = None
+
+  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    if self._batches is None:
+      self._batches = self._open()
+    tokens = next(self._batches)
+    self._next_sequence += self._config.batch_size
+    return {"tokens": tokens}
+
+  def get_state(self) -> dict[str, Any]:
+    """JSON-ready; the same in every process."""
+    return {"next_sequence": self._next_sequence, "manifest": self._fingerprint}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Continues where `get_state` was called, with any number of processes and any batch size."""
+    if state["manifest"] != self._fingerprint:
+      raise UserError("the checkpoint was trained on other prepared data than config.data.directory now holds: name the "
+                      "directory it was trained on")
+    self.close()
+    self._next_sequence = state["next_sequence"]
+
+  def close(self) -> None:
+    """Ends the reading threads; the next batch starts new ones."""
+    if self._batches is not None:
+      self._batches.close()
+      self._batches = None
+
+  def _open(self) -> grain.DatasetIterator:
+    index, count = self._process
+    batches = self._sequences[self._next_sequence:].batch(self._config.batch_size // count)[index::count]
+    threads = min(_READ_THREADS, self._config.prefetch)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(threads, self._config.prefetch)))
+
+
+def _mixed_sequences(config: DataConfig, directory: pathlib.Path, records: list[dict[str, Any]],
+                     vocab_size: int) -> grain.MapDataset:
+  """Endless sequence of windows, (T + 1,) each: every source reshuffled each epoch, the sources mixed by weight."""
+  seeds = np.random.SeedSequence(config.shuffle_seed).generate_state(len(records))
+  datasets = []
+  for record, seed in zip(records, seeds):
+    windows = TokenWindows(open_stream(directory, record), config.sequence_length, vocab_size, record["source"])
+    datasets.append(grain.MapDataset.source(windows).shuffle(seed=int(seed)).repeat())
+  return grain.MapDataset.mix(datasets, config.weights) if len(datasets) > 1 else datasets[0]
+
+
+def validation_batches(config: DataConfig, directory: str | os.PathLike, batch_size: int,
+                       sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
+  """The validation stream once through, in order: {"tokens": (batch_size, sequence_length + 1) int32}.
+
+  Windows start `sequence_length` apart; the last batch is filled up from the start of the stream. No validation
+  documents, or a directory prepared with other options, raise `UserError`.
+  """
+  directory = pathlib.Path(directory)
+  manifest = load_manifest(directory)
+  check_settings(manifest.settings, settings_of(config), directory)
+  stream = _evaluation_stream(directory, "validation")
+  windows = TokenWindows(stream, sequence_length, manifest.tokenizer["vocab_size"], "validation")
+
+  def batches():
+    for first in range(0, len(windows), batch_size):
+      yield {"tokens": np.stack([windows[i % len(windows)] for i in range(first, first + batch_size)])}
+
+  return batches()
+
+
+def validation_stream(directory: str | os.PathLike) -> np.ndarray:
+  """Tokens of the validation documents, joined by end-of-text, (n,) int32."""
+  stream = _evaluation_stream(pathlib.Path(directory), "validation")
+  return stream.read(0, len(stream))
+
+
+def heldout_documents(directory: str | os.PathLike) -> list[np.ndarray]:
+  """The held-out documents, longest first: int32 arrays that start with end-of-text, as documents do in training."""
+  directory = pathlib.Path(directory)
+  manifest = load_manifest(directory)
+  stream = _evaluation_stream(directory, "heldout")
+  end = np.array([manifest.tokenizer["eot_id"]], np.int32)
+  return [np.concatenate([end, stream.read(document["start"], document["start"] + document["tokens"])])
+          for document in manifest.heldout["documents"]]
+
+
+def _evaluation_stream(directory: pathlib.Path, split: str) -> TokenStream:
+  stream = open_stream(directory, getattr(load_manifest(directory), split))
+  if not len(stream):
+    raise UserError(f"{directory} was prepared without {split} documents: set config.data.{split}_documents above 0 "
+                    "and prepare another directory")
+  return stream

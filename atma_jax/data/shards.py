@@ -1,0 +1,116 @@
+"""Token shards: ``.bin`` files of a 256 x int32 header and the tokens, memory-mapped.
+
+Header words: magic 20240520, version 1, number of tokens, bytes per token (2 or 4; 0 means 2), then zeros. Tokens are
+little-endian unsigned integers. This is the format of the nanoGPT speed-run shards (FineWeb, GPT-2 tokens), which can
+be used as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+
+from atma_jax.config import UserError
+from atma_jax.data.files import write_atomically
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_WORDS = 256
+HEADER_BYTES = 4 * HEADER_WORDS
+_DTYPES = {0: np.dtype("<u2"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One ``.bin`` file: its first `tokens` tokens of type `dtype`."""
+
+  path: str
+  tokens: int
+  dtype: np.dtype
+
+  def open(self) -> np.ndarray:
+    """Read-only memory map, (tokens,)."""
+    if self.tokens == 0:
+      return np.zeros(0, self.dtype)
+    return np.memmap(self.path, self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.tokens,))
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+  """The narrowest token type that holds `vocab_size` ids."""
+  return _DTYPES[2] if vocab_size <= 1 << 16 else _DTYPES[4]
+
+
+def write_shard(path: pathlib.Path, tokens: Sequence[np.ndarray] | np.ndarray, dtype: np.dtype) -> int:
+  """Writes one shard atomically from one array or several in order; returns its number of tokens."""
+  parts = [tokens] if isinstance(tokens, np.ndarray) else tokens
+  header = np.zeros(HEADER_WORDS, "<i4")
+  header[:4] = MAGIC, VERSION, sum(len(part) for part in parts), dtype.itemsize
+
+  def write(file):
+    file.write(header.tobytes())
+    for part in parts:
+      file.write(np.ascontiguousarray(part, dtype).tobytes())
+
+  write_atomically(path, write)
+  return int(header[2])
+
+
+def open_shard(path: str | os.PathLike) -> Shard:
+  """Checks a shard's header and size. A missing, foreign or truncated file raises a one-line `UserError`."""
+  try:
+    with open(path, "rb") as file:
+      head, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
+  except OSError as error:
+    raise UserError(f"cannot read token shard {path}: {error.strerror or error}") from error
+  header = np.frombuffer(head.ljust(HEADER_BYTES, b"\0"), "<i4")
+  if header[0] != MAGIC:
+    raise UserError(f"{path} is not a token shard: the first int32 must be {MAGIC}")
+  if header[1] != VERSION:
+    raise UserError(f"{path}: token shard version {header[1]} is not supported; legal: {VERSION}")
+  if int(header[3]) not in _DTYPES:
+    raise UserError(f"{path}: {header[3]} bytes per token; legal: 2, 4 and 0 (meaning 2)")
+  dtype, tokens = _DTYPES[int(header[3])], int(header[2])
+  expected = HEADER_BYTES + tokens * dtype.itemsize
+  if tokens < 0 or size != expected:
+    raise UserError(f"{path} is truncated or damaged: {size} bytes where its header of {tokens} tokens says {expected}")
+  return Shard(str(path), tokens, dtype)
+
+
+class TokenStream:
+  """The tokens of several shards, one after the other, read as int32 by position.
+
+  Memory maps are opened on first use and left behind when pickled, so that a stream travels to a worker as paths.
+  """
+
+  def __init__(self, shards: Sequence[Shard]):
+    self.shards = tuple(shards)
+    self._starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)])
+    self._maps: dict[int, np.ndarray] = {}
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  def __getstate__(self):
+    return {**self.__dict__, "_maps": {}}
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Tokens [start, stop), int32; positions past the end wrap to the stream's start."""
+    out = np.empty(stop - start, np.int32)
+    filled = 0
+    while filled < len(out):
+      position = (start + filled) % len(self)
+      index = int(np.searchsorted(self._starts, position, side="right")) - 1
+      offset = position - int(self._starts[index])
+      take = min(len(out) - filled, self.shards[index].tokens - offset)
+      out[filled:filled + take] = self._map(index)[offset:offset + take]
+      filled += take
+    return out
+
+  def _map(self, index: int) -> np.ndarray:
+    if index not in self._maps:
+      self._maps[index] = self.shards[index].open()
+    return self._maps[index]

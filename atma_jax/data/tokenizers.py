@@ -1,0 +1,230 @@
+"""Text to token ids and back: SentencePiece (trained here or loaded), bytes, or a local Hugging Face tokenizer.json.
+
+Every tokenizer has one end-of-text id, `eot_id`, that joins documents and that no text encodes to. A SentencePiece
+model trained here keeps text exactly: identity normalisation, no dummy prefix, every digit its own piece, unknown
+characters as their UTF-8 bytes, so ``decode(encode(text)) == text`` for any text.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+import hashlib
+import io
+import json
+import pathlib
+from typing import Any, ClassVar
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from atma_jax.config import ModelConfig, UserError
+
+END_OF_TEXT = "<|endoftext|>"
+_END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
+
+
+class Tokenizer:
+  """What every tokenizer offers. `decode` drops end-of-text."""
+
+  kind: ClassVar[str]
+  vocab_size: int
+  eot_id: int
+
+  def encode(self, text: str) -> np.ndarray:
+    """Token ids, (n,) int32, without end-of-text."""
+    raise NotImplementedError
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text of token ids."""
+    raise NotImplementedError
+
+  def to_bytes(self) -> bytes:
+    """Everything that defines the tokenizer; `tokenizer_from_dict` reads it back."""
+    raise NotImplementedError
+
+  def to_dict(self) -> dict[str, str]:
+    """JSON-ready form, for checkpoints and prepared directories."""
+    return {"kind": self.kind, "base64": base64.b64encode(self.to_bytes()).decode()}
+
+  def __reduce__(self):
+    return tokenizer_from_dict, (self.to_dict(),)
+
+  @property
+  def fingerprint(self) -> str:
+    """sha256 of the kind and the defining bytes."""
+    return hashlib.sha256(self.kind.encode() + b"\0" + self.to_bytes()).hexdigest()
+
+
+class ByteTokenizer(Tokenizer):
+  """The 256 bytes of UTF-8, and end-of-text as id 256."""
+
+  kind = "bytes"
+  vocab_size = 257
+  eot_id = 256
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    ids = np.asarray(ids, np.int64)
+    return ids[ids != self.eot_id].astype(np.uint8).tobytes().decode(errors="replace")
+
+  def to_bytes(self) -> bytes:
+    return b""
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """A SentencePiece model, given as its serialised protocol buffer."""
+
+  kind = "sentencepiece"
+
+  def __init__(self, model: bytes, name: str = "SentencePiece model"):
+    self._model = model
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+      raise UserError(f"{name} is not a SentencePiece model") from error
+    self.vocab_size = self._processor.vocab_size()
+    self.eot_id = self._end_of_text(name)
+    marks = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+    self._space_mark_ids = marks if all(map(self._processor.is_byte, marks)) else None
+
+  def _end_of_text(self, name: str) -> int:
+    if self._processor.eos_id() >= 0:
+      return self._processor.eos_id()
+    for piece in _END_OF_TEXT_NAMES:
+      if not self._processor.is_unknown(self._processor.piece_to_id(piece)):
+        return self._processor.piece_to_id(piece)
+    raise UserError(f"{name} has no end-of-text piece: an eos id or one of {', '.join(_END_OF_TEXT_NAMES)} is needed")
+
+  def encode(self, text: str) -> np.ndarray:
+    if _SPACE_MARK not in text or self._space_mark_ids is None:
+      return np.asarray(self._processor.encode(text), np.int32)
+    ids: list[int] = []
+    for index, part in enumerate(text.split(_SPACE_MARK)):
+      ids += self._space_mark_ids if index else []
+      ids += self._processor.encode(part)
+    return np.asarray(ids, np.int32)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._processor.decode([int(i) for i in ids if i != self.eot_id])
+
+  def to_bytes(self) -> bytes:
+    return self._model
+
+
+class HuggingFaceTokenizer(Tokenizer):
+  """A Hugging Face ``tokenizer.json``, given as its text. Text that spells a special token stays plain text."""
+
+  kind = "huggingface"
+
+  def __init__(self, text: str, name: str = "tokenizer.json"):
+    self._text = text
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception for a file it cannot parse
+      raise UserError(f"{name} is not a Hugging Face tokenizer: {error}") from error
+    self._tokenizer.encode_special_tokens = True
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    ids = [self._tokenizer.token_to_id(token) for token in _END_OF_TEXT_NAMES]
+    self.eot_id = next((i for i in ids if i is not None), None)
+    if self.eot_id is None:
+      raise UserError(f"{name} has no end-of-text token: one of {', '.join(_END_OF_TEXT_NAMES)} is needed")
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._tokenizer.decode([int(i) for i in ids if i != self.eot_id], skip_special_tokens=False)
+
+  def to_bytes(self) -> bytes:
+    return self._text.encode()
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+  """Loads a tokenizer.
+
+  Args:
+    spec: ``"bytes"``, a SentencePiece ``.model``, a Hugging Face ``tokenizer.json``, or the ``tokenizer.json`` of a
+      prepared directory.
+
+  Raises:
+    UserError: the file is missing, of another kind, or names a tokenizer without holding its vocabulary.
+  """
+  if spec == ByteTokenizer.kind:
+    return ByteTokenizer()
+  path = pathlib.Path(spec).expanduser()
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise UserError(f"config.data.tokenizer={spec!r}: {error.strerror or error}; legal: 'sentencepiece' (train one), "
+                    "'bytes', a SentencePiece .model file or a Hugging Face tokenizer.json") from error
+  if path.suffix != ".json":
+    return SentencePieceTokenizer(content, spec)
+  try:
+    values = json.loads(content)
+  except ValueError as error:
+    raise UserError(f"{spec} is not valid JSON: {error}") from error
+  if isinstance(values, dict) and "tokenizer_name" in values:
+    raise UserError(f"{spec} only names the tokenizer {values['tokenizer_name']!r} and holds no vocabulary: give a "
+                    "full Hugging Face tokenizer.json of that name (the one with a 'model' section) instead")
+  if isinstance(values, dict) and "kind" in values:
+    return tokenizer_from_dict(values, spec)
+  return HuggingFaceTokenizer(content.decode(), spec)
+
+
+def tokenizer_from_dict(values: dict[str, Any], name: str = "stored tokenizer") -> Tokenizer:
+  """Inverse of `Tokenizer.to_dict`."""
+  content = base64.b64decode(values["base64"])
+  match values["kind"]:
+    case ByteTokenizer.kind:
+      return ByteTokenizer()
+    case SentencePieceTokenizer.kind:
+      return SentencePieceTokenizer(content, name)
+    case HuggingFaceTokenizer.kind:
+      return HuggingFaceTokenizer(content.decode(), name)
+  raise UserError(f"{name}: tokenizer kind {values['kind']!r} does not exist; legal: bytes, huggingface, sentencepiece")
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+  """Trains a byte-pair encoding of `vocab_size` pieces, or fewer where the text has no more to merge."""
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_passages(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        hard_vocab_limit=False, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True, byte_fallback=True,
+        character_coverage=0.9995, unk_id=0, bos_id=-1, eos_id=1, pad_id=-1, eos_piece=END_OF_TEXT,
+        max_sentence_length=1 << 20, shuffle_input_sentence=False, minloglevel=2)
+  except RuntimeError as error:
+    reason = str(error).rpartition("] ")[2]
+    raise UserError(f"config.data.tokenizer_vocab_size={vocab_size}: {reason} (256 bytes, 2 marks and the text's "
+                    "characters must fit)") from error
+  return SentencePieceTokenizer(model.getvalue())
+
+
+def _passages(texts: Iterable[str], characters: int = 4096) -> Iterable[str]:
+  """Cuts texts at line ends into passages of about `characters`, which is what the trainer reads at a time."""
+  for text in texts:
+    passage, length = [], 0
+    for line in text.splitlines(keepends=True):
+      for start in range(0, len(line), characters):
+        passage.append(line[start:start + characters])
+        length += len(passage[-1])
+        if length >= characters:
+          yield "".join(passage)
+          passage, length = [], 0
+    if passage:
+      yield "".join(passage)
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
+  """Raises `UserError` where the tokenizer has ids that the model has no embedding for."""
+  if tokenizer.vocab_size > model.vocab_size:
+    raise UserError(f"config.model.vocab_size={model.vocab_size}: must be at least {tokenizer.vocab_size}, the size of "
+                    f"the {tokenizer.kind} tokenizer of the data")

@@ -1,0 +1,54 @@
+"""Prepares training data: trains or loads the tokenizer, splits by document, writes token shards.
+
+    python -m atma_jax.prepare_data --config=configs/quickstart.py --directory=DIR
+
+Runs in parallel processes with a progress bar. Killed at any moment, it goes on from the last whole shard when started
+again and ends with the same bytes; started once more it says that nothing is left to do.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from atma_jax import cli
+from atma_jax.config import UserError
+from atma_jax.data.manifest import Manifest
+from atma_jax.data.prepare import prepare
+
+_CONFIG = cli.define_config_flag()
+_DIRECTORY = flags.DEFINE_string("directory", None, "Where to write; default is config.data.directory.")
+_WORKERS = flags.DEFINE_integer("workers", None, "Processes; default is one a core, 1 works in this one.", lower_bound=1)
+
+
+def main() -> None:
+  config = _CONFIG.value
+  if config is None:
+    raise UserError("--config is missing: name a recipe, e.g. --config=configs/quickstart.py")
+  config.validate()
+  directory = _DIRECTORY.value or config.data.directory
+  if not directory:
+    raise UserError("--directory is missing (and config.data.directory is empty): name the folder to write")
+  print(describe(prepare(config.data, directory, workers=_WORKERS.value)))
+  print(f"prepared: {directory}")
+
+
+def describe(manifest: Manifest) -> str:
+  """What a prepared directory holds, as lines of text."""
+  tokenizer = manifest.tokenizer
+  lines = [f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens"]
+  for scan in manifest.scanned:
+    left_out = ", ".join(f"{scan[name]:,} {name}" for name in ("duplicates", "skipped", "unreadable") if scan[name])
+    lines.append(f"scanned     {scan['source']}: {scan['documents']:,} documents, {scan['bytes'] / 2**20:.1f} MiB"
+                 + (f" (left out: {left_out})" if left_out else ""))
+  for record in manifest.train:
+    documents = "" if record["documents"] is None else f", {record['documents']:,} documents"
+    dropped = f" ({record['near_duplicates']:,} near duplicates dropped)" if record["near_duplicates"] else ""
+    lines.append(f"train       {record['source']}: {record['tokens']:,} tokens{documents}{dropped}")
+  for name in ("validation", "heldout"):
+    record = getattr(manifest, name)
+    lines.append(f"{name:<11} {record['tokens']:,} tokens, {len(record['documents']):,} documents")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  cli.run(main)
