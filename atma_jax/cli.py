@@ -1,46 +1,95 @@
-"""What every main shares: strict flags, one-line errors, exit codes.
+"""What every main shares: strict flags, the recipe and its overrides, one-line errors, exit codes.
+
+``--config=FILE`` names a recipe, whose ``get_config()`` returns a `Config`; every field of `Config` is a flag of its
+own (``--config.model.attention=nope``) that overrides the recipe.
 
 Exit codes: 0 done, 2 bad input (one line, no traceback), 75 pre-empted after saving.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Iterator
 import dataclasses
-import re
+import importlib.machinery
+import importlib.util
+import pathlib
 import sys
+import types
 import typing
+from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from atma_jax.config import Config, UserError, unknown_name
 
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
 
+flags.disclaim_key_flags()  # --help lists --config among the flags of the main that defines it
 
-def define_config_flag(default: str | None = None) -> flags.FlagHolder:
-  """``--config=FILE`` and ``--config.FIELD=VALUE``; the file's ``get_config()`` returns a `Config`."""
-  return config_flags.DEFINE_config_file("config", default, "Recipe, e.g. configs/quickstart.py.", lock_config=False)
+
+class ConfigFlag:
+  """``--config=FILE`` and one flag a field of `Config`; `value` is the recipe with the given overrides, validated."""
+
+  def __init__(self, default: str | None):
+    self._recipe = flags.DEFINE_string("config", default, "Recipe, e.g. configs/quickstart.py.")
+    self._fields = {}
+    for name, hint, value in _leaves(Config(), "config"):
+      parser = _FieldParser(hint)
+      self._fields[name] = flags.DEFINE(parser, name, None, f"Overrides the recipe; {value!r} without one.",
+                                        serializer=flags.ArgumentSerializer())
+
+  @property
+  def value(self) -> Config:
+    if self._recipe.value is None:
+      raise UserError("--config=FILE is required: a recipe, e.g. --config=configs/quickstart.py")
+    config = load_recipe(self._recipe.value)
+    for name, flag in self._fields.items():
+      if flag.present:
+        *path, leaf = name.split(".")[1:]
+        owner = config
+        for field in path:
+          owner = getattr(owner, field)
+        setattr(owner, leaf, flag.value)
+    return config.validate()
+
+
+def define_config_flag(default: str | None = None) -> ConfigFlag:
+  """Defines ``--config`` and ``--config.FIELD`` for a main."""
+  return ConfigFlag(default)
+
+
+def load_recipe(path: str) -> Config:
+  """What `get_config()` of the Python file `path` returns; `UserError` where there is no such thing."""
+  if not pathlib.Path(path).is_file():
+    near = ", ".join(sorted(str(file) for file in pathlib.Path(path).parent.glob("*.py")))
+    raise UserError(f"--config={path}: no such file" + (f"; recipes there: {near}" if near else ""))
+  spec = importlib.util.spec_from_loader("recipe", importlib.machinery.SourceFileLoader("recipe", path))
+  recipe = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(recipe)
+    config = recipe.get_config()
+  except (SyntaxError, NameError, AttributeError, TypeError, ImportError) as error:
+    raise UserError(f"--config={path}: {error}") from error
+  if not isinstance(config, Config):
+    raise UserError(f"--config={path}: get_config() must return an atma_jax.config.Config")
+  return config
 
 
 def run(main: Callable[[], int | None]) -> None:
-  """Parses flags, calls `main` and exits with its code; `UserError` and flag errors become one line and exit 2."""
+  """Parses flags, calls `main` and exits with its code; bad flags and `UserError` become one line and exit code 2."""
 
-  def guarded(argv: list[str]) -> int:
-    if len(argv) > 1:
-      raise UserError(f"unexpected argument {argv[1]!r}: options start with -- (see --help)")
-    return main() or 0
-
-  def guarded_main(argv: list[str]) -> None:
+  def guarded(argv: list[str]) -> None:
     try:
-      code = guarded(argv)
+      if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: options start with -- (see --help)")
+      code = main() or 0
     except UserError as error:
-      _bad_input(str(error))
+      _bad_input(error)
     sys.exit(code)
 
-  app.run(guarded_main, flags_parser=_parse)
+  app.run(guarded, flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -48,17 +97,72 @@ def _parse(argv: list[str]) -> list[str]:
   logging.set_stderrthreshold("info")
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, UserError) as error:
-    _bad_input(_explain(error))
-  except (KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-    # config_flags raises these for an unknown field, a value of another type and an unreadable recipe.
-    _bad_input(_explain(error))
+  except flags.UnrecognizedFlagError as error:
+    _bad_input(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error)
+  except flags.Error as error:
+    _bad_input(error)
 
 
-def _bad_input(message: str) -> typing.NoReturn:
-  print(f"{flags.FLAGS.find_module_defining_flag('help') and ''}error: {' '.join(message.split())}", file=sys.stderr)
+def _unknown_field(name: str) -> str:
+  """What is wrong with ``config.a.b`` that is no flag: the first part that is no field, or that it is a group."""
+  owner, path = Config(), "config"
+  for part in name.split(".")[1:]:
+    if not dataclasses.is_dataclass(owner):
+      return f"--{name}: --{path} has no fields"
+    legal = [field.name for field in dataclasses.fields(owner)]
+    if part not in legal:
+      return unknown_name(f"--{name}: {path} field", part, legal)
+    owner, path = getattr(owner, part), f"{path}.{part}"
+  return f"--{path}: a group of options; legal: " + ", ".join(f"--{leaf}" for leaf, _, _ in _leaves(owner, path))
+
+
+def _bad_input(error: Exception | str) -> typing.NoReturn:
+  print("error:", " ".join(str(error).split()), file=sys.stderr)
   sys.exit(EXIT_BAD_INPUT)
 
 
-def _explain(error: Exception) -> str:
-  return str(error)
+def _leaves(owner: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+  """Dotted name, type and default of every field below a dataclass."""
+  hints = typing.get_type_hints(type(owner))
+  for field in dataclasses.fields(owner):
+    value = getattr(owner, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from _leaves(value, f"{path}.{field.name}")
+    else:
+      yield f"{path}.{field.name}", hints[field.name], value
+
+
+class _FieldParser(flags.ArgumentParser):
+  """Text to a value of a field's type."""
+
+  def __init__(self, hint: Any):
+    self._hint = hint
+
+  def parse(self, text: Any) -> Any:
+    try:
+      return _parse_as(text, self._hint)
+    except (ValueError, SyntaxError) as error:
+      raise ValueError(f"must be {self.flag_type()}") from error
+
+  def flag_type(self) -> str:
+    if self._hint is bool:
+      return "true or false"
+    return f"of type {self._hint.__name__ if type(self._hint) is type else self._hint}"
+
+
+def _parse_as(text: str, hint: Any) -> Any:
+  """``int | None`` takes None; tuples are written ``a,b`` or ``('a', 'b')``; booleans true or false."""
+  if isinstance(hint, types.UnionType):
+    inner = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    return None if text == "None" else _parse_as(text, inner)
+  if typing.get_origin(hint) is tuple:
+    item = typing.get_args(hint)[0]
+    if text.startswith("("):
+      items = ast.literal_eval(text)
+      return tuple(_parse_as(str(i), item) for i in (items if isinstance(items, tuple) else (items,)))
+    return tuple(_parse_as(part, item) for part in text.split(",") if part)
+  if hint is bool:
+    if text.lower() not in ("true", "false"):
+      raise ValueError(text)
+    return text.lower() == "true"
+  return hint(text)

@@ -1,0 +1,25 @@
+"""Local mixer: a gated short convolution, as in LFM2."""
+
+from __future__ import annotations
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from atma_jax.config import ModelConfig
+from atma_jax.models import layers
+from atma_jax.ops import short_conv
+
+
+class LocalMixer(nnx.Module):
+  """``[b, c, h] = split(W_in x);  y = W_out(c * conv(b * h))`` on (B, T, C)."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    width = config.width
+    self.in_proj = layers.Linear(config, width, 3 * width, ("embed", "mlp"), projection=True, rngs=rngs)
+    self.conv = layers.DepthwiseFilter(config, config.conv_taps, width, rngs=rngs)
+    self.out_proj = layers.Linear(config, width, width, ("mlp", "embed"), output=True, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    b, c, h = jnp.split(self.in_proj(x), 3, axis=-1)
+    return self.out_proj(c * short_conv(b * h, self.conv.weight[...]))

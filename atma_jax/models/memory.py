@@ -1,0 +1,38 @@
+"""Gated-delta memory: the recurrent channel of a global mixer."""
+
+from __future__ import annotations
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from atma_jax.config import ModelConfig
+from atma_jax.models import layers
+from atma_jax.ops import gated_delta
+
+
+class Memory(nnx.Module):
+  """Reads ``r`` from a per-head matrix state and returns ``W_o(rms_norm(r) * sigmoid(W_gate x))``.
+
+  Decay and write gates come from the block's normed input x (B, T, C); q, k, v are those of the attention core.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    heads, inner = config.num_heads, config.num_heads * config.head_dim
+    self.gamma = layers.Linear(config, config.width, heads, ("embed", None), rngs=rngs)
+    self.beta = layers.Linear(config, config.width, heads, ("embed", None), rngs=rngs)
+    self.gate = layers.Linear(config, config.width, inner, ("embed", "heads"), rngs=rngs)
+    self.out_proj = layers.Linear(config, inner, config.width, ("heads", "embed"), output=True, rngs=rngs)
+
+  def __call__(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """x (B, T, C); q (B, T, H, D); k, v (B, T, K, D) -> (B, T, C)."""
+    config, wide = self.config, jnp.promote_types(jnp.float32, x.dtype)
+    group = config.num_heads // config.num_kv_heads
+    q, k = layers.unit_length(q), layers.unit_length(k)
+    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    log_gamma = jax.nn.log_sigmoid(self.gamma(x).astype(wide) + config.memory.gamma_bias)
+    beta = jax.nn.sigmoid(self.beta(x).astype(wide) + config.memory.beta_bias)
+    readout, _ = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, implementation=config.implementation)
+    readout = layers.head_norm(readout).reshape(*x.shape[:2], -1)
+    return self.out_proj(readout * jax.nn.sigmoid(self.gate(x)))

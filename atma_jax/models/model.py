@@ -1,0 +1,114 @@
+"""Atma: embedding, scanned groups of blocks, final norm, soft-capped head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from atma_jax.config import ModelConfig
+from atma_jax.models import layers
+from atma_jax.models.transformer import Group
+from atma_jax.ops import soft_cap
+from atma_jax.sharding import constrain
+
+REMAT_POLICIES = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Embedding(nnx.Module):
+  """Token embedding (V, C)."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.dtype = layers.activation_dtype(config)
+    self.embedding = layers.parameter(config, rngs, layers.normal(1.0), (config.vocab_size, config.width),
+                                      ("vocab", "embed"), "embedding")
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    return self.embedding[...].astype(self.dtype)[tokens]
+
+
+class Head(nnx.Module):
+  """Untied linear head with bias and a smooth cap: (B, T, C) -> float32 logits (B, T, V) in (-cap, cap)."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.cap, self.dtype = config.logit_cap, layers.activation_dtype(config)
+    self.kernel = layers.parameter(config, rngs, layers.zeros, (config.width, config.vocab_size), ("embed", "vocab"),
+                                   "head")
+    self.bias = layers.parameter(config, rngs, layers.zeros, (config.vocab_size,), ("vector",), "vector")
+
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(jnp.float32, self.dtype)
+    z = jnp.matmul(hidden, self.kernel[...].astype(self.dtype), preferred_element_type=wide)
+    return soft_cap(z + self.bias[...].astype(wide), self.cap)
+
+
+class Atma(nnx.Module):
+  """The decoder of arXiv 2606.25156: ``Atma(config.model, rngs=nnx.Rngs(0))(tokens (B, T) int32) -> (B, T, V)``.
+
+  Whole repetitions of `config.block_pattern` are stacked and scanned, so that compile time does not grow with depth;
+  what is left of an incomplete repetition follows unstacked.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    pattern = tuple(config.block_pattern)
+    repeats, rest = divmod(config.num_layers, len(pattern))
+    self.embed = Embedding(config, rngs=rngs)
+    if repeats:
+      self.groups = nnx.vmap(lambda r: Group(config, pattern, rngs=r))(rngs.fork(split=repeats))
+      for _, parameter in nnx.iter_graph(self.groups):
+        if isinstance(parameter, nnx.Param):
+          parameter.set_metadata(logical_axes=("layers", *parameter.get_metadata("logical_axes")))
+    if rest:
+      self.tail = Group(config, pattern[:rest], rngs=rngs)
+    self.norm = layers.RMSNorm(config, rngs=rngs)
+    self.head = Head(config, rngs=rngs)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Logits (B, T, V), float32 (float64 for float64 activations)."""
+    return self.head(self.hidden(tokens))
+
+  def hidden(self, tokens: jax.Array) -> jax.Array:
+    """The final norm's output (B, T, C), from which `ops.cross_entropy` takes the loss without storing logits."""
+    x = constrain(self.embed(tokens), ("batch", "sequence", "features"))
+    if hasattr(self, "groups"):
+      graphdef, stacked = nnx.split(self.groups)
+
+      def apply(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+        return nnx.merge(graphdef, params)(x), None
+
+      x, _ = jax.lax.scan(self._rematerialised(apply), x, stacked)
+    if hasattr(self, "tail"):
+      x = self._rematerialised(lambda x, group: (group(x), None))(x, self.tail)[0]
+    return self.norm(x)
+
+  def _rematerialised(self, apply: Any) -> Any:
+    if self.config.remat == "none":
+      return apply
+    return jax.checkpoint(apply, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+
+
+def parameter_metadata(model: Atma) -> tuple[Any, Any]:
+  """Trees shaped like ``nnx.to_pure_dict(nnx.state(model, nnx.Param))``: logical axes, and optimizer groups.
+
+  Works on an abstract model (`nnx.eval_shape`) too.
+  """
+  state = nnx.state(model, nnx.Param)
+  flat = nnx.to_flat_state(state)
+
+  def tree(name: str) -> Any:
+    return nnx.to_pure_dict(nnx.from_flat_state([(path, p.replace(p.get_metadata(name))) for path, p in flat]))
+
+  return tree("logical_axes"), tree("optimizer")
+
+
+def count_parameters(config: ModelConfig) -> int:
+  """Parameters of a model of this configuration, counted from shapes alone."""
+  model = nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0)))
+  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

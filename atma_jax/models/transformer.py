@@ -1,0 +1,54 @@
+"""A pre-norm block: a mixer and a gated MLP on the residual stream."""
+
+from __future__ import annotations
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from atma_jax.config import ModelConfig
+from atma_jax.models import layers
+from atma_jax.models.global_mixer import GlobalMixer
+from atma_jax.models.local_mixer import LocalMixer
+from atma_jax.sharding import constrain
+
+MIXERS = {"local": LocalMixer, "global": GlobalMixer}
+
+
+class MLP(nnx.Module):
+  """``W_proj(g * relu(u)^2)`` with ``[u, g] = split(W_fc x)`` on (B, T, C)."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.fc = layers.Linear(config, config.width, 2 * config.mlp_width, ("embed", "mlp"), rngs=rngs)
+    self.out_proj = layers.Linear(config, config.mlp_width, config.width, ("mlp", "embed"), output=True, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    u, g = jnp.split(self.fc(x), 2, axis=-1)
+    return self.out_proj(g * jnp.square(jax.nn.relu(u)))
+
+
+class Block(nnx.Module):
+  """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; `kind` names the mixer."""
+
+  def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
+    self.norm1 = layers.RMSNorm(config, rngs=rngs)
+    self.mixer = MIXERS[kind](config, rngs=rngs)
+    self.norm2 = layers.RMSNorm(config, rngs=rngs)
+    self.mlp = MLP(config, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x + self.mixer(self.norm1(x))
+    x = x + self.mlp(self.norm2(x))
+    return constrain(x, ("batch", "sequence", "features"))
+
+
+class Group(nnx.Module):
+  """The blocks of one pattern, in order: what a scanned model repeats."""
+
+  def __init__(self, config: ModelConfig, pattern: tuple[str, ...], *, rngs: nnx.Rngs):
+    self.blocks = nnx.List([Block(config, kind, rngs=rngs) for kind in pattern])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for block in self.blocks:
+      x = block(x)
+    return x
