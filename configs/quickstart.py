@@ -1,0 +1,25 @@
+"""A small polar + memory model on Python source, trained and measured past its training length on two CPU cores.
+
+  bash launch/quickstart.sh
+
+Data: nine parts the Python installation's own source (`python-source`), one part recall material (`recall:python-source`):
+records such as "The access code for record 4071962 is 3 9 2 0 1" with real source between, asked again later. The recall
+part is what teaches so small a model to retrieve within minutes; its keys and values never occur in the evaluation.
+Hardware: 2 CPU cores, about 6 minutes of training.
+"""
+
+from atma_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+def get_config() -> Config:
+  """About one million parameters, T = 256."""
+  return Config(
+    name="quickstart",
+    model=ModelConfig(vocab_size=1024, num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384,
+                      activation_dtype="float32"),
+    data=DataConfig(sources=("python-source", "recall:python-source"), weights=(0.75, 0.25), tokenizer_vocab_size=1024,
+                    tokenizer_train_mib=4, max_mib=12, validation_documents=32, heldout_documents=16,
+                    shard_tokens=1_000_000, sequence_length=256, batch_size=16),
+    optimizer=OptimizerConfig(embedding_learning_rate=0.1),
+    train=TrainConfig(steps=800, log_every=20, checkpoint_every=100, validate_every=200, validation_lengths=(1, 2, 4, 8)),
+  )

@@ -1,0 +1,130 @@
+"""The model: sizes, causality, scanning, initialisation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from atma_jax.config import MemoryConfig, ModelConfig
+from atma_jax.models import Atma, count_parameters, parameter_metadata
+from atma_jax.ops import cross_entropy
+
+TINY = ModelConfig(vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48,
+                   activation_dtype="float32")
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 33)).astype(np.int32)
+
+
+def tiny(**changes) -> ModelConfig:
+  return dataclasses.replace(TINY, **changes)
+
+
+def loss_of(graphdef, params, tokens):
+  model = nnx.merge(graphdef, params)
+  loss, _ = cross_entropy(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
+                          jnp.ones(tokens[:, 1:].shape, jnp.float32), cap=model.config.logit_cap, z_loss=0.0, chunk=16)
+  return loss / tokens[:, 1:].size
+
+
+@pytest.mark.parametrize("attention, memory, millions", [
+  ("polar", True, 378.22), ("polar", False, 369.76), ("nope", True, 378.18), ("nope", False, 369.72)])
+def test_published_parameter_counts(attention, memory, millions):
+  config = ModelConfig(attention=attention, memory=MemoryConfig(enabled=memory))
+  assert round(count_parameters(config) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("attention", ["polar", "nope", "rope"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_causal_by_gradient(attention, window):
+  config = tiny(attention=attention, window=window, init="published")
+  model = Atma(config, rngs=nnx.Rngs(0))
+  rng = np.random.default_rng(1)
+  graphdef, params = nnx.split(model, nnx.Param)
+  params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.2, p.dtype), params)  # nothing is zero
+  model = nnx.merge(graphdef, params)
+  embedded = model.embed(TOKENS[:1])
+
+  def output_at(x, t):
+    groups, stacked = nnx.split(model.groups)
+    y, _ = jax.lax.scan(lambda x, p: (nnx.merge(groups, p)(x), None), x, stacked)
+    return jnp.sum(y[:, t] ** 2)
+
+  gradient = jax.grad(output_at)(embedded, 12)
+  per_step = np.abs(np.asarray(gradient)).sum((0, 2))
+  assert np.all(per_step[13:] == 0) and np.all(per_step[: 13] > 0)
+
+
+def test_incomplete_repetition_and_depth():
+  for layers in (1, 3, 6, 9):
+    assert Atma(tiny(num_layers=layers), rngs=nnx.Rngs(0))(TOKENS).shape == (2, 33, 61)
+
+
+def test_one_step_sequence():
+  assert np.isfinite(np.asarray(Atma(TINY, rngs=nnx.Rngs(0))(TOKENS[:, :1]))).all()
+
+
+@pytest.mark.parametrize("remat", ["dots", "block"])
+def test_rematerialisation_changes_nothing(remat):
+  def gradients(config):
+    graphdef, params = nnx.split(Atma(config, rngs=nnx.Rngs(0)), nnx.Param)
+    params = jax.tree.map(lambda p: p + 0.01, params)
+    return jax.tree.leaves(jax.jit(jax.grad(loss_of, argnums=1), static_argnums=0)(graphdef, params, TOKENS))
+
+  for a, b in zip(gradients(TINY), gradients(tiny(remat=remat)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def dead_after_two_steps(init: str) -> set[str]:
+  graphdef, params = nnx.split(Atma(tiny(init=init), rngs=nnx.Rngs(0)), nnx.Param)
+  optimizer = optax.sgd(0.3)
+  state = optimizer.init(params)
+  gradient = jax.jit(jax.grad(loss_of, argnums=1), static_argnums=0)
+  for _ in range(2):
+    updates, state = optimizer.update(gradient(graphdef, params, TOKENS), state)
+    params = optax.apply_updates(params, updates)
+  flat = nnx.to_flat_state(gradient(graphdef, params, TOKENS))
+  return {".".join(map(str, path)) for path, g in flat if not np.any(np.asarray(g[...]))}
+
+
+def test_every_parameter_is_alive_after_two_steps():
+  assert dead_after_two_steps("default") == set()
+
+
+def test_published_start_leaves_the_short_convolutions_dead():
+  dead = dead_after_two_steps("published")
+  local = {f"groups.blocks.{i}.mixer.{name}" for i in (0, 1, 3)
+           for name in ("in_proj.kernel", "in_proj.bias", "conv.weight", "out_proj.kernel")}
+  assert dead == local  # only their output bias learns
+
+
+def test_compile_time_does_not_grow_with_depth():
+  def hlo_size(layers):
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(tiny(num_layers=layers), rngs=nnx.Rngs(0))), nnx.Param)
+    lowered = jax.jit(jax.grad(loss_of, argnums=1), static_argnums=0).lower(graphdef, params, TOKENS)
+    return len(lowered.as_text())
+
+  assert hlo_size(64) < 1.02 * hlo_size(16)
+
+
+def test_metadata_follows_the_parameters():
+  model = nnx.eval_shape(lambda: Atma(tiny(num_layers=6), rngs=nnx.Rngs(0)))
+  axes, groups = parameter_metadata(model)
+  shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  is_axes = lambda leaf: isinstance(leaf, tuple)
+  jax.tree.map(lambda p, a: p.ndim == len(a) or pytest.fail(f"{a} for {p.shape}"), shapes, axes,
+               is_leaf=lambda leaf: hasattr(leaf, "shape"))
+  legal = {"muon", "muon_depthwise", "muon_out_in", "embedding", "head", "vector"}
+  assert set(jax.tree.leaves(groups)) == legal
+  assert axes["groups"]["blocks"][0]["mlp"]["fc"]["kernel"] == ("layers", "embed", "mlp")
+  assert axes["tail"]["blocks"][0]["mlp"]["fc"]["kernel"] == ("embed", "mlp")
+  assert len(jax.tree.leaves(axes, is_leaf=is_axes)) == len(jax.tree.leaves(groups))
+
+
+def test_initialisation_is_reproducible():
+  a, b = (jax.tree.leaves(nnx.state(Atma(TINY, rngs=nnx.Rngs(3)), nnx.Param)) for _ in range(2))
+  assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
