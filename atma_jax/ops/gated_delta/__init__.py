@@ -1,0 +1,1 @@
+"""Gated-delta memory. Callers want `atma_jax.ops.gated_delta`."""

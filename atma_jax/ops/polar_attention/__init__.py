@@ -1,0 +1,1 @@
+"""Polar attention. Callers want `atma_jax.ops.polar_attention`."""

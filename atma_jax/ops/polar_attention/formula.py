@@ -1,0 +1,46 @@
+"""What polar attention computes around its scores: temperature, null logit, and the outputs from the statistics."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+NORM_FLOOR = 1e-6  # of the attended vector, below which the direction shrinks with it
+
+
+def accumulator(*arrays: jax.Array) -> jnp.dtype:
+  """float32, or float64 where an input is."""
+  return jnp.result_type(jnp.float32, *arrays)
+
+
+def positional_logits(null_base: jax.Array, null_slope: jax.Array, len_gain: jax.Array, *, queries: int, keys: int,
+                      window: int | None) -> tuple[jax.Array, jax.Array]:
+  """Temperature and null logit of each query: both (T, H), in float32 or wider.
+
+  Args:
+    null_base, null_slope, len_gain: (H,) raw parameters.
+    queries: T; they are the last T of `keys` positions.
+    keys: S.
+    window: how many keys a query may see; None is all up to its own.
+
+  Returns:
+    ``temp = 1 + softplus(len_gain) log n`` and ``temp * (null_base + softplus(null_slope) sqrt(log(n + 1)))`` with n
+    the number of visible keys (Polar Attention, arXiv 2606.25156).
+  """
+  dtype = accumulator(null_base)
+  visible = jnp.arange(keys - queries + 1, keys + 1, dtype=dtype)[:, None]
+  if window is not None:
+    visible = jnp.minimum(visible, window)
+  temp = 1 + jax.nn.softplus(len_gain.astype(dtype)) * jnp.log(visible)
+  null = null_base.astype(dtype) + jax.nn.softplus(null_slope.astype(dtype)) * jnp.sqrt(jnp.log(visible + 1))
+  return temp, temp * null
+
+
+def normalize(x: jax.Array, floor: jax.Array | float) -> jax.Array:
+  """``x / max(|x|, floor)`` over the last axis, with a zero gradient of the norm below the floor."""
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), floor**2))
+
+
+def magnitude(n_eff: jax.Array, found: jax.Array, mag_beta: jax.Array) -> jax.Array:
+  """``tanh(softplus(mag_beta) log(1 + n_eff * found))``, `found` being the weight on real keys; all (..., H)."""
+  return jnp.tanh(jax.nn.softplus(mag_beta.astype(n_eff.dtype)) * jnp.log1p(n_eff * found))
