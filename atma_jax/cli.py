@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import importlib.machinery
 import importlib.util
+import logging as std_logging
 import pathlib
 import sys
 import types
@@ -92,8 +93,14 @@ def run(main: Callable[[], int | None]) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
+def _of_a_library(record: std_logging.LogRecord) -> bool:
+  """True for what libraries say about their own workings below a warning."""
+  return record.levelno < std_logging.WARNING and any(part in record.pathname for part in ("/orbax/", "/grain/", "/jax/"))
+
+
 def _parse(argv: list[str]) -> list[str]:
   logging.use_absl_handler()
+  logging.get_absl_handler().addFilter(lambda record: not _of_a_library(record))
   logging.set_stderrthreshold("info")
   try:
     return flags.FLAGS(argv)

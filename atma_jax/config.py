@@ -31,7 +31,7 @@ class UserError(Exception):
   """Bad input, told in one line that names the flag, field or file and what is legal. Mains exit with code 2."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)  # modules keep it as a static attribute
 class MemoryConfig:
   """Gated-delta memory (SPEC section 3)."""
 
@@ -40,7 +40,7 @@ class MemoryConfig:
   beta_bias: float = 0.0  # added to the write gate's logit
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
   """The network (SPEC sections 1-4). Defaults are the published 378M size."""
 

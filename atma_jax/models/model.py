@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from flax import nnx
@@ -56,6 +57,7 @@ class Atma(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    config = copy.deepcopy(config)  # the caller's may change; what a module holds must not
     self.config = config
     pattern = tuple(config.block_pattern)
     repeats, rest = divmod(config.num_layers, len(pattern))

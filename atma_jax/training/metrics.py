@@ -1,0 +1,70 @@
+"""Metrics to JSON lines, TensorBoard files and the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+
+from absl import logging
+import tensorboardX
+
+
+class MetricWriter:
+  """Appends records to ``WORKDIR/metrics.jsonl`` and ``WORKDIR/tensorboard``; silent in other processes than the first."""
+
+  def __init__(self, workdir: pathlib.Path, *, first_step: int, active: bool):
+    self._file = self._board = None
+    if not active:
+      return
+    path = workdir / "metrics.jsonl"
+    _drop_after(path, first_step)
+    self._file = path.open("a", buffering=1)
+    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """One record; None values are left out."""
+    if self._file is None:
+      return
+    values = {name: value for name, value in values.items() if value is not None}
+    self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Flushes."""
+    if self._file is not None:
+      self._file.close()
+      self._board.close()
+
+
+def log_progress(step: int, total: int, values: dict[str, float | None]) -> None:
+  """One line with an ETA."""
+  mfu = "" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}"
+  logging.info("step %d/%d  loss %.4f  |g| %.3g  %s tokens/s%s  data wait %.1f%%  ETA %s", step, total, values["loss"],
+               values["grad_norm"], f"{values['tokens_per_second']:,.0f}", mfu, 100 * values["data_wait"],
+               _duration((total - step) * values["seconds_per_step"]))
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+  """Removes records past the step a run resumes from (and a line cut short by a kill), so that none is written twice."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      continue
+    if record["step"] <= step:
+      kept.append(line)
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text("".join(line + "\n" for line in kept))
+  os.replace(temporary, path)
