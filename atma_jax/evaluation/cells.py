@@ -1,0 +1,61 @@
+"""What a suite is made of: cells, each computed as a whole, recorded as a whole and skipped once recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from atma_jax.data.tokenizers import Tokenizer
+from atma_jax.evaluation.records import Measurement
+from atma_jax.evaluation.scoring import Scorer
+
+Progress = Callable[[int], None]  # called with the number of tokens just done
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """Measurements that are computed together.
+
+  Attributes:
+    label: for the progress bar.
+    expected: the (measure, length) of everything that `run` measures.
+    settings: what the numbers depend on besides the checkpoint; JSON-ready. Equal settings mean equal cells.
+    tokens: processed by `run`.
+    run: computes the cell.
+  """
+
+  label: str
+  expected: tuple[tuple[str, int], ...]
+  settings: dict[str, Any]
+  tokens: int
+  run: Callable[[Progress], list[Measurement]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """What suites build their cells from.
+
+  Attributes:
+    documents: held-out documents, each (n,) int32 without end-of-text, the longest first.
+    stream: the validation stream, (n,) int32.
+    lengths: in tokens, ascending.
+  """
+
+  scorer: Scorer
+  tokenizer: Tokenizer
+  documents: list[np.ndarray]
+  stream: np.ndarray
+  lengths: tuple[int, ...]
+  trials: int
+  seed: int
+  min_documents: int
+  stream_windows: int
+
+
+def fingerprint(tokens: np.ndarray) -> str:
+  """Short hash of the text that a cell reads."""
+  return hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()[:16]
