@@ -56,7 +56,8 @@ def test_muon_equals_golden(golden, name, group, stacked, dtype):
       layers = [param[0], -param[1]] if stacked else [param]
       for layer in layers:
         error = np.abs(restore(np.asarray(layer)) - expected).max()
-        assert error < (1e-6 if dtype == "float32" else 1e-14), (i, error)
+        # The schedule is float32: a rate of 0.02 is off by up to 6e-10, three steps of orthogonal updates (entries <= 1).
+        assert error < (1e-6 if dtype == "float32" else 2e-9), (i, error)
 
 
 def test_published_iteration_is_orthogonal_and_quintic_is_close():

@@ -1,0 +1,85 @@
+"""Every implementation of polar attention and gated delta against float64 golden numbers, forward and every gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atma_jax.ops import gated_delta, polar_attention, polar_statistics
+
+IMPLEMENTATIONS = ["reference", "xla"]
+POLAR = ["causal", "gqa", "odd", "one", "sharp", "window"]
+DELTA = ["basic", "odd", "long_horizon"]
+POLAR_NAMES = ("q", "k", "v", "v_null", "null_base", "null_slope", "len_gain", "mag_beta")
+DELTA_NAMES = ("q", "k", "v", "gamma", "beta", "state")
+
+
+def run_polar(file, dtype, implementation):
+  window = None if file["window"] < 0 else int(file["window"])
+
+  def call(*args):
+    return polar_attention(*args[:3], **dict(zip(POLAR_NAMES[3:], args[3:])), window=window, implementation=implementation)
+
+  out, vjp = jax.vjp(call, *(jnp.asarray(file[n], dtype) for n in POLAR_NAMES))
+  return out, vjp((jnp.asarray(file["cot_direction"], dtype), jnp.asarray(file["cot_magnitude"], dtype)))
+
+
+def run_delta(file, dtype, implementation):
+  def call(q, k, v, gamma, beta, state):
+    return gated_delta(q, k, v, log_gamma=jnp.log(gamma), beta=beta, initial_state=state, implementation=implementation)
+
+  out, vjp = jax.vjp(call, *(jnp.asarray(file[n], dtype) for n in DELTA_NAMES))
+  return out, vjp((jnp.asarray(file["cot_readout"], dtype), jnp.asarray(file["cot_state"], dtype)))
+
+
+def check(actual, expected, tolerance):
+  """Errors relative to the largest entry of each array (or to 1, if that is smaller)."""
+  for value, wanted in zip(actual, expected, strict=True):
+    error = np.abs(np.asarray(value) - wanted).max() / max(1.0, np.abs(wanted).max())
+    assert error < tolerance, error
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", POLAR)
+def test_polar_float32(golden, case, implementation):
+  file = golden(f"polar_{case}.npz")
+  with jax.default_matmul_precision("highest"):
+    out, gradients = run_polar(file, jnp.float32, implementation)
+  check(out, (file["direction"], file["magnitude"]), 1e-5)
+  # Sharp logits reach |score| * temp of hundreds: exp turns their rounding, 2^-24 * 300, into 2e-5 of each weight, and the
+  # length gain's gradient multiplies by the score again.
+  check(gradients, [file[f"grad_{n}"] for n in POLAR_NAMES], 5e-3 if case == "sharp" else 2e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", POLAR)
+def test_polar_float64(golden, case, implementation, x64):
+  file = golden(f"polar_{case}.npz")
+  out, gradients = run_polar(file, jnp.float64, implementation)
+  tolerance = 1e-5 if case == "sharp" else 1e-12  # the sharp file was rounded where a weight underflows
+  check(out, (file["direction"], file["magnitude"]), tolerance)
+  check(gradients, [file[f"grad_{n}"] for n in POLAR_NAMES], tolerance)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_polar_statistics(golden, implementation):
+  file = golden("polar_window.npz")
+  arguments = {n: jnp.asarray(file[n], jnp.float32) for n in POLAR_NAMES}
+  with jax.default_matmul_precision("highest"):
+    stats = polar_statistics(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments,
+                             window=int(file["window"]), implementation=implementation)
+  np.testing.assert_allclose(stats["n_eff"], file["n_eff"], rtol=1e-4)
+  np.testing.assert_allclose(stats["w_null"], file["w_null"], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", DELTA)
+def test_gated_delta(golden, case, implementation, dtype, tolerance):
+  file = golden(f"gated_delta_{case}.npz")
+  with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+    out, gradients = run_delta(file, dtype, implementation)
+    check(out, (file["readout"], file["final_state"]), tolerance)
+    check(gradients, [file[f"grad_{n}"] for n in DELTA_NAMES], tolerance)

@@ -1,0 +1,166 @@
+"""Laws of the streamed ops: block and chunk sizes, merging, windows, extremes, causality, bfloat16, no stored logits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atma_jax.ops import cross_entropy, gated_delta, polar_attention, short_conv, softmax_attention, streaming, token_losses
+from atma_jax.ops.gated_delta import chunked
+from atma_jax.ops.polar_attention import xla
+
+
+def inputs(T=37, S=None, H=4, K=2, D=8, B=2, scale=1.0, dtype=jnp.float32, seed=0):
+  rng = np.random.default_rng(seed)
+  S = T if S is None else S
+  q, k, v = (jnp.asarray(rng.normal(size=s), dtype) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, D)))
+  raw = {"v_null": rng.normal(size=(H, D))} | {n: rng.normal(size=H) for n in ("null_base", "null_slope", "len_gain", "mag_beta")}
+  return (q * scale, k * scale, v), {n: jnp.asarray(x, jnp.float32) for n, x in raw.items()}
+
+
+@pytest.mark.parametrize("T, S, window", [(1, 1, None), (1, 40, None), (7, 40, 5), (37, 37, 1), (37, 37, 20), (33, 70, None)])
+def test_xla_equals_reference(T, S, window):
+  (q, k, v), raw = inputs(T, S)
+
+  def loss(implementation):
+    def call(q, k, v, raw):
+      direction, magnitude = polar_attention(q, k, v, **raw, window=window, implementation=implementation)
+      return jnp.sum(jnp.sin(direction)) + jnp.sum(magnitude**2)
+    return jax.value_and_grad(call, argnums=(0, 1, 2, 3))(q, k, v, raw)
+
+  (a, da), (b, db) = loss("reference"), loss("xla")
+  np.testing.assert_allclose(a, b, rtol=1e-5)
+  for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 11])
+def test_block_size_does_not_matter(window):
+  (q, k, v), raw = inputs(50)
+  whole, _ = xla.polar_attention(q, k, v, **raw, window=window)
+  blocked, _ = xla.polar_attention(q, k, v, **raw, window=window, block=16)
+  np.testing.assert_allclose(whole, blocked, atol=2e-6)
+
+
+def test_merging_disjoint_keys_is_exact():
+  (q, k, v), _ = inputs(1, 40)
+  temp = jnp.ones((1, 4))
+  whole = streaming.statistics(q, k, v, temp, scale=0.3, window=None)
+  parts = [streaming.statistics(q, k[:, s], v[:, s], temp, scale=0.3, window=None) for s in (slice(0, 13), slice(13, 40))]
+  for merged in (streaming.merge(*parts), streaming.merge(*parts[::-1])):
+    for a, b in zip(whole, merged, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("T, window", [(1, None), (40, None), (40, 1)])
+def test_extreme_logits_stay_finite(implementation, T, window):
+  (q, k, v), raw = inputs(T, scale=60.0)  # scores of the order of 1e4
+
+  def loss(q, k, v, raw):
+    direction, magnitude = polar_attention(q, k, v, **raw, window=window, implementation=implementation)
+    return jnp.sum(direction) + jnp.sum(magnitude)
+
+  value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(q, k, v, raw)
+  assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_bfloat16_is_within_its_rounding():
+  (q, k, v), raw = inputs(64, D=32, dtype=jnp.bfloat16)
+  direction, magnitude = polar_attention(q, k, v, **raw, implementation="xla")
+  wide = [x.astype(jnp.float32) for x in (q, k, v)]
+  oracle, oracle_magnitude = polar_attention(*wide, **raw, implementation="reference")
+  assert direction.dtype == jnp.bfloat16 and magnitude.dtype == jnp.float32
+  # Weights and output are each rounded to 8 bits once: 2 * 2^-9 of a unit vector, doubled.
+  assert np.abs(np.asarray(direction, np.float32) - oracle).max() < 8e-3
+  np.testing.assert_allclose(magnitude, oracle_magnitude, atol=1e-3)
+
+
+def test_bitwise_repeat():
+  (q, k, v), raw = inputs(40)
+  call = jax.jit(jax.grad(lambda q: jnp.sum(polar_attention(q, k, v, **raw)[0])))
+  assert np.array_equal(call(q), call(q))
+
+
+def test_softmax_equals_the_formula():
+  (q, k, v), _ = inputs(21, 30)
+  for window in (None, 6):
+    scores = jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, 2, 2)) * 0.2
+    distance = jnp.arange(9, 30)[:, None] - jnp.arange(30)
+    visible = (distance >= 0) & (distance < (window or 30))
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), -1)
+    expected = jnp.einsum("bhts,bshd->bthd", weights, jnp.repeat(v, 2, 2))
+    np.testing.assert_allclose(softmax_attention(q, k, v, scale=0.2, window=window), expected, atol=2e-6)
+
+
+def delta_inputs(T, B=2, H=2, D=8):
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(B, T, H, D)) for _ in range(3))
+  q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+  k[:, 1::3] = k[:, :1]  # repeated keys are the hard case of the triangular solve
+  gates = {"log_gamma": np.log(rng.uniform(0.8, 1, (B, T, H))), "beta": rng.uniform(0, 1, (B, T, H))}
+  return [jnp.asarray(x, jnp.float32) for x in (q, k, v)], {n: jnp.asarray(x, jnp.float32) for n, x in gates.items()}
+
+
+@pytest.mark.parametrize("T", [1, 8, 65, 130])
+def test_chunked_equals_stepwise(T):
+  arrays, gates = delta_inputs(T)
+  for a, b in zip(gated_delta(*arrays, **gates, implementation="reference"),
+                  gated_delta(*arrays, **gates, implementation="xla"), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_chunk_size_and_split_sequence():
+  arrays, gates = delta_inputs(70)
+  zero = jnp.zeros((2, 2, 8, 8))
+  whole, final = chunked.gated_delta(*arrays, **gates, initial_state=zero)
+  small, _ = chunked.gated_delta(*arrays, **gates, initial_state=zero, chunk=16)
+  np.testing.assert_allclose(whole, small, atol=1e-5)
+  head = [x[:, :29] for x in arrays], {n: x[:, :29] for n, x in gates.items()}
+  tail = [x[:, 29:] for x in arrays], {n: x[:, 29:] for n, x in gates.items()}
+  first, state = gated_delta(*head[0], **head[1])
+  second, state = gated_delta(*tail[0], **tail[1], initial_state=state)
+  np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-5)
+  np.testing.assert_allclose(state, final, atol=1e-5)
+
+
+def test_short_conv_is_the_shifted_sum():
+  x = jnp.arange(1.0, 6.0).reshape(1, 5, 1)
+  np.testing.assert_allclose(short_conv(x, jnp.asarray([[100.0], [10.0], [1.0]]))[0, :, 0], [1, 12, 123, 234, 345])
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [4, 7, 64])
+def test_cross_entropy_equals_the_formula(z_loss, chunk):
+  rng = np.random.default_rng(0)
+  hidden, kernel, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 19, 6), (6, 11), (11,)))
+  targets, weights = jnp.asarray(rng.integers(0, 11, (2, 19))), jnp.asarray(rng.uniform(size=(2, 19)), jnp.float32)
+
+  def naive(hidden, kernel, bias):
+    z = hidden @ kernel + bias
+    logits = 5 * z / jnp.sqrt(z * z + 25)
+    lse = jax.nn.logsumexp(logits, -1)
+    nll = lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return 3 * jnp.sum(weights * (nll + z_loss * lse**2))
+
+  def ours(*args):
+    return 3 * cross_entropy(*args, targets, weights, cap=5.0, z_loss=z_loss, chunk=chunk)[0]
+
+  a, b = (jax.value_and_grad(f, argnums=(0, 1, 2))(hidden, kernel, bias) for f in (naive, ours))
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+  losses = token_losses(hidden, kernel, bias, targets, cap=5.0, chunk=chunk)
+  np.testing.assert_allclose(3 * jnp.sum(weights * losses), ours(hidden, kernel, bias) if not z_loss else naive(
+    hidden, kernel, bias) - 3 * z_loss * cross_entropy(hidden, kernel, bias, targets, weights, cap=5.0, z_loss=0.0,
+                                                       chunk=chunk)[1], rtol=1e-5)
+
+
+def test_full_logits_never_exist():
+  B, T, C, V = 2, 96, 4, 131
+  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, T, C), (C, V), (V,))]
+  targets, weights = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
+  call = jax.grad(lambda *a: cross_entropy(*a, targets, weights, cap=5.0, z_loss=0.0, chunk=16)[0], argnums=(0, 1, 2))
+  text = jax.jit(call).lower(*shapes).as_text()
+  assert "2x16x131xf32" in text and "2x96x131" not in text
