@@ -40,15 +40,15 @@ def test_xla_equals_reference(T, S, window):
 def test_block_size_does_not_matter(window):
   (q, k, v), raw = inputs(50)
   whole, _ = xla.polar_attention(q, k, v, **raw, window=window)
-  blocked, _ = xla.polar_attention(q, k, v, **raw, window=window, block=16)
+  blocked, _ = xla.polar_attention(q, k, v, **raw, window=window, block_q=16, block_k=8)
   np.testing.assert_allclose(whole, blocked, atol=2e-6)
 
 
 def test_merging_disjoint_keys_is_exact():
   (q, k, v), _ = inputs(1, 40)
-  temp = jnp.ones((1, 4))
-  whole = streaming.statistics(q, k, v, temp, scale=0.3, window=None)
-  parts = [streaming.statistics(q, k[:, s], v[:, s], temp, scale=0.3, window=None) for s in (slice(0, 13), slice(13, 40))]
+  scale = jnp.full((1, 4), 0.3)
+  whole = streaming.attention_statistics(q, k, v, scale)
+  parts = [streaming.attention_statistics(q, k[:, s], v[:, s], scale) for s in (slice(0, 13), slice(13, 40))]
   for merged in (streaming.merge(*parts), streaming.merge(*parts[::-1])):
     for a, b in zip(whole, merged, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

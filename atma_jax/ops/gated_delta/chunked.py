@@ -1,11 +1,15 @@
-"""The gated delta rule by chunks: triangular solves for all chunks at once, then a scan that carries the state.
+"""The gated delta rule in chunks: everything inside a chunk in parallel, only the state from chunk to chunk in turn.
 
-With ``g_p`` the product of the decays up to and including step p of a chunk and ``D[p, s] = (g_p / g_s) k_p.k_s`` for s < p,
-``(I + diag(beta) D) U = diag(beta) (V - diag(g) K M_0^T)``; U splits into a part of the inputs and a part linear in the
-carry, so that one solve serves both (arXiv 2606.25156). Decays are kept as logarithms and only ratios are exponentiated.
+Within a chunk of n steps, with ``g_p`` the product of the decays up to p and M the state before it, the writes solve
+the unit lower-triangular system ``(I + diag(beta) D) U = diag(beta) (V - diag(g) K M^T)``, where
+``D[p, s] = (g_p / g_s) k_p.k_s`` for s < p. With X its inverse, ``U = X diag(beta) V - X diag(beta g) K M^T`` is affine
+in M. Decay enters through differences of logarithms only.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,41 +17,130 @@ import jax.numpy as jnp
 CHUNK = 64
 
 
+class _Chunks(NamedTuple):
+  """What the chunks say without knowing their states; leading axes (N, B, H), N the number of chunks."""
+
+  writes: jax.Array  # (n, Dv) U for a zero state
+  erases: jax.Array  # (n, D) U falls by erases M^T
+  keys: jax.Array  # (n, D) k_s g_n / g_s
+  decay: jax.Array  # () g_n
+  queries: jax.Array  # (n, D) g_p q_p
+  attention: jax.Array  # (n, n) g_p / g_s k_s.q_p for s <= p
+
+
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
                 initial_state: jax.Array, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.gated_delta`; `chunk` steps are solved together."""
-  B, T, H, _ = q.shape
-  wide = initial_state.dtype
-  chunk = min(chunk, -(-T // 8) * 8)
-  chunks = -(-T // chunk)
+  """See `atma_jax.ops.gated_delta`; saves its inputs and one state per chunk for the backward pass."""
+  T = q.shape[1]
+  chunk = min(chunk, 1 << (T - 1).bit_length())
+  count = -(-T // chunk)
 
-  def split(x: jax.Array) -> jax.Array:
-    """(B, T, H, ...) -> (chunks, B, H, chunk, ...); padding decays nothing and writes nothing."""
-    x = jnp.pad(x.astype(wide), ((0, 0), (0, chunks * chunk - T)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(B, chunks, chunk, *x.shape[2:])
-    return jnp.moveaxis(jnp.moveaxis(x, 3, 2), 1, 0)
+  def cut(x):  # (B, T, H, ...) -> (N, B, H, n, ...); a padded step has gamma 1 and beta 0 and leaves the state alone
+    x = jnp.pad(x, ((0, 0), (0, count * chunk - T), *((0, 0),) * (x.ndim - 2)))
+    x = x.reshape(x.shape[0], count, chunk, *x.shape[2:])
+    return jnp.moveaxis(x, (1, 3), (0, 2))
 
-  q, k, v_, log_gamma, beta = (split(x) for x in (q, k, v, log_gamma, beta))
+  dtype = initial_state.dtype
+  inputs = (*map(cut, (q, k, v)), cut(log_gamma.astype(dtype)), cut(beta.astype(dtype)))
+  readout, final_state = _run(inputs, initial_state)
+  readout = jnp.moveaxis(readout, (0, 2), (1, 3))
+  return readout.reshape(v.shape[0], -1, *v.shape[2:])[:, :T].astype(v.dtype), final_state
+
+
+@jax.custom_vjp
+def _run(inputs, initial_state):
+  chunks = _within(inputs)
+  final_state, states = jax.lax.scan(_carry, initial_state, chunks)
+  return _read(chunks, states), final_state
+
+
+def _run_fwd(inputs, initial_state):
+  chunks = _within(inputs)
+  final_state, states = jax.lax.scan(_carry, initial_state, chunks)
+  return (_read(chunks, states), final_state), (inputs, states)
+
+
+def _run_bwd(residuals, cotangents):
+  inputs, states = residuals
+  dreadout, dfinal_state = cotangents
+  chunks, within_vjp = jax.vjp(_within, inputs)
+  dchunks, dstates = jax.vjp(_read, chunks, states)[1](dreadout)
+
+  def step(dstate, inputs):
+    state, chunk, from_read = inputs
+    dcarry, dchunk = jax.vjp(lambda s, c: _carry(s, c)[0], state, chunk)[1](dstate)
+    return dcarry + from_read, dchunk
+
+  dinitial_state, from_carry = jax.lax.scan(step, dfinal_state, (states, chunks, dstates), reverse=True)
+  return *within_vjp(jax.tree.map(jnp.add, dchunks, from_carry)), dinitial_state
+
+
+_run.defvjp(_run_fwd, _run_bwd)
+
+
+def _within(inputs) -> _Chunks:
+  """All chunks at once: q, k (N, B, H, n, D), v (N, B, H, n, Dv), log_gamma and beta (N, B, H, n)."""
+  q, k, v, log_gamma, beta = inputs
+  dtype = log_gamma.dtype
   log_g = jnp.cumsum(log_gamma, axis=-1)
-  causal = jnp.tril(jnp.ones((chunk, chunk), bool))
-  ratio = jnp.exp(jnp.where(causal, log_g[..., :, None] - log_g[..., None, :], -jnp.inf))  # g_p / g_s for s <= p
+  difference = log_g[..., :, None] - log_g[..., None, :]
+  n = difference.shape[-1]
+  causal = jnp.tri(n, dtype=bool)
+  ratio = jnp.exp(jnp.where(causal, difference, -jnp.inf))  # masked first: g_p / g_s overflows for s > p
+  dots = jnp.einsum("...pd,...sd->...ps", k, k, preferred_element_type=dtype)
+  inverse = _unit_lower_inverse(jnp.where(jnp.tri(n, k=-1, dtype=bool), beta[..., None] * ratio * dots, 0))
   g = jnp.exp(log_g)[..., None]
-  to_end = jnp.exp(log_g[..., -1:] - log_g)[..., None]  # g_n / g_s
+  beta = beta[..., None]
+  return _Chunks(
+    writes=inverse @ (beta * v),
+    erases=inverse @ (beta * g * k),
+    keys=jnp.exp(log_g[..., -1:] - log_g)[..., None] * k,
+    decay=g[..., -1, 0],
+    queries=g * q,
+    attention=ratio * jnp.einsum("...pd,...sd->...ps", q, k, preferred_element_type=dtype),
+  )
 
-  strict = jnp.tril(beta[..., None] * ratio * (k @ k.mT), -1)
-  right = beta[..., None] * jnp.concatenate([v_, g * k], axis=-1)
-  solved = jax.lax.linalg.triangular_solve(strict + jnp.eye(chunk, dtype=wide), right, left_side=True, lower=True,
-                                           unit_diagonal=True)
-  u_inputs, u_carry = jnp.split(solved, [v_.shape[-1]], axis=-1)  # U = u_inputs - u_carry M_0^T
-  read = ratio * (q @ k.mT)
 
-  def step(state: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    u_inputs, u_carry, read, q_decayed, k_to_end, g_end = inputs
-    u = u_inputs - u_carry @ state.mT
-    readout = q_decayed @ state.mT + read @ u
-    return g_end * state + u.mT @ k_to_end, readout
+def _carry(state: jax.Array, chunk: _Chunks) -> tuple[jax.Array, jax.Array]:
+  """The state (B, H, Dv, D) after a chunk, and the one before it."""
+  writes = _writes(chunk, state)
+  after = chunk.decay[..., None, None] * state + jnp.einsum("...nv,...nd->...vd", writes, chunk.keys)
+  return after, state
 
-  per_chunk = (u_inputs, u_carry, read, g * q, to_end * k, g[..., -1:, :])
-  state, readout = jax.lax.scan(step, initial_state, per_chunk)
-  readout = jnp.moveaxis(jnp.moveaxis(readout, 0, 1), 2, 3).reshape(B, chunks * chunk, H, -1)[:, :T]
-  return readout.astype(v.dtype), state
+
+def _read(chunks: _Chunks, states: jax.Array) -> jax.Array:
+  """Readouts (N, B, H, n, Dv) of all chunks from the states before them."""
+  return jnp.einsum("...nd,...vd->...nv", chunks.queries, states) + chunks.attention @ _writes(chunks, states)
+
+
+def _writes(chunk: _Chunks, state: jax.Array) -> jax.Array:
+  return chunk.writes - jnp.einsum("...nd,...vd->...nv", chunk.erases, state)
+
+
+@jax.custom_vjp
+def _unit_lower_inverse(lower: jax.Array) -> jax.Array:
+  """Inverse of ``I + lower``, lower (..., n, n) strictly lower triangular and n a power of two.
+
+  By halves, ``[[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]``: log2 n rounds of matrix products on every
+  platform, and as stable as substitution, which a product of powers of `lower` is not when keys repeat.
+  """
+  n = lower.shape[-1]
+  if n == 1:
+    return jnp.ones_like(lower)
+  h = n // 2
+  corner = lower[..., h:, :h]
+  a, b = jnp.unstack(_unit_lower_inverse(jnp.stack([lower[..., :h, :h], lower[..., h:, h:]])))
+  top = jnp.concatenate([a, jnp.zeros_like(a)], axis=-1)
+  return jnp.concatenate([top, jnp.concatenate([-(b @ (corner @ a)), b], axis=-1)], axis=-2)
+
+
+def _unit_lower_inverse_fwd(lower: jax.Array) -> tuple[jax.Array, jax.Array]:
+  inverse = _unit_lower_inverse(lower)
+  return inverse, inverse
+
+
+def _unit_lower_inverse_bwd(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+  return (-(inverse.mT @ cotangent @ inverse.mT),)
+
+
+_unit_lower_inverse.defvjp(_unit_lower_inverse_fwd, _unit_lower_inverse_bwd)

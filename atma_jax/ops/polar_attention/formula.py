@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from atma_jax.ops.streaming import Statistics
+
 NORM_FLOOR = 1e-6  # of the attended vector, below which the direction shrinks with it
 
 
@@ -44,3 +46,40 @@ def normalize(x: jax.Array, floor: jax.Array | float) -> jax.Array:
 def magnitude(n_eff: jax.Array, found: jax.Array, mag_beta: jax.Array) -> jax.Array:
   """``tanh(softplus(mag_beta) log(1 + n_eff * found))``, `found` being the weight on real keys; all (..., H)."""
   return jnp.tanh(jax.nn.softplus(mag_beta.astype(n_eff.dtype)) * jnp.log1p(n_eff * found))
+
+
+def finalise(statistics: Statistics, null: jax.Array, v_null: jax.Array,
+             mag_beta: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Folds the null in and reads off the outputs.
+
+  Every exponential is taken relative to the larger of M and the null logit, so neither can overflow the other; the
+  participation ratio ``L^2 / Q`` needs no null and is taken before any rescaling can underflow.
+
+  Args:
+    statistics: over all visible keys.
+    null: (T, H) null logits.
+    v_null: (H, D).
+    mag_beta: (H,).
+
+  Returns:
+    direction (B, T, H, D), ``(S + p_null v_null)`` over max(its norm, 1e-6 Z); magnitude (B, T, H), with
+    ``m = L^2 / Q * L / Z`` and ``Z = L + p_null``.
+  """
+  M, L, Q, S = statistics
+  real, p_null = _shares(M, null)
+  Z = real * L + p_null
+  attended = real[..., None] * S + p_null[..., None] * v_null.astype(S.dtype)
+  return normalize(attended, NORM_FLOOR * Z[..., None]), magnitude(L * L / Q, real * L / Z, mag_beta)
+
+
+def weight_found(statistics: Statistics, null: jax.Array) -> jax.Array:
+  """(B, T, H) weight on real keys, which is one less that of the null."""
+  real, p_null = _shares(statistics.M, null)
+  return real * statistics.L / (real * statistics.L + p_null)
+
+
+def _shares(M: jax.Array, null: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """exp(M) and exp(null) over the larger of the two; M is a constant of the streaming form."""
+  M = jax.lax.stop_gradient(M)
+  top = jax.lax.stop_gradient(jnp.maximum(M, null))
+  return jnp.exp(M - top), jnp.exp(null - top)
