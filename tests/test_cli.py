@@ -15,6 +15,7 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 DEBUG = "--config=configs/debug.py"
+OUTPUT = {"train": "--workdir", "prepare_data": "--directory"}
 
 SERVER = """
 import json, os, runpy, sys
@@ -117,10 +118,11 @@ def test_recipe_is_required_and_found(main, tmp_path, name):
   """No recipe, an absent one, and one that does not parse."""
   (tmp_path / "broken.py").write_text("def get_config(:\n")
   (tmp_path / "empty.py").write_text("")
-  assert_one_line(main(name, f"--workdir={tmp_path}"), "--config")
-  assert_one_line(main(name, "--config=configs/absent.py", f"--workdir={tmp_path}"), "configs/absent.py")
-  assert_one_line(main(name, f"--config={tmp_path}/broken.py", f"--workdir={tmp_path}"), "broken.py")
-  assert_one_line(main(name, f"--config={tmp_path}/empty.py", f"--workdir={tmp_path}"), "empty.py", "get_config")
+  output = f"{OUTPUT[name]}={tmp_path}"
+  assert_one_line(main(name, output), "--config")
+  assert_one_line(main(name, "--config=configs/absent.py", output), "configs/absent.py")
+  assert_one_line(main(name, f"--config={tmp_path}/broken.py", output), "broken.py")
+  assert_one_line(main(name, f"--config={tmp_path}/empty.py", output), "empty.py", "get_config")
 
 
 def test_workdir_is_required(main):
@@ -132,8 +134,8 @@ def test_workdir_is_required(main):
 def test_missing_data(main, tmp_path, name):
   """A glob without files is named, with the field it stands in."""
   sources = f"--config.data.sources=('text:{tmp_path}/absent/*.txt',)"
-  assert_one_line(main(name, DEBUG, sources, "--config.data.weights=(1.0,)", f"--workdir={tmp_path}/run"),
-                  "data.sources", f"{tmp_path}/absent/*.txt")
+  assert_one_line(main(name, DEBUG, sources, "--config.data.weights=(1.0,)",
+                       f"{OUTPUT[name]}={tmp_path}/run"), "data.sources", f"{tmp_path}/absent/*.txt")
 
 
 def test_unknown_source(main, tmp_path):
@@ -186,7 +188,7 @@ def test_evaluate_flags(main, trained, tmp_path):
   assert_one_line(main("evaluate", f"--checkpoint={tmp_path}/absent", "--suite=loss", output), f"{tmp_path}/absent")
   assert_one_line(main("evaluate", checkpoint, "--step=7", "--suite=loss", output), "7", "1")
   assert_one_line(main("evaluate", checkpoint, "--suite=loss,neddle", output), "neddle", "loss", "needle")
-  assert_one_line(main("evaluate", checkpoint, "--suite=loss", "--lengths=long", output), "lengths", "long")
+  assert_one_line(main("evaluate", checkpoint, "--suite=loss", "--multiples=long", output), "multiples", "long")
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "prepare_data"])
