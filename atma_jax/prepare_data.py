@@ -3,7 +3,7 @@
     python -m atma_jax.prepare_data --config=configs/quickstart.py --directory=DIR
 
 Runs in parallel processes with a progress bar. Killed at any moment, it goes on from the last whole shard when started
-again and ends with the same bytes; started once more it says that nothing is left to do.
+again and ends with the same bytes; a finished directory is only described.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from atma_jax.data.prepare import prepare
 
 _CONFIG = cli.define_config_flag()
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where to write; default is config.data.directory.")
-_WORKERS = flags.DEFINE_integer("workers", None, "Processes; default is one a core, 1 works in this one.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", None, "Processes; default is one a core.", lower_bound=1)
 
 
 def main() -> None:
   config = _CONFIG.value
-  if config is None:
-    raise UserError("--config is missing: name a recipe, e.g. --config=configs/quickstart.py")
   config.validate()
   directory = _DIRECTORY.value or config.data.directory
   if not directory:

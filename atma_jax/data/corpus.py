@@ -66,7 +66,8 @@ class TextCorpus:
     files = list(enumerate(self.files))
     chunks = [files[start:start + _FILES_PER_SCAN] for start in range(0, len(files), _FILES_PER_SCAN)]
     report = self.report
-    with tqdm(total=len(files), desc=f"scan {self.source}", unit=" files", mininterval=0.5, disable=not progress) as bar:
+    with tqdm(total=len(files), desc=f"scan {self.source}", unit=" files", mininterval=0.5,
+              disable=not progress) as bar:
       for chunk, (entries, problems, skipped) in zip(chunks, pool.map(chunks)):
         for entry in entries:
           if entry.digest not in seen:
@@ -174,10 +175,12 @@ class ReadyTokens:
       return
     last = self.shards[-1]
     tokens = last.open()
-    ends = last.tokens // 2 + np.flatnonzero(tokens[last.tokens // 2:] == eot_id)
+    half = last.tokens // 2
+    ends = half + np.flatnonzero(tokens[half:-1] == eot_id)
     if not len(ends):
       raise UserError(f"{last.path} has no end-of-text token {eot_id} in its last half, so no documents to evaluate "
-                      "on: check config.data.tokenizer, or set config.data.validation_documents and heldout_documents to 0")
+                      "on: check config.data.tokenizer, or set config.data.validation_documents and "
+                      "config.data.heldout_documents to 0")
     starts = ends[-_RESERVE * (heldout + validation):] + 1
     self._train_tokens[-1] = int(starts[0])
     documents = []

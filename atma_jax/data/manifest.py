@@ -11,8 +11,8 @@ from typing import Any
 from atma_jax.config import DataConfig, UserError
 from atma_jax.data import sources
 from atma_jax.data.files import read_json
-from atma_jax.data.shards import open_shard, Shard, TokenStream
-from atma_jax.data.tokenizers import load_tokenizer, Tokenizer
+from atma_jax.data.shards import Shard, TokenStream, open_shard
+from atma_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"

@@ -78,8 +78,9 @@ def _spaced(value: str | np.ndarray) -> str:
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
-_WORDS = ("amber birch cedar delta ember falcon garnet harbor indigo jasper kestrel lantern maple nectar onyx pepper "
-          "quartz raven saffron timber umber velvet willow yarrow zephyr").split()
+_WORDS = ("amber", "birch", "cedar", "delta", "ember", "falcon", "garnet", "harbor", "indigo", "jasper", "kestrel",
+          "lantern", "maple", "nectar", "onyx", "pepper", "quartz", "raven", "saffron", "timber", "umber", "velvet",
+          "willow", "yarrow", "zephyr")
 # Half of the records are worded like the evaluation's needle; the others keep the skill from clinging to one sentence.
 _PHRASINGS = ((CUE, 0.5), (" The special magic {word} number is", 0.1), (" Locker {key} opens with", 0.1),
               (" # pin of {word} {short}:", 0.1), (" The pass phrase of {word} {short} reads", 0.1),
@@ -93,34 +94,32 @@ def recall_document(filler: str, *, reach: int, rng: np.random.Generator) -> str
   """One recall document: short records dropped into real text, each asked for again one to four times.
 
   This is practice material, not natural text: it exists so that a small model learns within a few million tokens to
-  fetch a value it has seen once. Gaps between a record and its question, and between questions, are drawn
+  fetch a value it has seen once. Gaps of real text between a record and its question, and between questions, are drawn
   log-uniformly up to `reach`, so most are short and some span the whole training length. One to three records are
   alive at a time; when one has been asked for often enough another takes its place. Half of them are worded like the
-  evaluation's needle; keys are never the evaluation's.
+  evaluation's needle; keys are never the evaluation's. About half of the tokens are filler.
 
   Args:
     filler: real text; it is used up in order, cut at white space.
     reach: longest gap, in characters (what the training length holds).
     rng: decides everything else.
   """
-  parts, used, written = [], 0, 0
-  # A live record: (characters written when it is due, its slot, cue, value, questions left). 0 left: state a new one.
+  parts, used = [], 0
+  # A live record: (filler used when it is due, its slot, cue, value, questions left). None left: state a new one.
   due = [(0 if slot == 0 else _gap(rng, reach), slot, "", "", 0) for slot in range(rng.choice(_LIVE_RECORDS))]
   while used < len(filler):
     when, slot, cue, value, left = heapq.heappop(due)
-    if when > written:
-      end = _next_space(filler, used + when - written)
+    if when > used:
+      end = _next_space(filler, when)
       parts.append(filler[used:end])
-      written += end - used
       used = end
-    if left == 0:
+    if left:
+      left -= 1
+    else:
       cue, value = _draw_cue(rng), _spaced(rng.integers(0, 10, VALUE_DIGITS))
       left = rng.integers(1, _MOST_QUESTIONS + 1)
-    else:
-      left -= 1
     parts.append(cue + value)
-    written += len(parts[-1])
-    heapq.heappush(due, (written + _gap(rng, reach), slot, cue, value, left))
+    heapq.heappush(due, (used + _gap(rng, reach), slot, cue, value, left))
   return "".join(parts)
 
 

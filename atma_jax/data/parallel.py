@@ -19,11 +19,11 @@ class Pool:
   """Applies one picklable function, sent to each process once, to many items; results come in order."""
 
   def __init__(self, workers: int | None, function: Callable[[Any], Any]):
-    self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    self._workers = _cores() if workers is None else workers
     self._function = function
     self._executor = None
 
-  def __enter__(self) -> "Pool":
+  def __enter__(self) -> Pool:
     if self._workers > 1:
       self._executor = concurrent.futures.ProcessPoolExecutor(
           self._workers, multiprocessing.get_context("spawn"), _start_worker, (self._function,))
@@ -44,6 +44,10 @@ class Pool:
     while pending:
       yield pending.popleft().result()
       pending.extend(self._executor.submit(_call, item) for item in itertools.islice(items, 1))
+
+
+def _cores() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _start_worker(function: Callable[[Any], Any]) -> None:

@@ -58,7 +58,7 @@ class TrainingData:
   def __init__(self, config: DataConfig, directory: str | os.PathLike, *, process_index: int = 0,
                process_count: int = 1):
     if config.batch_size % process_count:
-      raise UserError(f"config.data.batch_size={config.batch_size}: must be a multiple of the {process_count} processes")
+      raise UserError(f"config.data.batch_size={config.batch_size}: must be a multiple of {process_count} processes")
     directory = pathlib.Path(directory)
     self.manifest = load_manifest(directory)
     check_settings(self.manifest.settings, settings_of(config), directory)
@@ -87,8 +87,8 @@ class TrainingData:
   def set_state(self, state: dict[str, Any]) -> None:
     """Continues where `get_state` was called, with any number of processes and any batch size."""
     if state["manifest"] != self._fingerprint:
-      raise UserError("the checkpoint was trained on other prepared data than config.data.directory now holds: name the "
-                      "directory it was trained on")
+      raise UserError("config.data.directory: the checkpoint was trained on other prepared data than it now holds; "
+                      "name the directory it was trained on")
     self.close()
     self._next_sequence = state["next_sequence"]
 

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from atma_jax.config import DataConfig, UserError
 from atma_jax.data import needles, sources, tokenizers
-from atma_jax.data.corpus import Entry, EvaluationDocument, ReadyTokens, scan_files, split_corpora, TextCorpus
+from atma_jax.data.corpus import Entry, EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
 from atma_jax.data.files import read_json, write_json
-from atma_jax.data.manifest import check_settings, load_manifest, Manifest, MANIFEST, settings_of, TOKENIZER
+from atma_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, check_settings, load_manifest, settings_of
 from atma_jax.data.near_duplicates import EvaluationLines
 from atma_jax.data.parallel import Pool
 from atma_jax.data.shards import token_dtype, write_shard
@@ -122,15 +122,16 @@ def _exclusive(directory: pathlib.Path) -> Iterator[None]:
     return
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / ".lock", "wb")
+    lock = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT)
   except OSError as error:
     raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise UserError(f"{directory} is being prepared by another process: wait for it, or name another") from error
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     yield
+  except BlockingIOError as error:
+    raise UserError(f"{directory} is being prepared by another process: wait for it, or name another") from error
+  finally:
+    os.close(lock)
 
 
 def _open_sources(config: DataConfig) -> tuple[dict[str, TextCorpus], dict[str, ReadyTokens]]:
@@ -226,13 +227,14 @@ class _Encoder:
 
 def _recall_groups(entries: Sequence[Entry], size: int) -> list[list[Entry]]:
   """Consecutive documents in groups of at least `size` bytes; what is left over at the end makes a smaller group."""
-  groups, current = [], []
+  groups, filled = [], size
   for entry in entries:
-    current.append(entry)
-    if sum(member.size for member in current) >= size:
-      groups.append(current)
-      current = []
-  return [*groups, current] if current else groups
+    if filled >= size:
+      groups.append([])
+      filled = 0
+    groups[-1].append(entry)
+    filled += entry.size
+  return groups
 
 
 def _batches(corpus: TextCorpus, groups: Sequence[list[Entry]], kind: str) -> Iterator[list[_Parts]]:

@@ -70,7 +70,7 @@ class ByteTokenizer(Tokenizer):
 
   def decode(self, ids: Sequence[int]) -> str:
     ids = np.asarray(ids, np.int64)
-    return ids[ids != self.eot_id].astype(np.uint8).tobytes().decode(errors="replace")
+    return ids[ids < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
   def to_bytes(self) -> bytes:
     return b""

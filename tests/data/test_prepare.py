@@ -1,0 +1,296 @@
+"""Preparing: disjoint splits, the same bytes however it ran, every refusal in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+
+import numpy as np
+import pytest
+
+from atma_jax.config import DataConfig, UserError
+from atma_jax.data import prepare as prepare_module
+from atma_jax.data.manifest import load_manifest, load_prepared_tokenizer, open_stream
+from atma_jax.data.prepare import prepare
+from atma_jax.data.shards import open_shard, token_dtype, write_shard
+from tests.data.conftest import make_text
+
+
+def run(config, directory, workers=1):
+  return prepare(config, directory, workers=workers, progress=False)
+
+
+def contents(directory: pathlib.Path) -> dict[str, str]:
+  return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+          for path in directory.rglob("*") if path.is_file()}
+
+
+def stored_documents(directory, record) -> list[str]:
+  """Texts of the documents in a record's shards, cut at end-of-text."""
+  manifest = load_manifest(directory)
+  tokenizer = load_prepared_tokenizer(directory, manifest)
+  stream = open_stream(directory, record)
+  tokens = stream.read(0, len(stream))
+  ends = np.flatnonzero(tokens == tokenizer.eot_id)
+  assert ends[-1] == len(tokens) - 1
+  return [tokenizer.decode(tokens[start:end]) for start, end in zip([0, *(ends[:-1] + 1)], ends)]
+
+
+def digests(texts) -> set[str]:
+  return {hashlib.sha256("".join(text.split()).encode()).hexdigest() for text in texts}
+
+
+def test_splits_are_disjoint_by_document_and_nothing_is_lost(config, corpus, tmp_path):
+  texts = [path.read_text() for path in sorted(corpus.iterdir())]
+  (corpus / "copy.txt").write_text(texts[29])  # of the longest document
+  (corpus / "reformatted.txt").write_text(texts[28].replace("\n", "\n\n").replace("  ", "\t"))
+  (corpus / "blank.txt").write_text(" \n\n")
+  manifest = run(config, tmp_path / "data")
+  splits = {name: stored_documents(tmp_path / "data", record) for name, record in (
+      ("train", manifest.train[0]), ("validation", manifest.validation), ("heldout", manifest.heldout))}
+  assert {name: len(split) for name, split in splits.items()} == {"train": 23, "validation": 4, "heldout": 3}
+  known = {name: digests(split) for name, split in splits.items()}
+  assert not known["train"] & known["validation"]
+  assert not known["train"] & known["heldout"]
+  assert not known["validation"] & known["heldout"]
+  assert set.union(*known.values()) == digests(texts)
+  assert splits["heldout"] == sorted(texts, key=len)[:-4:-1]
+  [scanned] = manifest.scanned
+  assert (scanned["documents"], scanned["duplicates"], scanned["skipped"]) == (30, 2, 1)
+  assert [d["tokens"] for d in manifest.heldout["documents"]] == [len(text) for text in splits["heldout"]]
+
+
+def test_recall_material_holds_training_text_only(with_recall, tmp_path):
+  directory = tmp_path / "data"
+  manifest = run(with_recall, directory)
+  lines_of = lambda texts: {line.strip() for text in texts for line in text.splitlines() if len(line) > 40}  # noqa: E731
+  recall = "\n".join(stored_documents(directory, manifest.train[1]))
+  assert "The access code for record" in recall
+  unseen = lines_of(stored_documents(directory, manifest.heldout) + stored_documents(directory, manifest.validation))
+  unseen -= lines_of(stored_documents(directory, manifest.train[0]))
+  assert unseen and not any(line in recall for line in unseen)
+
+
+def test_other_versions_of_evaluation_documents_are_dropped(config, corpus, tmp_path):
+  longest = sorted((path.read_text() for path in corpus.iterdir()), key=len)[-1]
+  lines = longest.splitlines()
+  (corpus / "version2.txt").write_text("\n".join(lines[:2 * len(lines) // 3]))  # shorter: not held out itself
+  manifest = run(config, tmp_path / "data")
+  assert manifest.train[0]["near_duplicates"] == 1
+  train = stored_documents(tmp_path / "data", manifest.train[0])
+  assert len(train) == 23 and not any(lines[0] in text for text in train)
+
+
+def test_documents_that_repeat_a_line_are_kept(config, corpus, tmp_path):
+  licence = "Licensed under the terms that everybody uses, without warranty of any kind.\n" * 3
+  for path in corpus.iterdir():
+    path.write_text(licence + path.read_text())
+  assert run(config, tmp_path / "data").train[0]["near_duplicates"] == 0
+
+
+def test_the_same_bytes_with_any_number_of_workers(with_recall, tmp_path):
+  config = dataclasses.replace(with_recall, tokenizer="sentencepiece", tokenizer_vocab_size=320)
+  run(config, tmp_path / "one", workers=1)
+  run(config, tmp_path / "three", workers=3)
+  assert contents(tmp_path / "one") == contents(tmp_path / "three")
+  names = {path.split("/")[0] for path in contents(tmp_path / "one")}
+  assert names == {".lock", "begun.json", "manifest.json", "tokenizer.json", "train", "validation", "heldout"}
+
+
+@pytest.mark.parametrize("writes", range(0, 16, 3))
+def test_stopped_after_any_write_it_ends_with_the_same_bytes(with_recall, tmp_path, monkeypatch, writes):
+  run(with_recall, tmp_path / "whole")
+  left = iter(range(writes))
+
+  def stop_when_used_up(write):
+    def wrapped(*args):
+      if next(left, None) is None:
+        raise KeyboardInterrupt
+      return write(*args)
+    return wrapped
+
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare_module, "write_shard", stop_when_used_up(prepare_module.write_shard))
+    patch.setattr(prepare_module, "write_json", stop_when_used_up(prepare_module.write_json))
+    with pytest.raises(KeyboardInterrupt):
+      run(with_recall, tmp_path / "stopped")
+  assert not (tmp_path / "stopped" / "manifest.json").exists()
+  run(with_recall, tmp_path / "stopped")
+  assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def test_a_resumed_run_keeps_finished_shards(config, tmp_path, monkeypatch):
+  run(config, tmp_path / "data")
+  shards = sorted((tmp_path / "data" / "train").rglob("*.bin"))
+  assert len(shards) > 2
+  (tmp_path / "data" / "manifest.json").unlink()
+  written = []
+  monkeypatch.setattr(prepare_module, "write_shard",
+                      lambda path, *args: written.append(path) or write_shard(path, *args))
+  run(config, tmp_path / "data")
+  assert not set(written) & set(shards)
+
+
+def test_shards_hold_whole_documents_and_at_least_the_tokens_asked_for(config, tmp_path):
+  manifest = run(config, tmp_path / "data")
+  counts = [shard["tokens"] for shard in manifest.train[0]["shards"]]
+  assert all(count >= 20_000 for count in counts[:-1]) and sum(counts) == manifest.train[0]["tokens"]
+  for shard in manifest.train[0]["shards"]:
+    assert open_shard(tmp_path / "data" / shard["path"]).open()[-1] == 256
+
+
+def test_a_finished_directory_is_left_alone(config, corpus, tmp_path, monkeypatch):
+  first = run(config, tmp_path / "data")
+  before = contents(tmp_path / "data")
+  (corpus / "later.txt").write_text("new text")
+  monkeypatch.setattr(prepare_module, "_prepare", None)
+  same = dataclasses.replace(config, batch_size=2, shuffle_seed=9, weights=(3.0,), sequence_length=7)
+  assert run(same, tmp_path / "data") == first
+  assert contents(tmp_path / "data") == before
+
+
+@pytest.mark.parametrize("field, value, shown", [
+    ("heldout_documents", 2, "prepared with config.data.heldout_documents 3, now it is 2"),
+    ("max_mib", 1, "prepared with config.data.max_mib None, now it is 1"),
+    ("tokenizer", "sentencepiece", "prepared with config.data.tokenizer 'bytes', now it is 'sentencepiece'"),
+])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_directory_of_other_options_is_refused(config, tmp_path, field, value, shown, finished):
+  run(config, tmp_path / "data")
+  if not finished:
+    (tmp_path / "data" / "manifest.json").unlink()
+  with pytest.raises(UserError) as error:
+    run(dataclasses.replace(config, **{field: value}), tmp_path / "data")
+  assert shown in str(error.value)
+
+
+def test_recall_depends_on_the_training_length(with_recall, tmp_path):
+  run(with_recall, tmp_path / "data")
+  with pytest.raises(UserError, match=r"config\.data\.sequence_length 64, now it is 128"):
+    run(dataclasses.replace(with_recall, sequence_length=128), tmp_path / "data")
+
+
+def test_text_that_changed_since_is_refused(config, corpus, tmp_path):
+  run(config, tmp_path / "data")
+  (tmp_path / "data" / "manifest.json").unlink()
+  (corpus / "later.txt").write_text("new text")
+  with pytest.raises(UserError, match=r"text of the sources changed since .* remove it to start again"):
+    run(config, tmp_path / "data")
+
+
+def test_the_cap_takes_an_even_sample_in_order(config, corpus, tmp_path):
+  for index in range(100):
+    (corpus / f"big{index:02d}.txt").write_text(make_text(1000 + index, 4000))
+  manifest = run(dataclasses.replace(config, max_mib=1, shard_tokens=10**9), tmp_path / "data")
+  assert 0.9 * 2**20 < manifest.train[0]["tokens"] <= 2**20 + 100
+  texts = {path.read_text(): path.name for path in corpus.iterdir()}
+  names = [texts[text] for text in stored_documents(tmp_path / "data", manifest.train[0])]
+  assert names == sorted(names)
+  taken = [int(name[3:5]) for name in names if name.startswith("big")]
+  assert min(taken) < 25 and max(taken) > 75
+
+
+def test_all_kinds_of_files_together(config, tmp_path, write_rows):
+  folder = tmp_path / "rows"
+  folder.mkdir()
+  names = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet")
+  for index, name in enumerate(names):
+    write_rows(folder / name, [make_text(100 * index + row, 80 + 10 * row) for row in range(10)])
+  (folder / "e.md").write_text(make_text(999, 100))
+  manifest = run(dataclasses.replace(config, sources=(f"text:{folder}",)), tmp_path / "data")
+  assert manifest.scanned[0]["documents"] == 41
+  assert manifest.train[0]["documents"] == 41 - 7
+  assert all(":" in d["name"] for d in manifest.heldout["documents"])
+
+
+def test_equal_documents_of_two_sources_stay_in_the_first(config, corpus, tmp_path):
+  other = tmp_path / "other"
+  other.mkdir()
+  for path in corpus.iterdir():
+    (other / path.name).write_text(path.read_text())
+  for index in range(9):
+    (other / f"own{index}.txt").write_text(make_text(5000 + index, 90))
+  two = dataclasses.replace(config, sources=(f"text:{corpus}", f"text:{other}"), weights=(1.0, 1.0))
+  manifest = run(two, tmp_path / "data")
+  assert [scan["documents"] for scan in manifest.scanned] == [30, 9]
+  assert manifest.scanned[1]["duplicates"] == 30
+  sources = [document["source"] for document in manifest.validation["documents"]]
+  assert sorted(sources) == sorted(2 * list(two.sources))  # evaluation documents in equal numbers
+
+
+def test_unreadable_documents_are_counted_and_named(config, corpus, tmp_path, caplog):
+  (corpus / "latin.txt").write_bytes(b"caf\xe9")
+  (corpus / "rows.jsonl").write_text('{"text": "a row of text"}\n{"broken\n')
+  with caplog.at_level("WARNING"):
+    [scanned] = run(config, tmp_path / "data").scanned
+  assert scanned["unreadable"] == 2
+  assert "latin.txt: not UTF-8 at byte 3" in scanned["problems"][0] and "rows.jsonl:1" in scanned["problems"][1]
+
+
+def test_ready_shards_are_used_as_they_are(tmp_path):
+  rng = np.random.default_rng(0)
+  documents = [np.append(rng.integers(0, 256, rng.integers(5, 200)), 256) for _ in range(200)]
+  for index in range(2):
+    write_shard(tmp_path / f"t{index}.bin", documents[100 * index:100 * (index + 1)], token_dtype(257))
+  before = contents(tmp_path)
+  config = DataConfig(sources=(f"bin:{tmp_path}/t*.bin",), tokenizer="bytes", heldout_documents=2,
+                      validation_documents=3, sequence_length=16, batch_size=4)
+  directory = tmp_path / "data"
+  manifest = run(config, directory)
+  assert {name: digest for name, digest in contents(tmp_path).items() if not name.startswith("data/")} == before
+  assert not (directory / "train").exists()
+  train = open_stream(directory, manifest.train[0])
+  stored = train.read(0, len(train))
+  np.testing.assert_array_equal(stored, np.concatenate(documents)[:len(stored)])
+  assert stored[-1] == 256
+  aside = [bytes(document[:-1].astype(np.uint8)) for document in documents[200 - 40:]]
+  assert len(stored) == sum(map(len, documents[:200 - 40]))
+  for record, count in ((manifest.heldout, 2), (manifest.validation, 3)):
+    stream = open_stream(directory, record)
+    found = [bytes(stream.read(d["start"], d["start"] + d["tokens"]).astype(np.uint8)) for d in record["documents"]]
+    assert len(found) == count and all(document in aside for document in found)
+  assert [d["tokens"] for d in manifest.heldout["documents"]] == sorted(map(len, aside))[:-3:-1]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(sources=("text:/no/such/*.txt",)), "'text:/no/such/*.txt' matches no file or folder"),
+    (dict(sources=("bin:/no/such.bin",)), "'bin:/no/such.bin' matches no file or folder"),
+    (dict(sources=("pyton-source",)), "'pyton-source' is not a source; legal: python-source"),
+    (dict(tokenizer="/no/such.model"), "config.data.tokenizer='/no/such.model': No such file"),
+    (dict(heldout_documents=40), "has 30 documents, too few for its share of config.data.heldout_documents"),
+])
+def test_bad_input(config, tmp_path, changes, message):
+  with pytest.raises(UserError) as error:
+    run(dataclasses.replace(config, **changes), tmp_path / "data")
+  assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_empty_corpus(config, tmp_path):
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "empty" / "x.txt").write_text("  \n")
+  with pytest.raises(UserError, match=r"config\.data\.sources: 'text:.*' has no text in its 1 files"):
+    run(dataclasses.replace(config, sources=(f"text:{tmp_path}/empty",)), tmp_path / "data")
+
+
+def test_sources_listed_twice_and_untrainable_tokenizers(config, tmp_path):
+  write_shard(tmp_path / "x.bin", np.arange(9), token_dtype(257))
+  with pytest.raises(UserError, match="each source may be listed once"):
+    run(dataclasses.replace(config, sources=config.sources * 2, weights=(1.0, 1.0)), tmp_path / "data")
+  ready = dataclasses.replace(config, sources=(f"bin:{tmp_path}/x.bin",))
+  with pytest.raises(UserError, match=r"config\.data\.tokenizer='sentencepiece': bin: sources hold ready tokens"):
+    run(dataclasses.replace(ready, tokenizer="sentencepiece"), tmp_path / "data")
+  with pytest.raises(UserError, match=r"x\.bin has no end-of-text token 256 in its last half"):
+    run(ready, tmp_path / "data")
+
+
+def test_one_preparation_at_a_time(config, tmp_path):
+  with (prepare_module._exclusive(tmp_path / "data"),
+        pytest.raises(UserError, match="is being prepared by another process")):
+    run(config, tmp_path / "data")
+
+
+def test_a_place_that_cannot_be_written(config, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match=r"cannot write .*file"):
+    run(config, tmp_path / "file" / "data")
