@@ -1,7 +1,7 @@
 """Recall: the induction needle that measures it, and synthetic documents that teach it.
 
-Evaluation and training never share a key: record keys have seven digits, evaluation draws multiples of 7, training
-draws the others.
+Evaluation and training share no key and no value: of the seven-digit record keys and the five-digit values evaluation
+draws multiples of 7, training the others.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from atma_jax.data.tokenizers import Tokenizer
 
 CUE = " The access code for record {key} is"
 VALUE_DIGITS = 5
-_KEY_RANGE = (1_000_000, 10_000_000)
-_EVALUATION_MODULUS = 7
+_KEYS = (1_000_000, 10_000_000)
+_VALUES = (0, 10**VALUE_DIGITS)
+_EVALUATION_DIVISOR = 7
 _EVALUATION_SEED = 0x6E65
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -25,9 +26,9 @@ _EVALUATION_SEED = 0x6E65
 def draw_needle(trial: int, seed: int = 0) -> tuple[str, str]:
   """Key (7 digits) and value (5 digits) of an evaluation trial: the same for every length, distance and depth."""
   rng = np.random.default_rng([_EVALUATION_SEED, seed, trial])
-  low, high = (bound // _EVALUATION_MODULUS for bound in _KEY_RANGE)
-  key = _EVALUATION_MODULUS * rng.integers(low + 1, high)
-  return str(key), "".join(map(str, rng.integers(0, 10, VALUE_DIGITS)))
+  key, value = (_EVALUATION_DIVISOR * rng.integers(*(-(-bound // _EVALUATION_DIVISOR) for bound in bounds))
+                for bounds in (_KEYS, _VALUES))
+  return str(key), f"{value:0{VALUE_DIGITS}}"
 
 
 def needle_length(tokenizer: Tokenizer, *, key: str, value: str) -> int:
@@ -72,7 +73,7 @@ def induction_needle(tokenizer: Tokenizer, filler_tokens: np.ndarray, *, distanc
   return tokens, len(tokens) - len(digits) + np.asarray(offsets)
 
 
-def _spaced(value: str | np.ndarray) -> str:
+def _spaced(value: str) -> str:
   return "".join(f" {digit}" for digit in value)
 
 
@@ -97,7 +98,7 @@ def recall_document(filler: str, *, reach: int, rng: np.random.Generator) -> str
   fetch a value it has seen once. Gaps of real text between a record and its question, and between questions, are drawn
   log-uniformly up to `reach`, so most are short and some span the whole training length. One to three records are
   alive at a time; when one has been asked for often enough another takes its place. Half of them are worded like the
-  evaluation's needle; keys are never the evaluation's. About half of the tokens are filler.
+  evaluation's needle; keys and values are never the evaluation's. About half of the tokens are filler.
 
   Args:
     filler: real text; it is used up in order, cut at white space.
@@ -116,7 +117,7 @@ def recall_document(filler: str, *, reach: int, rng: np.random.Generator) -> str
     if left:
       left -= 1
     else:
-      cue, value = _draw_cue(rng), _spaced(rng.integers(0, 10, VALUE_DIGITS))
+      cue, value = _draw_cue(rng), _spaced(f"{_draw(rng, *_VALUES):0{VALUE_DIGITS}}")
       left = rng.integers(1, _MOST_QUESTIONS + 1)
     parts.append(cue + value)
     heapq.heappush(due, (used + _gap(rng, reach), slot, cue, value, left))
@@ -135,6 +136,11 @@ def _next_space(text: str, position: int, most: int = 40) -> int:
 
 def _draw_cue(rng: np.random.Generator) -> str:
   phrases, weights = zip(*_PHRASINGS)
-  key = rng.integers(*_KEY_RANGE)
-  key += key % _EVALUATION_MODULUS == 0
-  return rng.choice(phrases, p=weights).format(key=key, word=rng.choice(_WORDS), short=rng.integers(100, 1000))
+  return rng.choice(phrases, p=weights).format(key=_draw(rng, *_KEYS), word=rng.choice(_WORDS),
+                                               short=rng.integers(100, 1000))
+
+
+def _draw(rng: np.random.Generator, low: int, high: int) -> int:
+  """A number in [low, high) that evaluation does not draw; `high` - 1 must be such a number."""
+  number = int(rng.integers(low, high))
+  return number + (number % _EVALUATION_DIVISOR == 0)

@@ -14,8 +14,8 @@ import zstandard
 
 from atma_jax.config import DataConfig
 
-WORDS = tuple("""the quick brown fox jumps over a lazy dog while seven tall trees sway near an old stone bridge and rain
-  falls softly on every roof of town""".split())
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "tall", "trees", "sway",
+         "near", "an", "old", "stone", "bridge", "and", "rain", "falls", "softly", "on", "every", "roof", "of", "town")
 
 
 def make_text(seed: int, words: int) -> str:

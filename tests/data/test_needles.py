@@ -67,6 +67,16 @@ def test_the_value_has_one_token_a_digit_even_where_spaces_have_their_own():
   assert lengths == {"bytes": 10, "sentencepiece": 10, "huggingface": 5}
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_training_text_spells_a_record_with_the_tokens_of_the_needle(kind):
+  tokenizer = TOKENIZERS[kind]
+  cue, digits = " The access code for record 1234569 is", " 4 0 7 1 9"
+  together = tokenizer.encode(f"the quick brown fox{cue}{digits}\n")
+  apart = np.concatenate([tokenizer.encode(cue), tokenizer.encode(digits)])
+  start = len(tokenizer.encode("the quick brown fox"))
+  np.testing.assert_array_equal(together[start:start + len(apart)], apart)
+
+
 def test_too_little_filler():
   with pytest.raises(UserError, match=r"a needle at distance 100 needs .* filler tokens, got 99"):
     induction_needle(ByteTokenizer(), np.zeros(99, np.int32), distance=100, key=KEY, value=VALUE)
@@ -83,7 +93,9 @@ def test_draws_are_fixed_and_spread():
   draws = [draw_needle(trial) for trial in range(200)]
   assert draws == [draw_needle(trial) for trial in range(200)]
   assert len({key for key, _ in draws}) == 200
-  assert all(len(key) == 7 and len(value) == 5 and int(key) % 7 == 0 for key, value in draws)
+  assert all(len(key) == 7 and len(value) == 5 and int(key) % 7 == int(value) % 7 == 0 for key, value in draws)
+  digits = np.array([list(map(int, value)) for _, value in draws])
+  assert all((np.bincount(place, minlength=10) > 5).all() for place in digits.T)  # chance is a tenth in every place
   assert draws[0] != draw_needle(0, seed=1)
 
 
@@ -99,7 +111,7 @@ def test_recall_documents_are_deterministic_and_keep_the_text():
 
 
 def test_recall_documents_ask_for_what_they_stated():
-  gaps, keys, questions = [], set(), 0
+  gaps, keys, values, questions = [], set(), set(), 0
   for seed in range(20):
     stated = {}
     for match in SENTENCE.finditer(recall(seed)):
@@ -110,8 +122,9 @@ def test_recall_documents_ask_for_what_they_stated():
         questions += 1
       stated[key] = (value, match.end())
     keys |= stated.keys()
-  assert questions > 1.5 * len(keys)
-  assert not any(int(key) % 7 == 0 for key in keys)  # those are evaluation's
+    values |= {value.replace(" ", "") for value in re.findall(r"(?: \d){5}", recall(seed))}
+  assert questions > 1.5 * len(keys) and len(values) > len(keys)
+  assert not any(int(number) % 7 == 0 for number in keys | values)  # those are evaluation's
   gaps = np.array(gaps)
   assert np.median(gaps) < 150 and gaps.max() > 500  # most are short, some span the reach
   assert (gaps > 300).mean() > 0.05
