@@ -22,7 +22,6 @@ _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default is one a co
 
 def main() -> None:
   config = _CONFIG.value
-  config.validate()
   directory = _DIRECTORY.value or config.data.directory
   if not directory:
     raise UserError("--directory is missing (and config.data.directory is empty): name the folder to write")

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from atma_jax.config import DataConfig, UserError
 from atma_jax.data import sources
-from atma_jax.data.near_duplicates import EvaluationLines
+from atma_jax.data.near_duplicates import EvaluationLines, text_digest
 from atma_jax.data.parallel import Pool
 from atma_jax.data.shards import open_shard
+from atma_jax.data.tokenizers import Tokenizer, check_tokens
 
 _FILES_PER_SCAN = 64
 _PROBLEMS_KEPT = 20
@@ -62,13 +63,18 @@ class TextCorpus:
                    "unreadable": 0, "problems": []}
 
   def scan(self, pool: Pool, seen: set[bytes], progress: bool) -> None:
-    """Hashes every document. Of equal ones, over all sources scanned with the same `seen`, the first stays."""
+    """Hashes every document. Of equal ones, over all sources scanned with the same `seen`, the first stays.
+
+    A file or row that cannot be read raises `UserError`; of Python's own files it is left out and reported.
+    """
     files = list(enumerate(self.files))
     chunks = [files[start:start + _FILES_PER_SCAN] for start in range(0, len(files), _FILES_PER_SCAN)]
     report = self.report
     with tqdm(total=len(files), desc=f"scan {self.source}", unit=" files", mininterval=0.5,
               disable=not progress) as bar:
       for chunk, (entries, problems, skipped) in zip(chunks, pool.map(chunks)):
+        if problems and self.source != sources.PYTHON_SOURCE:
+          raise UserError(f"config.data.sources: {self.source!r}: {problems[0]}; legal: {sources.LEGAL_FILES}")
         for entry in entries:
           if entry.digest not in seen:
             seen.add(entry.digest)
@@ -81,11 +87,12 @@ class TextCorpus:
         bar.update(len(chunk))
     report["documents"] = len(self.entries)
     report["bytes"] = sum(entry.size for entry in self.entries)
-    first = f"{report['unreadable']} unreadable, the first: {report['problems'][0]}" if report["problems"] else ""
     if not self.entries:
-      raise UserError(f"config.data.sources: {self.source!r} has no text in its {len(files)} files {first}".strip())
-    if first:
-      logging.warning("%s: documents left out: %s", self.source, first)
+      raise UserError(f"config.data.sources: {self.source!r} has no text in its {len(files)} files, or none that other "
+                      f"sources lack; legal: {sources.LEGAL_FILES}")
+    if report["problems"]:
+      logging.info("%s: %d unreadable files left out, the first: %s", self.source, report["unreadable"],
+                   report["problems"][0])
 
   def read(self, entries: Sequence[Entry]) -> Iterator[tuple[str, str]]:
     """(name, text) of `entries`, which must be in the source's order."""
@@ -110,18 +117,19 @@ class TextCorpus:
     """
     for chosen, count, order in ((split.heldout, heldout, lambda entry: (-entry.size, entry.digest)),
                                  (split.validation, validation, lambda entry: entry.digest)):
-      candidates = sorted(self.entries, key=order)[:2 * count]
-      taken = set()
-      for entry, (name, text) in zip(candidates, self.read_in_any_order(candidates)):
-        if len(taken) < count and not split.lines.cover(text):
-          split.lines.add(text)
-          taken.add(entry)
-          chosen.append(EvaluationDocument(self.source, name, text))
+      ordered, taken = sorted(self.entries, key=order), set()
+      while len(taken) < count and ordered:
+        candidates, ordered = ordered[:2 * count], ordered[2 * count:]
+        for entry, (name, text) in zip(candidates, self.read_in_any_order(candidates)):
+          if len(taken) < count and not split.lines.cover(text):
+            split.lines.add(text)
+            taken.add(entry)
+            chosen.append(EvaluationDocument(self.source, name, text))
       self.entries = [entry for entry in self.entries if entry not in taken]
-    if not self.entries:
-      raise UserError(f"config.data.sources: {self.source!r} has {self.report['documents']} documents, too few for its "
-                      f"share of config.data.heldout_documents and validation_documents ({heldout} and {validation}) "
-                      "and some to train on")
+      if len(taken) < count or not self.entries:
+        raise UserError(f"config.data.sources: {self.source!r} has {self.report['documents']} documents, too few for "
+                        f"its share of config.data.heldout_documents and validation_documents ({heldout} and "
+                        f"{validation}, no two alike) and some to train on")
 
   def sample(self, size: float) -> list[Entry]:
     """Entries of about `size` bytes (of all text if there is less) of smallest hash: an even sample, in hash order."""
@@ -146,54 +154,73 @@ def scan_files(files: Sequence[tuple[int, sources.SourceFile]]) -> tuple[list[En
       if document.text is None:
         problems.append(f"{document.name}: {document.problem}")
         continue
-      bare = "".join(document.text.split())
-      if not bare:
+      if not document.text or document.text.isspace():
         skipped += 1
         continue
-      digest = hashlib.blake2b(bare.encode(), digest_size=16).digest()
-      entries.append(Entry(index, document.row, digest, len(document.text.encode())))
+      entries.append(Entry(index, document.row, text_digest(document.text), len(document.text.encode())))
   return entries, problems, skipped
 
 
 class ReadyTokens:
-  """A ``bin:`` source: shards used as they are, but for documents at the end of the last one, kept for evaluation.
-
-  Equal documents elsewhere in ready shards are not looked for.
-  """
+  """A ``bin:`` source: shards used as they are, but for documents at the end of the last one, kept for evaluation."""
 
   def __init__(self, source: str, pattern: str):
     self.source = source
     self.shards = [open_shard(path) for path in sources.glob_files(source, pattern)]
     self._train_tokens = [shard.tokens for shard in self.shards]
 
-  def take_evaluation(self, split: Split, heldout: int, validation: int, eot_id: int) -> None:
+  def take_evaluation(self, split: Split, heldout: int, validation: int, tokenizer: Tokenizer) -> None:
     """Sets whole documents at the end of the last shard (at most half of it) aside and moves some to `split`.
 
-    Of those set aside the `heldout` longest are held out, and the `validation` others of smallest hash taken.
+    Of those set aside the `heldout` longest are held out, and the `validation` others of smallest hash taken. One that
+    occurs again among the tokens to train on, or nearly repeats another evaluation document, is passed over.
     """
-    if heldout + validation == 0:
+    wanted = heldout + validation
+    if wanted == 0:
       return
+    documents = self._set_aside(_RESERVE * wanted, tokenizer)
+    repeated = self._in_training({len(tokens) for tokens in documents.values()}, tokenizer.eot_id)
+    by_size = sorted(documents, key=lambda name: (-len(documents[name]), _token_digest(documents[name])))
+    fresh = []
+    for name in by_size:
+      text = tokenizer.decode(documents[name])
+      if _token_digest(documents[name]) not in repeated and not split.lines.cover(text):
+        split.lines.add(text)
+        fresh.append(EvaluationDocument(self.source, name, tokens=documents[name]))
+    if len(fresh) < wanted:
+      raise UserError(f"config.data.sources: {self.source!r} has {len(fresh)} documents to evaluate on at the end of "
+                      "its last shard, too few for its share of config.data.heldout_documents and "
+                      f"validation_documents ({heldout} and {validation}, no two alike)")
+    split.heldout += fresh[:heldout]
+    split.validation += sorted(fresh[heldout:], key=lambda document: _token_digest(document.tokens))[:validation]
+
+  def _set_aside(self, most: int, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Ends the tokens to train on where the last documents begin; returns those, by name, int32, no end-of-text."""
     last = self.shards[-1]
     tokens = last.open()
     half = last.tokens // 2
-    ends = half + np.flatnonzero(tokens[half:-1] == eot_id)
+    ends = half + np.flatnonzero(tokens[half:-1] == tokenizer.eot_id)
     if not len(ends):
-      raise UserError(f"{last.path} has no end-of-text token {eot_id} in its last half, so no documents to evaluate "
-                      "on: check config.data.tokenizer, or set config.data.validation_documents and "
+      raise UserError(f"{last.path} has no end-of-text token {tokenizer.eot_id} in its last half, so no documents to "
+                      "evaluate on: check config.data.tokenizer, or set config.data.validation_documents and "
                       "config.data.heldout_documents to 0")
-    starts = ends[-_RESERVE * (heldout + validation):] + 1
+    starts = ends[-most:] + 1
     self._train_tokens[-1] = int(starts[0])
-    documents = []
-    for start, stop in zip(starts, [*(starts[1:] - 1), last.tokens]):
-      if stop > start:
-        content = np.asarray(tokens[start:stop], np.int32)
-        name = f"{last.path}:{start}"
-        documents.append((hashlib.blake2b(content.tobytes()).digest(),
-                          EvaluationDocument(self.source, name, tokens=content[content != eot_id])))
-    documents.sort(key=lambda pair: (-len(pair[1].tokens), pair[0]))
-    split.heldout += [document for _, document in documents[:heldout]]
-    others = sorted(documents[heldout:], key=lambda pair: pair[0])
-    split.validation += [document for _, document in others[:validation]]
+    content = np.asarray(tokens[starts[0]:], np.int32)
+    check_tokens(content, tokenizer.vocab_size, self.source)
+    documents = np.split(content, starts[1:] - starts[0])
+    return {f"{last.path}:{start}": document[document != tokenizer.eot_id]
+            for start, document in zip(starts, documents) if (document != tokenizer.eot_id).any()}
+
+  def _in_training(self, lengths: set[int], eot_id: int) -> set[bytes]:
+    """Digests of the documents to train on that have one of `lengths`."""
+    found = set()
+    for shard, count in zip(self.shards, self._train_tokens):
+      tokens = shard.open()[:count]
+      bounds = np.concatenate([[-1], np.flatnonzero(tokens == eot_id), [count]])
+      for index in np.flatnonzero(np.isin(np.diff(bounds) - 1, list(lengths))):
+        found.add(_token_digest(tokens[bounds[index] + 1:bounds[index + 1]]))
+    return found
 
   def record(self) -> dict[str, Any]:
     """Entry of the manifest."""
@@ -202,20 +229,27 @@ class ReadyTokens:
             "tokens": sum(self._train_tokens), "documents": None, "near_duplicates": 0}
 
 
+def _token_digest(tokens: np.ndarray) -> bytes:
+  return hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=16).digest()
+
+
 def share(count: int, index: int, parts: int) -> int:
   """Part `index` of `count` things dealt to `parts`."""
   return count // parts + (index < count % parts)
 
 
 def split_corpora(config: DataConfig, text: Sequence[TextCorpus], ready: Sequence[ReadyTokens],
-                  eot_id: int | None) -> Split:
-  """Takes the evaluation documents out of every source, in equal numbers, and limits what is left to the cap."""
+                  tokenizer: Tokenizer | None) -> Split:
+  """Takes the evaluation documents out of every source, in equal numbers, and limits what is left to the cap.
+
+  `tokenizer` is that of the ready tokens; None will do where there are none.
+  """
   split = Split()
   parts = len(text) + len(ready)
   for index, corpus in enumerate([*text, *ready]):
     counts = (share(config.heldout_documents, index, parts), share(config.validation_documents, index, parts))
     if isinstance(corpus, ReadyTokens):
-      corpus.take_evaluation(split, *counts, eot_id)
+      corpus.take_evaluation(split, *counts, tokenizer)
     else:
       corpus.take_evaluation(split, *counts)
       if config.max_mib is not None:

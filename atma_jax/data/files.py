@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], None]) -> N
   """Calls `write` on a temporary file beside `path`, syncs it and renames it to `path`.
 
   A kill at any moment leaves the old file or the new one, never a part. A full disk or a read-only folder raises
-  `UserError`.
+  `UserError` and leaves nothing behind.
   """
   temporary = path.with_name(path.name + ".tmp")
   try:
@@ -26,6 +27,8 @@ def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], None]) -> N
       os.fsync(file.fileno())
     os.replace(temporary, path)
   except OSError as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
     raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 
 _SIGNIFICANT_LINE = 20  # characters; shorter lines are the same everywhere
-_FEWEST_LINES = 16  # a document of fewer significant lines is compared as a whole only (by its hash)
+_FEWEST_LINES = 16  # a document of fewer significant lines is compared as a whole
 _COVERED_SHARE = 0.5
+
+
+def text_digest(text: str) -> bytes:
+  """Hash of a text without its white space: what makes two documents equal."""
+  return hashlib.blake2b("".join(text.split()).encode(), digest_size=16).digest()
 
 
 class EvaluationLines:
   """Lines of the evaluation documents; tells whether a text contains at least half of those of any one document."""
 
   def __init__(self):
+    self._short: set[bytes] = set()
     self._documents_of: dict[str, list[int]] = {}
     self._totals: list[int] = []
 
@@ -20,6 +27,7 @@ class EvaluationLines:
     """Adds one evaluation document."""
     lines = _significant_lines(text)
     if len(lines) < _FEWEST_LINES:
+      self._short.add(text_digest(text))
       return
     for line in lines:
       self._documents_of.setdefault(line, []).append(len(self._totals))
@@ -27,8 +35,11 @@ class EvaluationLines:
 
   def cover(self, text: str) -> bool:
     """Whether `text` repeats most of an evaluation document."""
+    lines = _significant_lines(text)
+    if len(lines) < _FEWEST_LINES and text_digest(text) in self._short:
+      return True
     shared = collections.Counter()
-    for line in _significant_lines(text) & self._documents_of.keys():
+    for line in lines & self._documents_of.keys():
       shared.update(self._documents_of[line])
     return any(count >= _COVERED_SHARE * self._totals[index] for index, count in shared.items())
 

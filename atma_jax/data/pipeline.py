@@ -19,6 +19,7 @@ import numpy as np
 from atma_jax.config import DataConfig, UserError
 from atma_jax.data.manifest import check_settings, load_manifest, load_prepared_tokenizer, open_stream, settings_of
 from atma_jax.data.shards import TokenStream
+from atma_jax.data.tokenizers import check_tokens
 
 _READ_THREADS = 2
 
@@ -38,10 +39,7 @@ class TokenWindows:
   def __getitem__(self, index: int) -> np.ndarray:
     start = index * self._length
     tokens = self._stream.read(start, start + self._length + 1)
-    largest = tokens.max()
-    if largest >= self._vocab_size:
-      raise UserError(f"config.data.sources: {self._name!r} holds token {largest}, but config.data.tokenizer has "
-                      f"{self._vocab_size} tokens: it is not the tokenizer that made them")
+    check_tokens(tokens, self._vocab_size, self._name)
     return tokens
 
   def __repr__(self) -> str:
@@ -100,7 +98,8 @@ class TrainingData:
 
   def _open(self) -> grain.DatasetIterator:
     index, count = self._process
-    batches = self._sequences[self._next_sequence:].batch(self._config.batch_size // count)[index::count]
+    rows = self._sequences[self._next_sequence:]  # without end, so there is no remainder
+    batches = rows.batch(self._config.batch_size // count, drop_remainder=True)[index::count]
     threads = min(_READ_THREADS, self._config.prefetch)
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, self._config.prefetch)))
 

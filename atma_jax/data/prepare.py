@@ -42,7 +42,7 @@ from atma_jax.data.tokenizers import Tokenizer
 
 _BEGUN = "begun.json"
 _PROGRESS = "progress.json"
-_Parts = tuple[str, list[str], bytes]  # kind of document ("plain", "recall", "evaluation"), its texts, its digest
+_Parts = tuple[str, list[str], bytes]  # kind of its source, or "evaluation"; its texts; its digest
 _BATCH_BYTES = 256 << 10  # text handed to a worker at a time
 _RECALL_LENGTHS = 8  # training lengths of real text in a recall document
 
@@ -82,31 +82,16 @@ def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Pa
     for corpus in text.values():
       corpus.scan(pool, seen, progress)
   _begin(directory, settings, text.values())
-  split = split_corpora(config, list(text.values()), list(ready.values()), tokenizer and tokenizer.eot_id)
+  split = split_corpora(config, list(text.values()), list(ready.values()), tokenizer)
   tokenizer = _settle_tokenizer(tokenizer, config, text.values(), directory / TOKENIZER)
 
-  train = []
   reach = _recall_reach(config, text.values(), tokenizer)
   with Pool(workers, _Encoder(tokenizer, split.lines, reach)) as pool:
-    for index, source in enumerate(config.sources):
-      kind, rest = sources.split_source(source)
-      if kind == "bin":
-        train.append(ready[source].record())
-        continue
-      corpus = text[rest if kind == "recall" else source]
-      groups = _recall_groups(corpus.entries, _RECALL_LENGTHS * reach) if kind == "recall" else [
-          [entry] for entry in corpus.entries]
-      folder = directory / "train" / f"{index}-{re.sub('[^A-Za-z0-9]+', '-', source).strip('-')[:48]}"
-      with tqdm(total=sum(entry.size for group in groups for entry in group), desc=f"tokenise {source}", unit="B",
-                unit_scale=True, mininterval=0.5, disable=not progress) as bar:
-        shards = _write_stream(folder, corpus, groups, kind == "recall", pool, tokenizer, config.shard_tokens, bar)
-      train.append(_record(directory, source, folder, shards))
+    train = [ready[source].record() if source in ready else
+             _write_source(config, directory, index, text, reach, pool, tokenizer, progress)
+             for index, source in enumerate(config.sources)]
     heldout = _write_evaluation(directory, "heldout", split.heldout, pool, tokenizer)
     validation = _write_evaluation(directory, "validation", split.validation, pool, tokenizer)
-  for record in train:
-    if not record["tokens"]:
-      raise UserError(f"config.data.sources: {record['source']!r} has nothing to train on beside evaluation documents "
-                      "and their near duplicates")
   manifest = Manifest(
       settings=settings, scanned=[corpus.report for corpus in text.values()], train=train, validation=validation,
       heldout=heldout, tokenizer={"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
@@ -122,16 +107,21 @@ def _exclusive(directory: pathlib.Path) -> Iterator[None]:
     return
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT)
+    lock = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
   except OSError as error:
     raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
   try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _take(lock, directory)
     yield
-  except BlockingIOError as error:
-    raise UserError(f"{directory} is being prepared by another process: wait for it, or name another") from error
   finally:
     os.close(lock)
+
+
+def _take(lock: int, directory: pathlib.Path) -> None:
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise UserError(f"{directory} is being prepared by another process: wait for it, or name another") from error
 
 
 def _open_sources(config: DataConfig) -> tuple[dict[str, TextCorpus], dict[str, ReadyTokens]]:
@@ -243,7 +233,7 @@ def _batches(corpus: TextCorpus, groups: Sequence[list[Entry]], kind: str) -> It
   batch, size = [], 0
   for group in groups:
     batch.append((kind, [next(texts)[1] for _ in group], group[0].digest))
-    size += sum(entry.size for entry in group)
+    size += _size([group])
     if size >= _BATCH_BYTES:
       yield batch
       batch, size = [], 0
@@ -251,8 +241,30 @@ def _batches(corpus: TextCorpus, groups: Sequence[list[Entry]], kind: str) -> It
     yield batch
 
 
-def _write_stream(folder: pathlib.Path, corpus: TextCorpus, groups: Sequence[list[Entry]], recall: bool, pool: Pool,
-                  tokenizer: Tokenizer, shard_tokens: int, bar: tqdm) -> list[dict[str, int]]:
+def _write_source(config: DataConfig, directory: pathlib.Path, index: int, text: dict[str, TextCorpus], reach: int,
+                  pool: Pool, tokenizer: Tokenizer, progress: bool) -> dict[str, Any]:
+  """Tokenises source `index`, or what a former run left of it; returns its entry of the manifest."""
+  source = config.sources[index]
+  kind, rest = sources.split_source(source)
+  corpus = text[rest if kind == "recall" else source]
+  groups = [[entry] for entry in corpus.entries]
+  if kind == "recall":
+    groups = _recall_groups(corpus.entries, _RECALL_LENGTHS * reach)
+  folder = directory / "train" / f"{index}-{re.sub('[^A-Za-z0-9]+', '-', source).strip('-')[:48]}"
+  with tqdm(total=_size(groups), desc=f"tokenise {source}", unit="B", unit_scale=True, mininterval=0.5,
+            disable=not progress) as bar:
+    shards = _write_shards(folder, corpus, groups, kind, pool, token_dtype(tokenizer.vocab_size), config.shard_tokens,
+                           bar)
+  totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "near_duplicates")}
+  if not totals["tokens"]:
+    raise UserError(f"config.data.sources: {source!r} has nothing to train on beside evaluation documents and their "
+                    "near duplicates")
+  paths = [str((folder / _shard_name(number)).relative_to(directory)) for number in range(len(shards))]
+  return {"source": source, "shards": [{"path": p, "tokens": s["tokens"]} for p, s in zip(paths, shards)], **totals}
+
+
+def _write_shards(folder: pathlib.Path, corpus: TextCorpus, groups: Sequence[list[Entry]], kind: str, pool: Pool,
+                  dtype: np.dtype, shard_tokens: int, bar: tqdm) -> list[dict[str, int]]:
   """Writes documents to shards of at least `shard_tokens` (the last may be smaller), from where a former run ended.
 
   Returns tokens, documents and near duplicates dropped, one a shard.
@@ -260,16 +272,14 @@ def _write_stream(folder: pathlib.Path, corpus: TextCorpus, groups: Sequence[lis
   path = folder / _PROGRESS
   shards = read_json(path) if path.exists() else []
   done = sum(shard["documents"] for shard in shards)
-  bar.update(sum(entry.size for group in groups[:done] for entry in group))
-  dtype = token_dtype(tokenizer.vocab_size)
+  bar.update(_size(groups[:done]))
   parts, tokens, dropped, first = [], 0, 0, done
-  encoded = pool.map(_batches(corpus, groups[done:], "recall" if recall else "plain"))
-  for result in encoded:
+  for result in pool.map(_batches(corpus, groups[done:], kind)):
     for document, near_duplicates in result:
       parts.append(document)
       tokens += len(document)
       dropped += near_duplicates
-      bar.update(sum(entry.size for entry in groups[done]))
+      bar.update(_size([groups[done]]))
       done += 1
       if tokens >= shard_tokens or done == len(groups):
         write_shard(folder / _shard_name(len(shards)), parts, dtype)
@@ -279,14 +289,12 @@ def _write_stream(folder: pathlib.Path, corpus: TextCorpus, groups: Sequence[lis
   return shards
 
 
+def _size(groups: Iterable[Iterable[Entry]]) -> int:
+  return sum(entry.size for group in groups for entry in group)
+
+
 def _shard_name(index: int) -> str:
   return f"{index:05d}.bin"
-
-
-def _record(directory: pathlib.Path, source: str, folder: pathlib.Path, shards: list[dict[str, int]]) -> dict[str, Any]:
-  paths = [str((folder / _shard_name(index)).relative_to(directory)) for index in range(len(shards))]
-  totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "near_duplicates")}
-  return {"source": source, "shards": [{"path": p, "tokens": s["tokens"]} for p, s in zip(paths, shards)], **totals}
 
 
 def _write_evaluation(directory: pathlib.Path, name: str, documents: Sequence[EvaluationDocument], pool: Pool,

@@ -3,7 +3,7 @@
 A source is a string: ``text:GLOB`` (files, or folders taken whole), ``python-source`` (every .py file of the running
 Python: standard library and site-packages), ``recall:SOURCE`` (synthetic recall material over the text of SOURCE, see
 `atma_jax.data.needles`) or ``bin:GLOB`` (token shards, used as they are). Documents come in a fixed order: files sorted
-by name, rows as they stand.
+by name, rows as they stand; a row is called FILE:N, N counted from 1.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import zstandard
 from atma_jax.config import UserError
 
 PYTHON_SOURCE = "python-source"
+LEGAL_FILES = "UTF-8 text files, and .jsonl or .parquet rows with a string in field 'text'"
 KINDS = (PYTHON_SOURCE, "recall:SOURCE", "text:GLOB", "bin:GLOB")
 _TEXT_FIELD = "text"
 # Generated and data-like files, which code corpora leave out: a long line, long lines throughout, mostly digits.
@@ -123,7 +124,7 @@ def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Ite
       if wanted is None or row in wanted:
         yield parse(row)
   except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
-    yield Document(file.name, row + 1, None, f"{type(error).__name__}: {error}")
+    yield Document(file.name, row + 1, None, " ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _open(path: str, compression: str) -> BinaryIO:
@@ -144,7 +145,7 @@ def _whole_text(file: SourceFile, compression: str) -> Iterator[Callable[[int], 
 def _json_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
   with _open(file.path, compression) as stream:
     for line in stream:
-      yield lambda row, line=line: _json_document(f"{file.name}:{row}", row, line)
+      yield lambda row, line=line: _json_document(f"{file.name}:{row + 1}", row, line)
 
 
 def _parquet_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
@@ -154,7 +155,7 @@ def _parquet_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int]
       raise UserError(f"{file.path} has no column {_TEXT_FIELD!r}; its columns: {', '.join(table.schema_arrow.names)}")
     for batch in table.iter_batches(batch_size=256, columns=[_TEXT_FIELD]):
       for value in batch.column(0).to_pylist():
-        yield lambda row, value=value: _checked(f"{file.name}:{row}", row, value)
+        yield lambda row, value=value: _checked(f"{file.name}:{row + 1}", row, value)
 
 
 def _json_document(name: str, row: int, line: bytes) -> Document:
@@ -162,14 +163,19 @@ def _json_document(name: str, row: int, line: bytes) -> Document:
     return Document(name, row, "")
   try:
     value = json.loads(line)
-  except ValueError as error:
-    return Document(name, row, None, f"not JSON: {error}")
-  return _checked(name, row, value[_TEXT_FIELD] if isinstance(value, dict) and _TEXT_FIELD in value else None)
+  except UnicodeDecodeError as error:
+    return Document(name, row, None, f"not UTF-8 at byte {error.start} of the line")
+  except json.JSONDecodeError as error:
+    return Document(name, row, None, f"not JSON: {error.msg}, character {error.pos + 1}")
+  if not isinstance(value, dict) or _TEXT_FIELD not in value:
+    found = "fields: " + ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}, not an object"
+    return Document(name, row, None, f"no field {_TEXT_FIELD!r} ({found})")
+  return _checked(name, row, value[_TEXT_FIELD])
 
 
 def _checked(name: str, row: int, text: object) -> Document:
   if not isinstance(text, str):
-    return Document(name, row, None, f"no text in field {_TEXT_FIELD!r}")
+    return Document(name, row, None, f"field {_TEXT_FIELD!r} is not a string but a {type(text).__name__}")
   try:
     text.encode()
   except UnicodeEncodeError as error:

@@ -223,6 +223,14 @@ def _passages(texts: Iterable[str], characters: int = 4096) -> Iterable[str]:
       yield "".join(passage)
 
 
+def check_tokens(tokens: np.ndarray, vocab_size: int, source: str) -> None:
+  """Raises `UserError` where ready tokens of `source` are not of the tokenizer's `vocab_size` ids."""
+  largest = tokens.max(initial=0)
+  if largest >= vocab_size:
+    raise UserError(f"config.data.sources: {source!r} holds token {largest}, but config.data.tokenizer has "
+                    f"{vocab_size} tokens: it is not the tokenizer that made them")
+
+
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
   """Raises `UserError` where the tokenizer has ids that the model has no embedding for."""
   if tokenizer.vocab_size > model.vocab_size:

@@ -6,7 +6,10 @@ import collections
 import dataclasses
 import itertools
 import json
+import time
 
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 
@@ -99,25 +102,69 @@ def test_resumes_exactly(with_recall, tmp_path, consumed):
   assert data.get_state() == fresh.get_state()
 
 
-def test_the_global_batch_does_not_depend_on_the_number_of_processes(with_recall, tmp_path):
+def global_batches(config, directory, process_count, batches, state=None):
+  """What `process_count` processes read together, (batches, B, T + 1), and the state that all of them are left in."""
+  parts = [TrainingData(config, directory, process_index=i, process_count=process_count) for i in range(process_count)]
+  for part in parts:
+    if state is not None:
+      part.set_state(state)
+  read = [np.concatenate([next(part)["tokens"] for part in parts]) for _ in range(batches)]
+  states = [json.loads(json.dumps(part.get_state())) for part in parts]
+  for part in parts:
+    part.close()
+  assert all(state == states[0] for state in states)
+  return np.stack(read), states[0]
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_the_global_batch_does_not_depend_on_the_number_of_processes(with_recall, tmp_path, process_count):
   prepare(with_recall, tmp_path / "data", workers=1, progress=False)
-  whole = take(TrainingData(with_recall, tmp_path / "data"), 9)
+  expected = take(TrainingData(with_recall, tmp_path / "data"), 9)
+  read, _ = global_batches(with_recall, tmp_path / "data", process_count, 9)
+  np.testing.assert_array_equal(read, expected)
 
-  def processes(count, state=None):
-    parts = [TrainingData(with_recall, tmp_path / "data", process_index=i, process_count=count) for i in range(count)]
-    for part in parts:
-      if state is not None:
-        part.set_state(state)
-    return parts
 
-  two = processes(2)
-  for expected in whole[:4]:
-    np.testing.assert_array_equal(np.concatenate([next(part)["tokens"] for part in two]), expected)
-  states = [part.get_state() for part in two]
-  assert states[0] == states[1]
-  four = processes(4, states[0])
-  for expected in whole[4:]:
-    np.testing.assert_array_equal(np.concatenate([next(part)["tokens"] for part in four]), expected)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stops=st.lists(st.integers(1, 7), min_size=2, max_size=4),
+       process_counts=st.lists(st.sampled_from([1, 2, 4]), min_size=4, max_size=4))
+def test_stopped_anywhere_it_goes_on_with_any_number_of_processes(numbered, stops, process_counts):
+  config, directory = numbered  # four batches an epoch, so that most runs cross several
+  whole, final = global_batches(config, directory, 1, sum(stops))
+  parts, state = [], None
+  for batches, process_count in zip(stops, process_counts):
+    read, state = global_batches(config, directory, process_count, batches, state)
+    parts.append(read)
+  np.testing.assert_array_equal(np.concatenate(parts), whole)
+  assert state == final
+
+
+def test_seeking_does_not_read_what_it_skips(numbered, monkeypatch):
+  config, directory = numbered
+  reads = []
+  read = TokenStream.read
+  monkeypatch.setattr(TokenStream, "read", lambda *args: reads.append(args) or read(*args))
+  data = TrainingData(dataclasses.replace(config, prefetch=0), directory)
+  data.set_state({**data.get_state(), "next_sequence": 10**9})
+  next(data)
+  assert len(reads) <= 2 * config.batch_size
+
+
+def test_reading_costs_little(tmp_path):
+  """About half a millisecond a batch of 16; the bound leaves room for slow and busy machines."""
+  for index in range(2):
+    write_shard(tmp_path / f"{index}.bin", np.arange(200_000) % 256, token_dtype(257))
+  config = DataConfig(sources=(f"bin:{tmp_path}/0.bin", f"bin:{tmp_path}/1.bin"), weights=(0.75, 0.25), prefetch=0,
+                      tokenizer="bytes", heldout_documents=0, validation_documents=0, sequence_length=256,
+                      batch_size=16)
+  prepare(config, tmp_path / "data", workers=1, progress=False)
+  data = TrainingData(config, tmp_path / "data")
+  next(data)
+  times = []
+  for _ in range(10):
+    start = time.process_time()
+    take(data, 20)
+    times.append((time.process_time() - start) / 20)
+  assert min(times) < 3e-3
 
 
 def test_another_batch_size_goes_on_at_the_same_sequence(config, prepared):

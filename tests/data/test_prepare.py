@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
+import sysconfig
 
 import numpy as np
 import pytest
@@ -219,13 +220,31 @@ def test_equal_documents_of_two_sources_stay_in_the_first(config, corpus, tmp_pa
   assert sorted(sources) == sorted(2 * list(two.sources))  # evaluation documents in equal numbers
 
 
-def test_unreadable_documents_are_counted_and_named(config, corpus, tmp_path, caplog):
-  (corpus / "latin.txt").write_bytes(b"caf\xe9")
-  (corpus / "rows.jsonl").write_text('{"text": "a row of text"}\n{"broken\n')
-  with caplog.at_level("WARNING"):
-    [scanned] = run(config, tmp_path / "data").scanned
-  assert scanned["unreadable"] == 2
-  assert "latin.txt: not UTF-8 at byte 3" in scanned["problems"][0] and "rows.jsonl:1" in scanned["problems"][1]
+@pytest.mark.parametrize("workers, name, content, message", [
+    (1, "x.txt", b"caf\xe9", "x.txt: not UTF-8 at byte 3; legal: UTF-8 text files, and"),
+    (2, "x.txt", b"caf\xe9", "x.txt: not UTF-8 at byte 3; legal: UTF-8 text files, and"),
+    (1, "x.jsonl", b'{"text": "a row"}\n{"text": a row}\n', "x.jsonl:2: not JSON: Expecting value, character 10"),
+    (1, "x.jsonl", b'{"body": "a row"}\n', "x.jsonl:1: no field 'text' (fields: body); legal: "),
+    (1, "x.jsonl.gz", b"not gzip", "x.jsonl.gz: BadGzipFile"),
+    (1, "x.parquet", b"PAR1", "x.parquet: ArrowInvalid"),
+])
+def test_a_file_that_cannot_be_read_is_refused(config, corpus, tmp_path, workers, name, content, message):
+  (corpus / name).write_bytes(content)
+  with pytest.raises(UserError) as error:
+    run(config, tmp_path / "data", workers)
+  assert message in str(error.value) and str(error.value).startswith("config.data.sources: 'text:")
+  assert "\n" not in str(error.value)
+
+
+def test_unreadable_files_of_the_python_installation_are_counted(config, corpus, tmp_path, monkeypatch):
+  for path in corpus.iterdir():
+    path.rename(path.with_suffix(".py"))
+  (corpus / "latin.py").write_bytes(b"caf\xe9")
+  monkeypatch.setattr(sysconfig, "get_paths", lambda: dict.fromkeys(("stdlib", "purelib", "platlib"), str(corpus)))
+  manifest = run(dataclasses.replace(config, sources=("python-source",)), tmp_path / "data")
+  assert manifest.scanned[0]["unreadable"] == 1
+  assert manifest.scanned[0]["problems"] == ["stdlib/latin.py: not UTF-8 at byte 3"]
+  assert manifest.train[0]["documents"] == 30 - 7
 
 
 def test_ready_shards_are_used_as_they_are(tmp_path):
@@ -251,6 +270,73 @@ def test_ready_shards_are_used_as_they_are(tmp_path):
     found = [bytes(stream.read(d["start"], d["start"] + d["tokens"]).astype(np.uint8)) for d in record["documents"]]
     assert len(found) == count and all(document in aside for document in found)
   assert [d["tokens"] for d in manifest.heldout["documents"]] == sorted(map(len, aside))[:-3:-1]
+
+
+def ready(tmp_path, texts, **changes):
+  """Options for one ready shard of byte tokens with `texts`, joined by end-of-text."""
+  documents = [np.append(np.frombuffer(text.encode(), np.uint8).astype(int), 256) for text in texts]
+  write_shard(tmp_path / "ready.bin", documents, token_dtype(257))
+  return DataConfig(**{"sources": (f"bin:{tmp_path}/ready.bin",), "tokenizer": "bytes", "heldout_documents": 2,
+                       "validation_documents": 2, "sequence_length": 16, "batch_size": 4, **changes})
+
+
+def test_ready_documents_that_training_repeats_are_not_evaluated_on(tmp_path):
+  texts = [make_text(seed, 40 + seed) for seed in range(80)]
+  for index in (79, 78, 76):
+    texts[index] = texts[index - 50]  # all but the shortest of the last are repeats
+  manifest = run(ready(tmp_path, texts), tmp_path / "data")
+  train, validation, heldout = (digests(stored_documents(tmp_path / "data", record)) for record in (
+      manifest.train[0], manifest.validation, manifest.heldout))
+  assert len(heldout) == len(validation) == 2 and not (heldout | validation) & train and not heldout & validation
+
+
+def test_text_equal_to_a_ready_evaluation_document_is_dropped(tmp_path, corpus):
+  texts = [make_text(seed, 40 + seed) for seed in range(80)]
+  for index in range(48, 80):  # every one that may be taken
+    (corpus / f"repeat{index}.txt").write_text(texts[index])
+  config = ready(tmp_path, texts, sources=(f"text:{corpus}", f"bin:{tmp_path}/ready.bin"), weights=(1.0, 1.0),
+                 heldout_documents=4, validation_documents=4)
+  manifest = run(config, tmp_path / "data")
+  trained = digests(text for record in manifest.train for text in stored_documents(tmp_path / "data", record))
+  for record in (manifest.heldout, manifest.validation):
+    assert len(record["documents"]) == 4
+    assert {document["source"] for document in record["documents"]} == set(config.sources)
+    assert not digests(stored_documents(tmp_path / "data", record)) & trained
+  assert manifest.train[0]["near_duplicates"] >= 2
+
+
+def test_ready_shards_with_too_little_to_evaluate_on(tmp_path):
+  config = ready(tmp_path, [make_text(seed, 40) for seed in range(8)], validation_documents=9)
+  with pytest.raises(UserError, match=r"ready\.bin' has \d documents to evaluate on .* \(2 and 9, no two alike\)"):
+    run(config, tmp_path / "data")
+
+
+def test_ready_shards_of_another_tokenizer(tmp_path):
+  write_shard(tmp_path / "x.bin", np.tile([50256, 7, 256, 3], 50), token_dtype(50304))
+  with pytest.raises(UserError, match=r"holds token 50256, but config\.data\.tokenizer has 257 tokens"):
+    run(ready(tmp_path, ["x"], sources=(f"bin:{tmp_path}/x.bin",)), tmp_path / "data")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda content: content[:-1], "truncated or damaged"),
+    (lambda content: b"\0" + content[1:], "first int32 must be 20240520"),
+])
+def test_damaged_ready_shards(tmp_path, damage, message):
+  config = ready(tmp_path, ["a text"])
+  path = tmp_path / "ready.bin"
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(UserError, match=message) as error:
+    run(config, tmp_path / "data")
+  assert str(path) in str(error.value)
+
+
+def test_documents_end_with_end_of_text_and_keep_every_token(config, corpus, tmp_path):
+  """The training stream is the documents' own tokens, one after the other, each followed by end-of-text."""
+  everything = dataclasses.replace(config, heldout_documents=0, validation_documents=0)
+  manifest = run(everything, tmp_path / "data")
+  stream = open_stream(tmp_path / "data", manifest.train[0])
+  joined = [token for path in sorted(corpus.iterdir()) for token in [*path.read_bytes(), 256]]
+  np.testing.assert_array_equal(stream.read(0, len(stream)), joined)
 
 
 @pytest.mark.parametrize("changes, message", [

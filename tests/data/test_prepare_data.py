@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from tests.data.conftest import make_text
@@ -30,6 +32,7 @@ def recipe(tmp_path):
   folder.mkdir()
   for index in range(200):
     (folder / f"{index:03d}.txt").write_text(make_text(index, 1500 + index))
+  (tmp_path / "bad.jsonl").write_text("no JSON\n")
   (tmp_path / "recipe.py").write_text(RECIPE.format(corpus=folder))
   return tmp_path / "recipe.py"
 
@@ -66,19 +69,22 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(recipe, tmp_path):
   total = len(list((tmp_path / "whole" / "train").rglob("*.bin")))
   assert total > 20
   kills = 0
-  for wanted in (1, total // 3, 2 * total // 3):
+  moments = np.random.default_rng()  # any moment must do, so let every run try others
+  for wanted, delay in ((0, moments.uniform(0.5, 2.5)), (1, 0.0), (total // 3, moments.uniform(0, 0.3)),
+                        (2 * total // 3, moments.uniform(0, 0.3))):
     process = subprocess.Popen(command(f"--config={recipe}", f"--directory={directory}", "--workers=2"),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(directory.glob("train/*/*.bin"))) < wanted:
       time.sleep(0.002)
-    workers = children(process.pid)
+    time.sleep(delay)
+    workers = children(process.pid) if process.poll() is None else []
     process.send_signal(signal.SIGKILL)
     kills += process.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 20
     while not all(map(gone, workers)) and time.monotonic() < deadline:
       time.sleep(0.05)
     assert all(map(gone, workers)), "workers outlive their parent"
-  assert kills >= 2
+  assert kills >= 3
   resumed = finish(f"--config={recipe}", f"--directory={directory}", "--workers=2")
   assert resumed.returncode == 0, resumed.stderr
   leftovers = [name for name in contents(directory) if name.endswith(".tmp")]
@@ -108,9 +114,18 @@ def test_prints_what_was_written_and_does_nothing_twice(recipe, tmp_path):
       "--config.data.weights=(1.0,)"], "matches no file or folder"),
     (["--config={recipe}", "--directory={tmp}/x", "--config.data.heldout_documents=-1"],
      "config.data.heldout_documents=-1: must be at least 0"),
+    (["--config={recipe}", "--directory={tmp}/x", "--config.data.weights=(1.0,)"],
+     "config.data.weights=(1.0,): must be 2 numbers, one a source"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, arguments, message):
+def test_bad_options_are_one_line_and_exit_code_2(recipe, tmp_path, arguments, message):
   result = finish(*(argument.format(recipe=recipe, tmp=tmp_path) for argument in arguments))
   assert result.returncode == 2
   assert message in result.stderr and "Traceback" not in result.stderr
   assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_read_is_one_line_after_the_progress_bar(recipe, tmp_path):
+  result = finish(f"--config={recipe}", f"--directory={tmp_path}/x",
+                  f"--config.data.sources=('text:{tmp_path}/big','text:{tmp_path}/bad.jsonl')")
+  assert result.returncode == 2 and "Traceback" not in result.stderr
+  assert re.match(r"error: config\.data\.sources: .*bad\.jsonl:1: not JSON", result.stderr.splitlines()[-1])

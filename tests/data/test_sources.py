@@ -26,7 +26,7 @@ def test_files_of_rows(tmp_path, write_rows, name):
   documents = read_all(f"text:{tmp_path / name}")
   assert [document.text for document in documents] == TEXTS
   assert [document.row for document in documents] == [0, 1, 2]
-  assert documents[1].name == f"{tmp_path / name}:1"
+  assert documents[1].name == f"{tmp_path / name}:2"  # the line, as editors count
   [file] = list_files(f"text:{tmp_path / name}")
   assert [document.text for document in read_documents(file, [0, 2])] == [TEXTS[0], TEXTS[2]]
 
@@ -69,8 +69,10 @@ def test_what_is_not_a_source(source):
 
 @pytest.mark.parametrize("name, content, problems", [
     ("x.txt", b"caf\xe9", ["not UTF-8 at byte 3"]),
-    ("x.jsonl", b'{"text": "a"}\nnot json\n\n{"body": "b"}\n{"text": 3}\n["c"]\n{"text": "\\ud800"}\n',
-     ["not JSON", "no text in field 'text'", "no text in field 'text'", "no text in field 'text'", "lone surrogate"]),
+    ("x.jsonl", b'{"text": "a"}\nnot json\n\n{"body": "b", "id": 1}\n{"text": 3}\n["c"]\n',
+     ["not JSON", "no field 'text' (fields: body, id)", "field 'text' is not a string but a int",
+      "no field 'text' (a list, not an object)"]),
+    ("x.jsonl", b'{"text": "\\ud800"}\n{"text": "\xe9"}\n', ["lone surrogate", "not UTF-8 at byte 10 of the line"]),
     ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-20], ["EOFError"]),
     ("x.jsonl.gz", b"not gzip", ["BadGzipFile"]),
     ("x.jsonl.zst", b"not zstd", ["ZstdError"]),
