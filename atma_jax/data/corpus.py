@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import itertools
+import os
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -19,7 +20,7 @@ from atma_jax.data.parallel import Pool
 from atma_jax.data.shards import open_shard
 from atma_jax.data.tokenizers import Tokenizer, check_tokens
 
-_FILES_PER_SCAN = 64
+_SCAN_BYTES = 1 << 20  # files handed to a worker at a time; a larger file goes by itself
 _PROBLEMS_KEPT = 20
 _RESERVE = 8  # documents at the end of ready shards set aside for each evaluation document taken
 
@@ -45,7 +46,7 @@ class EvaluationDocument:
 
 @dataclasses.dataclass
 class Split:
-  """The evaluation documents of all sources, and their lines."""
+  """The evaluation documents of all sources, and what is needed to know them again."""
 
   heldout: list[EvaluationDocument] = dataclasses.field(default_factory=list)
   validation: list[EvaluationDocument] = dataclasses.field(default_factory=list)
@@ -67,12 +68,11 @@ class TextCorpus:
 
     A file or row that cannot be read raises `UserError`; of Python's own files it is left out and reported.
     """
-    files = list(enumerate(self.files))
-    chunks = [files[start:start + _FILES_PER_SCAN] for start in range(0, len(files), _FILES_PER_SCAN)]
+    portions = _portions(self.files)
     report = self.report
-    with tqdm(total=len(files), desc=f"scan {self.source}", unit=" files", mininterval=0.5,
+    with tqdm(total=len(self.files), desc=f"scan {self.source}", unit=" files", mininterval=0.5,
               disable=not progress) as bar:
-      for chunk, (entries, problems, skipped) in zip(chunks, pool.map(chunks)):
+      for portion, (entries, problems, skipped) in zip(portions, pool.map(portions)):
         if problems and self.source != sources.PYTHON_SOURCE:
           raise UserError(f"config.data.sources: {self.source!r}: {problems[0]}; legal: {sources.LEGAL_FILES}")
         for entry in entries:
@@ -84,12 +84,12 @@ class TextCorpus:
         report["skipped"] += skipped
         report["unreadable"] += len(problems)
         report["problems"] += problems[:_PROBLEMS_KEPT - len(report["problems"])]
-        bar.update(len(chunk))
+        bar.update(len(portion))
     report["documents"] = len(self.entries)
     report["bytes"] = sum(entry.size for entry in self.entries)
     if not self.entries:
-      raise UserError(f"config.data.sources: {self.source!r} has no text in its {len(files)} files, or none that other "
-                      f"sources lack; legal: {sources.LEGAL_FILES}")
+      raise UserError(f"config.data.sources: {self.source!r} has no text in its {len(self.files)} files, or none "
+                      f"that the sources before it lack; legal: {sources.LEGAL_FILES}")
     if report["problems"]:
       logging.info("%s: %d unreadable files left out, the first: %s", self.source, report["unreadable"],
                    report["problems"][0])
@@ -146,6 +146,18 @@ class TextCorpus:
     self.entries = sorted(self.sample(size))
 
 
+def _portions(files: Sequence[sources.SourceFile]) -> list[list[tuple[int, sources.SourceFile]]]:
+  """Files with their numbers, in portions of about `_SCAN_BYTES`."""
+  portions, filled = [], _SCAN_BYTES
+  for index, file in enumerate(files):
+    if filled >= _SCAN_BYTES:
+      portions.append([])
+      filled = 0
+    portions[-1].append((index, file))
+    filled += os.path.getsize(file.path) if os.path.exists(file.path) else 0  # reading says what is wrong with it
+  return portions
+
+
 def scan_files(files: Sequence[tuple[int, sources.SourceFile]]) -> tuple[list[Entry], list[str], int]:
   """Entries of some files, the problems met, and the number of documents without text to use."""
   entries, problems, skipped = [], [], 0
@@ -162,7 +174,10 @@ def scan_files(files: Sequence[tuple[int, sources.SourceFile]]) -> tuple[list[En
 
 
 class ReadyTokens:
-  """A ``bin:`` source: shards used as they are, but for documents at the end of the last one, kept for evaluation."""
+  """A ``bin:`` source: shards used as they are, but for documents at the end of the last one, kept for evaluation.
+
+  Its own evaluation documents are looked for in all training data, those of text sources are not looked for in it.
+  """
 
   def __init__(self, source: str, pattern: str):
     self.source = source

@@ -16,7 +16,7 @@ def text_digest(text: str) -> bytes:
 
 
 class EvaluationLines:
-  """Lines of the evaluation documents; tells whether a text contains at least half of those of any one document."""
+  """Lines of the evaluation documents; tells whether a text equals one of them or contains at least half its lines."""
 
   def __init__(self):
     self._short: set[bytes] = set()

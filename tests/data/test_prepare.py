@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from atma_jax.config import DataConfig, UserError
+from atma_jax.data import corpus as corpus_module
 from atma_jax.data import prepare as prepare_module
 from atma_jax.data.manifest import load_manifest, load_prepared_tokenizer, open_stream
 from atma_jax.data.prepare import prepare
 from atma_jax.data.shards import open_shard, token_dtype, write_shard
+from atma_jax.data.sources import SourceFile
 from tests.data.conftest import make_text
 
 
@@ -380,3 +382,13 @@ def test_a_place_that_cannot_be_written(config, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=r"cannot write .*file"):
     run(config, tmp_path / "file" / "data")
+
+
+def test_files_are_scanned_in_portions_of_bytes(tmp_path):
+  sizes = [10, 20, 3 << 20, 5, 6]
+  for index, size in enumerate(sizes):
+    (tmp_path / f"{index}.txt").write_bytes(b"x" * size)
+  files = [SourceFile(str(tmp_path / f"{index}.txt"), "") for index in range(5)]
+  missing = SourceFile(str(tmp_path / "missing.txt"), "")
+  portions = corpus_module._portions([*files, missing])
+  assert [[index for index, _ in portion] for portion in portions] == [[0, 1, 2], [3, 4, 5]]

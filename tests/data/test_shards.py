@@ -102,3 +102,4 @@ def test_a_failed_write_leaves_the_old_file_and_says_so(tmp_path):
   with pytest.raises(UserError, match=r"cannot write .*x\.bin: No space left on device"):
     write_atomically(path, full_disk)
   assert path.read_bytes() == b"old"
+  assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
