@@ -33,7 +33,7 @@ class UserError(Exception):
 
 @dataclasses.dataclass(unsafe_hash=True)  # modules keep it as a static attribute
 class MemoryConfig:
-  """Gated-delta memory (SPEC section 3)."""
+  """Gated-delta memory."""
 
   enabled: bool = True
   gamma_bias: float = 3.9  # added to the decay gate's logit
@@ -42,7 +42,7 @@ class MemoryConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
-  """The network (SPEC sections 1-4). Defaults are the published 378M size."""
+  """The network. Defaults are the published 378M size."""
 
   vocab_size: int = 50304
   num_layers: int = 16
@@ -88,7 +88,7 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-  """Muon for matrices inside blocks, AdamW for the rest (SPEC section 5)."""
+  """Muon for matrices inside blocks, AdamW for the rest."""
 
   muon_learning_rate: float = 0.02
   muon_weight_decay: float = 0.01  # times the learning rate

@@ -63,7 +63,7 @@ class Atma(nnx.Module):
     repeats, rest = divmod(config.num_layers, len(pattern))
     self.embed = Embedding(config, rngs=rngs)
     if repeats:
-      self.groups = nnx.vmap(lambda r: Group(config, pattern, rngs=r))(rngs.fork(split=repeats))
+      self.groups = nnx.vmap(lambda r: Group(config, pattern, rngs=r))(rngs.split(repeats))
       for _, parameter in nnx.iter_graph(self.groups):
         if isinstance(parameter, nnx.Param):
           parameter.set_metadata(logical_axes=("layers", *parameter.get_metadata("logical_axes")))

@@ -91,7 +91,7 @@ class _Loop:
 
   def run(self, state, first: int, terminated: threading.Event) -> str:
     train, writer = self.config.train, MetricWriter(self.folder, first_step=first, active=jax.process_index() == 0)
-    pending, saved = None, first
+    pending, saved, save = None, first, False
     self.mark = time.perf_counter()
     self.window_wait, self.window_start = 0.0, first
     compiled = self._compile(state)
@@ -109,15 +109,16 @@ class _Loop:
       if train.profile_start is not None and number == first + train.profile_start + train.profile_steps:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
-      save = number % train.checkpoint_every == 0 or number == train.steps or terminated.is_set()
-      validate = self.validate and (number % train.validate_every == 0 or number == train.steps)
+      last = number == train.steps
+      save = save or last or number % train.checkpoint_every == 0 or terminated.is_set()
+      validate = self.validate and (last or number % train.validate_every == 0)
       if save or validate:
-        bad = self._report(writer, *pending)  # a checkpoint is never made inside a run of bad steps
+        bad = self._report(writer, *pending)
         pending = None
         paused = time.perf_counter()
-        if save and not bad:
+        if save and (last or terminated.is_set() or not bad):  # else at the end of this run of bad steps
           self._save(number, state)
-          saved = number
+          saved, save = number, False
         if validate and not terminated.is_set():
           results = self.validate(state.params)
           logging.info("step %d  %s", number, "  ".join(f"{name} {value:.4f}" for name, value in results.items()))

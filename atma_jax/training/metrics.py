@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import time
@@ -24,11 +25,12 @@ class MetricWriter:
     self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """One record; None values are left out."""
+    """One record; None values are left out, those that are not finite are null (JSON has no word for them)."""
     if self._file is None:
       return
     values = {name: value for name, value in values.items() if value is not None}
-    self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
 

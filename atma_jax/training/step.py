@@ -49,7 +49,7 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
 
   def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
     (loss, z), grads = gradients(state.params, tokens)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -62,8 +62,8 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
     applied = state.step - state.bad_steps_total
     new_state = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state),
                            keep(ema, state.ema), jnp.where(good, 0, state.bad_steps + 1), state.bad_steps_total + bad)
-    metrics = {"loss": loss, "z": z, "grad_norm": grad_norm, "update_norm": optax.global_norm(updates),
-               "param_norm": optax.global_norm(params), "bad_steps": new_state.bad_steps,
+    metrics = {"loss": loss, "z": z, "grad_norm": grad_norm, "update_norm": optax.tree.norm(updates),
+               "param_norm": optax.tree.norm(params), "bad_steps": new_state.bad_steps,
                "bad_steps_total": new_state.bad_steps_total}
     metrics |= {f"learning_rate/{group}": rate
                 for group, rate in learning_rates(config.optimizer, train.steps, applied).items()}
