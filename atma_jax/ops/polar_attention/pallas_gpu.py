@@ -1,0 +1,348 @@
+"""Polar attention as GPU kernels: Pallas through Triton, forward and backward, O(T) residuals, no atomics.
+
+Notation, for one query and the keys it sees, logits in base 2 (arXiv 2606.25156):
+  lse       log2 of the sum of 2^logit;   p_j = 2^(logit_j - lse), the softmax over real keys
+  o         sum_j p_j v_j
+  crowding  sum_j p_j^2, the inverse of the participation ratio n_eff
+These three do not depend on the running maximum, which makes them safe to store and to differentiate. With cotangents
+``go`` of o and ``2 gc`` of p_j^2 the gradient of a logit is ``p_j (go.v_j + 2 gc p_j - delta)``, one number delta per
+query: the matrix products are those of softmax attention. Keys after a query are masked by causality, so sequences are
+padded at their end to whole blocks and no other mask is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+from atma_jax.ops.polar_attention import formula
+
+HEAD_SIZES = (64, 128)
+LOG2_E = math.log2(math.e)
+MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key makes no NaN, and exact under any scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """Queries x keys of one step of a kernel, and how the program runs it."""
+
+  q: int
+  k: int
+  warps: int
+  stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """One tile per kernel."""
+
+  forward: Tile
+  dq: Tile
+  dkv: Tile
+
+
+TILES = {  # by bytes of an element and head size
+  (2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
+  (2, 128): Tiles(Tile(128, 128, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
+  (4, 64): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+  (4, 128): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+}
+
+
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
+  """Why the kernels cannot serve this call, or None if they can."""
+  del parameters
+  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"takes q, k and v all in bfloat16 or all in float32, not {q.dtype}, {k.dtype}, {v.dtype}"
+  if q.shape[-1] not in HEAD_SIZES:
+    return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
+  if jax.default_backend() != "gpu":
+    return f"needs a GPU, and the default backend is {jax.default_backend()}"
+  return None
+
+
+def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
+                    null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
+                    tiles: Tiles | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+  """See `atma_jax.ops.polar_attention`; `tiles` overrides the table, `interpret` runs the kernels without a GPU."""
+  (T, D), S = (q.shape[1], q.shape[3]), k.shape[1]
+  tiles = tiles or TILES[q.dtype.itemsize, D]
+  temp, null = formula.positional_logits(null_base, null_slope, len_gain, queries=T, keys=S, window=window)
+  call = _Call(T, S, S if window is None else min(window, S), tiles, interpret)
+  direction, lse, crowding = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32),
+                                     v_null.astype(jnp.float32), call)
+  return direction, formula.magnitude(1 / crowding, jax.nn.sigmoid(lse - null), mag_beta)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """What is static about a call."""
+
+  queries: int
+  keys: int
+  window: int  # at most `keys`, which then means none
+  tiles: Tiles
+  interpret: bool
+
+  @property
+  def offset(self) -> int:
+    """Position of the first query."""
+    return self.keys - self.queries
+
+  @property
+  def windowed(self) -> bool:
+    return self.window < self.keys
+
+  def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Whether a query (its row, not its position) sees a key."""
+    distance = queries + self.offset - keys
+    return (distance >= 0) & (distance < self.window) if self.windowed else distance >= 0
+
+  def pad(self, x: jax.Array, axis: int) -> jax.Array:
+    """Zeros at the end of `axis`, to a whole number of blocks of every kernel."""
+    tiles = (self.tiles.forward, self.tiles.dq, self.tiles.dkv)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % max(max(tile.q, tile.k) for tile in tiles))
+    return jnp.pad(x, padding) if padding[axis][1] else x
+
+  def key_blocks(self, row: jax.Array, tile: Tile, keys: int) -> tuple[jax.Array, ...]:
+    """Blocks of keys that `tile.q` queries from `row` on see: (first, first unmasked, first masked, end)."""
+    position = row + self.offset
+    end = jnp.minimum(_ceil(position + tile.q, tile.k), keys // tile.k)
+    full_end = jnp.minimum(lax.div(position + 1, tile.k), end)
+    if not self.windowed:
+      return 0, 0, full_end, end
+    first = jnp.minimum(lax.div(jnp.maximum(position - self.window + 1, 0), tile.k), end)
+    full = jnp.clip(_ceil(jnp.maximum(position + tile.q - self.window, 0), tile.k), first, end)
+    return first, full, jnp.maximum(full, full_end), end
+
+  def query_blocks(self, key: jax.Array, tile: Tile, queries: int) -> tuple[jax.Array, ...]:
+    """Blocks of queries that see any of `tile.k` keys from `key` on: (first, first unmasked, first masked, end)."""
+    row = key - self.offset  # of the query at the first key's position
+    blocks = queries // tile.q
+    first = jnp.minimum(lax.div(jnp.maximum(row, 0), tile.q), blocks)
+    full = jnp.clip(_ceil(jnp.maximum(row + tile.k - 1, 0), tile.q), first, blocks)
+    if not self.windowed:
+      return first, full, blocks, blocks
+    end = jnp.clip(_ceil(jnp.maximum(row + tile.k - 1 + self.window, 0), tile.q), first, blocks)
+    full = jnp.minimum(full, end)
+    return first, full, jnp.clip(lax.div(jnp.maximum(row + self.window, 0), tile.q), full, end), end
+
+
+def _ceil(x: jax.Array, y: int) -> jax.Array:
+  return lax.div(x + (y - 1), y)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+  """Matrix product accumulated in float32; float32 operands are not rounded to tf32."""
+  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
+                         preferred_element_type=jnp.float32)
+
+
+def _three_loops(bounds: tuple[jax.Array, ...], body, carry):
+  """Runs ``body(masked, index, carry)`` over [b0, b1) masked, [b1, b2) unmasked and [b2, b3) masked."""
+  for lower, upper, masked in zip(bounds[:-1], bounds[1:], (True, False, True)):
+    if lower is not upper:
+      carry = lax.fori_loop(lower, upper, functools.partial(body, masked), carry)
+  return carry
+
+
+def _rows(array: jax.Array) -> jax.Array:
+  """(..., T, H) to (..., H, T), the layout in which a kernel reads a block of queries' scalars."""
+  return jnp.swapaxes(array, -1, -2)
+
+
+# Forward.
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, scale_ref, null_ref, v_null_ref, direction_ref, lse_ref, crowding_ref,
+                    norm_ref, *, call: _Call, blocks: int):
+  tile = call.tiles.forward
+  row = (blocks - 1 - pl.program_id(2)) * tile.q  # the longest first
+  q, scale = q_ref[...], scale_ref[...]
+
+  def step(masked, j, carry):
+    m, L, Q, S = carry
+    keys = pl.ds(j * tile.k, tile.k)
+    scores = _dot(q, k_ref[keys, :], (1, 1))
+    if masked:
+      scores = jnp.where(_visible(call, row, j * tile.k, tile), scores, MASKED)
+    m_next = jnp.maximum(m, jnp.max(scores, axis=1) * scale)  # the scale is positive
+    p, shrink = jnp.exp2(scores * scale[:, None] - m_next[:, None]), jnp.exp2(m - m_next)
+    L = L * shrink + jnp.sum(p, axis=1)
+    Q = Q * (shrink * shrink) + jnp.sum(p * p, axis=1)
+    v = v_ref[keys, :]
+    return m_next, L, Q, S * shrink[:, None] + _dot(p.astype(v.dtype), v)
+
+  zeros = jnp.zeros((tile.q,), jnp.float32)
+  carry = zeros - jnp.inf, zeros, zeros, jnp.zeros((tile.q, q.shape[1]), jnp.float32)
+  m, L, Q, S = _three_loops(call.key_blocks(row, tile, k_ref.shape[0]), step, carry)
+
+  lse, null = m + jnp.log2(L), null_ref[...]
+  w_key, w_null = 1 / (1 + jnp.exp2(null - lse)), 1 / (1 + jnp.exp2(lse - null))
+  attended = (w_key / L)[:, None] * S + w_null[:, None] * v_null_ref[...][None, :]
+  norm = jnp.sqrt(jnp.sum(attended * attended, axis=1))
+  direction_ref[...] = (attended / jnp.maximum(norm, formula.NORM_FLOOR)[:, None]).astype(direction_ref.dtype)
+  lse_ref[...], crowding_ref[...], norm_ref[...] = lse, Q / (L * L), norm
+
+
+def _visible(call: _Call, row: jax.Array, key: jax.Array, tile: Tile) -> jax.Array:
+  return call.visible(row + jnp.arange(tile.q)[:, None], key + jnp.arange(tile.k)[None, :])
+
+
+def _forward(q, k, v, temp, null, v_null, call: _Call):
+  """Direction (B, T, H, D); lse in base 2, crowding, norm of the attended vector (B, H, T)."""
+  scale = call.pad(_rows(temp) * (LOG2_E * q.shape[3] ** -0.5), 1)
+  q, k, v, null = call.pad(q, 1), call.pad(k, 1), call.pad(v, 1), call.pad(_rows(null) * LOG2_E, 1)
+  (B, T, H, D), (S, K), tile = q.shape, k.shape[1:3], call.tiles.forward
+  blocks = T // tile.q
+  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
+  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
+  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
+  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  scalars = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
+  outputs = pl.pallas_call(
+    functools.partial(_forward_kernel, call=call, blocks=blocks), name="polar_attention",
+    out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), scalars, scalars, scalars],
+    in_specs=[query, key, key, head_rows, head_rows, pl.BlockSpec((None, D), lambda h, b, i: (h, 0))],
+    out_specs=[query, rows, rows, rows], grid=(H, B, blocks), interpret=call.interpret,
+    compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+  )(q, k, v, scale, null, v_null)
+  return outputs[0][:, : call.queries], *(x[..., : call.queries] for x in outputs[1:])
+
+
+# Backward: one kernel for dq, one for dk and dv, each recomputing p.
+
+
+def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, dtemp_ref, *,
+               call: _Call, blocks: int):
+  tile = call.tiles.dq
+  row = (blocks - 1 - pl.program_id(2)) * tile.q
+  q, go, scale = q_ref[...], go_ref[...], scale_ref[...]
+  lse, twice, delta, natural = lse_ref[...], twice_ref[...], delta_ref[...], scale / LOG2_E
+
+  def step(masked, j, dq):
+    keys = pl.ds(j * tile.k, tile.k)
+    k = k_ref[keys, :]
+    p = jnp.exp2(_dot(q, k, (1, 1)) * scale[:, None] - lse[:, None])
+    if masked:
+      p = jnp.where(_visible(call, row, j * tile.k, tile), p, 0)
+    ds = p * (_dot(go, v_ref[keys, :], (1, 1)) * natural[:, None] + (p * twice[:, None] - delta[:, None]))
+    return dq + _dot(ds.astype(k.dtype), k)
+
+  dq = _three_loops(call.key_blocks(row, tile, k_ref.shape[0]), step, jnp.zeros(q.shape, jnp.float32))
+  dq_ref[...] = dq.astype(dq_ref.dtype)
+  dtemp_ref[...] = jnp.sum(dq * q.astype(jnp.float32), axis=1)
+
+
+def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dk_ref, dv_ref, *,
+                call: _Call):
+  tile = call.tiles.dkv
+  key = pl.program_id(2) * tile.k
+  k, v = k_ref[...], v_ref[...]
+  bounds = call.query_blocks(key, tile, q_ref.shape[0])
+
+  def head(h, carry):
+    def step(masked, i, carry):
+      dk, dv = carry
+      rows = pl.ds(i * tile.q, tile.q)
+      q, go, scale = q_ref[rows, h, :], go_ref[rows, h, :], scale_ref[h, rows]
+      p = jnp.exp2(_dot(k, q, (1, 1)) * scale[None, :] - lse_ref[h, rows][None, :])
+      if masked:
+        visible = call.visible(i * tile.q + jnp.arange(tile.q)[None, :], key + jnp.arange(tile.k)[:, None])
+        p = jnp.where(visible, p, 0)
+      dv = dv + _dot(p.astype(go.dtype), go)
+      natural = (scale / LOG2_E)[None, :]
+      ds = p * (_dot(v, go, (1, 1)) * natural + (p * twice_ref[h, rows][None, :] - delta_ref[h, rows][None, :]))
+      return dk + _dot(ds.astype(q.dtype), q), dv
+    return _three_loops(bounds, step, carry)
+
+  zeros = jnp.zeros(k.shape, jnp.float32)
+  dk, dv = lax.fori_loop(0, q_ref.shape[1], head, (zeros, zeros))
+  dk_ref[...], dv_ref[...] = dk.astype(dk_ref.dtype), dv.astype(dv_ref.dtype)
+
+
+def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
+  """Gradients of q, k, v and temp (B, H, T) from `go` (B, T, H, D) and the scalars (B, H, T) of each query."""
+  dtemp_scale = 1 / _rows(temp)
+  scale = call.pad(_rows(temp) * (LOG2_E * q.shape[3] ** -0.5), 1)
+  twice, delta = (x * (_rows(temp) * q.shape[3] ** -0.5) for x in (twice, delta))
+  lse, twice, delta = (call.pad(x, 2) for x in (lse, twice, delta))
+  q, k, v, go = (call.pad(x, 1) for x in (q, k, v, go))
+  (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+  arguments = q, k, v, go, scale, lse, twice, delta
+
+  tile = call.tiles.dq
+  blocks = T // tile.q
+  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
+  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
+  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
+  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  dq, dtemp = pl.pallas_call(
+    functools.partial(_dq_kernel, call=call, blocks=blocks), name="polar_attention_dq",
+    out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
+    in_specs=[query, key, key, query, head_rows, rows, rows, rows],
+    out_specs=[query, rows], grid=(H, B, blocks), interpret=call.interpret,
+    compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+  )(*arguments)
+
+  tile = call.tiles.dkv
+  query = pl.BlockSpec((None, T, H // K, D), lambda h, b, j: (b, 0, h, 0))
+  key = pl.BlockSpec((None, tile.k, None, D), lambda h, b, j: (b, j, h, 0))
+  head_rows = pl.BlockSpec((H // K, T), lambda h, b, j: (h, 0))
+  rows = pl.BlockSpec((None, H // K, T), lambda h, b, j: (b, h, 0))
+  dk, dv = pl.pallas_call(
+    functools.partial(_dkv_kernel, call=call), name="polar_attention_dkv",
+    out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+    in_specs=[query, key, key, query, head_rows, rows, rows, rows],
+    out_specs=[key, key], grid=(K, B, S // tile.k), interpret=call.interpret,
+    compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+  )(*arguments)
+  dq, dk, dv = dq[:, : call.queries], dk[:, : call.keys], dv[:, : call.keys]
+  return dq, dk, dv, dtemp[..., : call.queries] * dtemp_scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, k, v, temp, null, v_null, call: _Call):
+  """Direction (B, T, H, D), and natural log-sum-exp and crowding (B, T, H), from temp and null (T, H)."""
+  return _attend_forward(q, k, v, temp, null, v_null, call)[0]
+
+
+def _attend_forward(q, k, v, temp, null, v_null, call: _Call):
+  direction, lse, crowding, norm = checkpoint_name(_forward(q, k, v, temp, null, v_null, call), "polar_attention")
+  residuals = q, k, v, temp, null, v_null, direction, lse, crowding, norm
+  return (direction, _rows(lse) / LOG2_E, _rows(crowding)), residuals
+
+
+def _attend_backward(call: _Call, residuals, cotangents):
+  """The attended vector is ``s = w_key o + w_null v_null`` with w_key = sigmoid(lse - null), and direction its unit vector.
+
+  With gs the cotangent of s, ``go = w_key gs`` and the log-sum-exp receives ``w_null (gs.s - gs.v_null)``; in delta =
+  go.o + 2 gc crowding - (cotangent of lse) the products with v_null cancel. gs.s is zero above the norm's floor.
+  """
+  q, k, v, temp, null, v_null, direction, lse, crowding, norm = residuals
+  g_direction, g_lse, g_crowding = cotangents
+  norm, log_odds = _rows(norm), _rows(lse) / LOG2_E - null
+  w_key, w_null = jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
+  g, c = g_direction.astype(jnp.float32), direction.astype(jnp.float32)
+  along, above = jnp.sum(g * c, axis=-1), norm > formula.NORM_FLOOR
+  gs = (g - jnp.where(above, along, 0)[..., None] * c) / jnp.maximum(norm, formula.NORM_FLOOR)[..., None]
+  gs_s = jnp.where(above, 0, along)
+  twice = 2 * g_crowding
+  delta = w_key * gs_s + twice * _rows(crowding) - g_lse
+  go = (w_key[..., None] * gs).astype(q.dtype)
+  dq, dk, dv, dtemp = _backward(q, k, v, go, temp, lse, _rows(twice), _rows(delta), call)
+  d_null = w_null * (jnp.sum(gs * v_null, axis=-1) - gs_s)
+  return dq, dk, dv, _rows(jnp.sum(dtemp, axis=0)), jnp.sum(d_null, axis=0), jnp.sum(w_null[..., None] * gs, axis=(0, 1))
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
