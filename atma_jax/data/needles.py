@@ -7,6 +7,7 @@ draws multiples of 7, training the others.
 from __future__ import annotations
 
 import heapq
+import re
 
 import numpy as np
 
@@ -86,6 +87,7 @@ _WORDS = ("amber", "birch", "cedar", "delta", "ember", "falcon", "garnet", "harb
 _PHRASINGS = ((CUE, 0.5), (" The special magic {word} number is", 0.1), (" Locker {key} opens with", 0.1),
               (" # pin of {word} {short}:", 0.1), (" The pass phrase of {word} {short} reads", 0.1),
               (" record[{key}] =", 0.1))
+_WORD_VALUES = 0.5  # share of records whose value is five words of the text instead of five digits
 _LIVE_RECORDS = (1, 1, 2, 3)  # how many records a document keeps alive at a time, drawn uniformly
 _MOST_QUESTIONS = 4
 _SHORTEST_GAP = 4  # characters
@@ -98,16 +100,19 @@ def recall_document(filler: str, *, reach: int, rng: np.random.Generator) -> str
   fetch a value it has seen once. Gaps of real text between a record and its question, and between questions, are drawn
   log-uniformly up to `reach`, so most are short and some span the whole training length. One to three records are
   alive at a time; when one has been asked for often enough another takes its place. Half of them are worded like the
-  evaluation's needle; keys and values are never the evaluation's. About half of the tokens are filler.
+  evaluation's needle; keys and values are never the evaluation's. Half of the values are digits, as there, half words of
+  the text: to prefer tokens it has seen already pays for words, so fetching them is learnt by degrees, while ten digits
+  are always all in sight and give no such first step. About half of the tokens are filler.
 
   Args:
     filler: real text; it is used up in order, cut at white space.
     reach: longest gap, in characters (what the training length holds).
     rng: decides everything else.
   """
-  parts, used = [], 0
+  parts, used, words = [], 0, re.findall(r"[A-Za-z]{3,}", filler)
   # A live record: (filler used when it is due, its slot, cue, value, questions left). None left: state a new one.
-  due = [(0 if slot == 0 else _gap(rng, reach), slot, "", "", 0) for slot in range(rng.choice(_LIVE_RECORDS))]
+  due = [(_next_space(filler, 0) if slot == 0 else _gap(rng, reach), slot, "", "", 0)
+         for slot in range(rng.choice(_LIVE_RECORDS))]
   while used < len(filler):
     when, slot, cue, value, left = heapq.heappop(due)
     if when > used:
@@ -117,7 +122,7 @@ def recall_document(filler: str, *, reach: int, rng: np.random.Generator) -> str
     if left:
       left -= 1
     else:
-      cue, value = _draw_cue(rng), _spaced(f"{_draw(rng, *_VALUES):0{VALUE_DIGITS}}")
+      cue, value = _draw_cue(rng), _draw_value(rng, words)
       left = rng.integers(1, _MOST_QUESTIONS + 1)
     parts.append(cue + value)
     heapq.heappush(due, (used + _gap(rng, reach), slot, cue, value, left))
@@ -132,6 +137,12 @@ def _next_space(text: str, position: int, most: int = 40) -> int:
   """First white space at or after `position`; `position` itself where the next `most` characters have none."""
   return next((i for i in range(position, min(position + most, len(text))) if text[i].isspace()),
               min(position, len(text)))
+
+
+def _draw_value(rng: np.random.Generator, words: list[str]) -> str:
+  if words and rng.random() < _WORD_VALUES:
+    return "".join(f" {word}" for word in rng.choice(words, VALUE_DIGITS))
+  return _spaced(f"{_draw(rng, *_VALUES):0{VALUE_DIGITS}}")
 
 
 def _draw_cue(rng: np.random.Generator) -> str:

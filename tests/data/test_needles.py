@@ -106,7 +106,7 @@ def recall(seed, reach=600, words=3000):
 def test_recall_documents_are_deterministic_and_keep_the_text():
   assert recall(3) == recall(3) != recall(4)
   bare = re.sub(r" (?:The access code for record \d+ is|The special magic \w+ number is|Locker \d+ opens with|"
-                r"# pin of \w+ \d+:|The pass phrase of \w+ \d+ reads|record\[\d+\] =)(?: \d){5}", "", recall(3))
+                r"# pin of \w+ \d+:|The pass phrase of \w+ \d+ reads|record\[\d+\] =)(?:(?: \d){5}|(?: [A-Za-z]{3,}){5})", "", recall(3))
   assert make_text(3, 3000).startswith(bare) and len(bare) > 0.95 * len(make_text(3, 3000))
 
 
@@ -132,4 +132,6 @@ def test_recall_documents_ask_for_what_they_stated():
 
 def test_recall_documents_are_dense():
   text = "".join(recall(seed) for seed in range(20))
-  assert len(re.findall(r"(?: \d){5}", text)) * 5 / len(text) > 0.03
+  digits, words = (len(re.findall(rf"(?:is|with|:|reads|=)(?: {value}){{5}}", text)) for value in (r"\d", "[A-Za-z]{3,}"))
+  assert 0.8 < digits / words < 1.25  # half of the values each, and both many
+  assert digits * 5 / len(text) > 0.02
