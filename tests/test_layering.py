@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "atma_jax"
 
-MAINS = ("ablate", "compile_ahead", "convert", "evaluate", "generate", "prepare_data", "serve", "train")
+MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generate", "prepare_data", "serve", "train")
 LAYERS = {
   "__init__": 0,
   "config": 0,
@@ -25,6 +25,7 @@ LAYERS = {
   "training": 3,
   "evaluation": 4,
   "ablation": 5,
+  "benchmarks": 5,
   "cli": 6,
   **dict.fromkeys(MAINS, 7),
 }

@@ -1,0 +1,56 @@
+"""Times the ops and a whole training step on this machine's default device, and checks the ops against their oracle.
+
+    python -m atma_jax.benchmark [--table=ops,step,forward] [--config=configs/atma_378m.py] [--config.FIELD=VALUE ...]
+
+Three tables, all in one process so that their numbers can be compared:
+
+* ``ops``: forward and forward + backward of polar attention, its softmax rival and the gated delta; TFLOP/s of the causal
+  half (3.5 x for forward + backward; the delta's recurrence 8 D^2 a step, 3 x) and their fraction of a large matrix
+  product; relative error of outputs and of the worst gradient against the float32 oracle, at a length of at most 512.
+* ``step``: the recipe's training step on random tokens, one microbatch of --step_tokens and the optimizer, each also by
+  itself, and what that makes at the recipe's batch size.
+* ``forward``: the recipe's model on long sequences.
+"""
+
+from __future__ import annotations
+
+import math
+
+from absl import flags
+
+from atma_jax import cli
+from atma_jax.benchmarks.tables import forward_table, ops_table, step_table
+from atma_jax.config import UserError
+
+TABLES = ("ops", "step", "forward")
+
+_CONFIG = cli.define_config_flag("configs/atma_378m.py")
+_TABLE = flags.DEFINE_list("table", list(TABLES), f"Tables to print: {', '.join(TABLES)}.")
+_SHAPES = flags.DEFINE_list("shapes", ["8x2048", "2x8192", "1x32768"], "BxT of the ops.")
+_STEP_TOKENS = flags.DEFINE_integer("step_tokens", 65_536, "Tokens of a microbatch.", lower_bound=1)
+_FORWARD_LENGTHS = flags.DEFINE_list("forward_lengths", ["65536", "262144"], "Lengths of the long forward passes.")
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed calls of each function.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of inputs and parameters.", lower_bound=0)
+
+
+def main() -> None:
+  unknown = [name for name in _TABLE.value if name not in TABLES]
+  if unknown or not _TABLE.value:
+    raise UserError(f"--table={','.join(_TABLE.value)}: must be among {', '.join(TABLES)}")
+  try:
+    shapes = [tuple(int(n) for n in shape.split("x")) for shape in _SHAPES.value]
+    lengths = [int(n) for n in _FORWARD_LENGTHS.value]
+  except ValueError as error:
+    raise UserError(f"--shapes and --forward_lengths: {error}; write 8x2048,1x32768 and 65536,262144") from error
+  if not shapes or any(len(shape) != 2 or math.prod(shape) < 1 for shape in shapes):
+    raise UserError(f"--shapes={','.join(_SHAPES.value)}: must be BxT pairs such as 8x2048,1x32768")
+  if "ops" in _TABLE.value:
+    ops_table(_CONFIG.value, shapes, _REPEATS.value, _SEED.value)
+  if "step" in _TABLE.value:
+    step_table(_CONFIG.value, _STEP_TOKENS.value, _REPEATS.value, _SEED.value)
+  if "forward" in _TABLE.value:
+    forward_table(_CONFIG.value, lengths, _SEED.value)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,30 @@
+"""The benchmark runs end to end on the CPU, and bad flags are one line and exit code 2."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+def benchmark(*flags: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run([sys.executable, "-m", "atma_jax.benchmark", *flags], cwd=REPOSITORY, capture_output=True, text=True,
+                        timeout=240, check=False)
+
+
+def test_every_table_on_small_shapes():
+  result = benchmark("--config=configs/debug.py", "--shapes=1x40", "--step_tokens=128", "--forward_lengths=64", "--repeats=1")
+  assert result.returncode == 0, result.stderr
+  for expected in ("| polar | 1 x 40 | 2 |", "| gated delta | 1 x 40 |", "| step, optimizer included |", "| 64 |"):
+    assert expected in result.stdout
+
+
+@pytest.mark.parametrize("flag", ["--table=ops,speed", "--shapes=8", "--shapes=axb", "--step_tokens=100", "--forward_lengths=x"])
+def test_bad_flags_are_one_line(flag):
+  result = benchmark("--config=configs/debug.py", "--table=step", flag)
+  assert result.returncode == 2 and flag.split("=")[0] in result.stderr
+  assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
