@@ -63,6 +63,7 @@ class ModelConfig:
   activation_dtype: str = "bfloat16"
   param_dtype: str = "float32"
   remat: str = "none"  # recompute in the backward pass: nothing | all but matmul outputs | whole blocks
+  scan: bool = True  # compile one repetition of the pattern for all depths; false inlines them: faster, longer to compile
   implementation: str = "auto"  # of the polar and gated-delta ops
 
 

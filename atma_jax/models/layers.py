@@ -118,7 +118,13 @@ class Linear(nnx.Module):
     self.bias = parameter(config, rngs, bias_init(config, features_in, **kind), (features_out,), ("vector",), "vector")
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+    return self.split(x, 1)[0]
+
+  def split(self, x: jax.Array, parts: int) -> list[jax.Array]:
+    """The output in `parts` equal pieces, a product each: the backward pass then has nothing to concatenate."""
+    kernels = jnp.split(self.kernel[...].astype(self.dtype), parts, axis=1)
+    biases = jnp.split(self.bias[...].astype(self.dtype), parts)
+    return [x.astype(self.dtype) @ kernel + bias for kernel, bias in zip(kernels, biases)]
 
 
 class DepthwiseFilter(nnx.Module):

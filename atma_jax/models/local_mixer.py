@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
@@ -21,5 +20,5 @@ class LocalMixer(nnx.Module):
     self.out_proj = layers.Linear(config, width, width, ("mlp", "embed"), output=True, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    b, c, h = jnp.split(self.in_proj(x), 3, axis=-1)
+    b, c, h = self.in_proj.split(x, 3)
     return self.out_proj(c * short_conv(b * h, self.conv.weight[...]))

@@ -13,11 +13,14 @@ from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.transformer import Group
 from atma_jax.ops import soft_cap
+from atma_jax.ops.dispatch import KERNEL_OUTPUTS
 from atma_jax.sharding import constrain
 
 REMAT_POLICIES = {
   "none": jax.checkpoint_policies.everything_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS)),
   "block": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -31,7 +34,8 @@ class Embedding(nnx.Module):
                                       ("vocab", "embed"), "embedding")
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    return self.embedding[...].astype(self.dtype)[tokens]
+    table = constrain(self.embedding[...].astype(self.dtype), ("vocab", "features"))  # whole rows: gathered over fsdp first
+    return table[tokens]
 
 
 class Head(nnx.Module):
@@ -85,7 +89,13 @@ class Atma(nnx.Module):
       def apply(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
         return nnx.merge(graphdef, params)(x), None
 
-      x, _ = jax.lax.scan(self._rematerialised(apply), x, stacked)
+      apply = self._rematerialised(apply)
+      if self.config.scan:
+        x, _ = jax.lax.scan(apply, x, stacked)
+      else:
+        leaves, structure = jax.tree.flatten(stacked)
+        for group in zip(*map(jnp.unstack, leaves)):
+          x, _ = apply(x, jax.tree.unflatten(structure, group))
     if hasattr(self, "tail"):
       x = self._rematerialised(lambda x, group: (group(x), None))(x, self.tail)[0]
     return self.norm(x)
@@ -93,7 +103,7 @@ class Atma(nnx.Module):
   def _rematerialised(self, apply: Any) -> Any:
     if self.config.remat == "none":
       return apply
-    return jax.checkpoint(apply, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+    return jax.checkpoint(apply, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not self.config.scan)
 
 
 def parameter_metadata(model: Atma) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ class MLP(nnx.Module):
     self.out_proj = layers.Linear(config, config.mlp_width, config.width, ("mlp", "embed"), output=True, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    u, g = jnp.split(self.fc(x), 2, axis=-1)
+    u, g = self.fc.split(x, 2)
     return self.out_proj(g * jnp.square(jax.nn.relu(u)))
 
 

@@ -46,8 +46,8 @@ def token_losses(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets:
 
   def losses(inputs):
     hidden, targets = inputs
-    logits = soft_cap(_head(hidden, kernel, bias), cap)
-    return jax.nn.logsumexp(logits, axis=-1) - _pick(logits, targets)
+    z, target = _log_partition(_head(hidden, kernel), bias, targets, cap)
+    return z - target
 
   return _unchunk(jax.lax.map(losses, _chunks(chunk, hidden, targets)), hidden.shape[1])
 
@@ -57,7 +57,7 @@ def token_predictions(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, *, 
   kernel = kernel.astype(hidden.dtype)
 
   def predict(hidden):
-    return jnp.argmax(soft_cap(_head(hidden, kernel, bias), cap), axis=-1).astype(jnp.int32)
+    return jnp.argmax(_logits(_head(hidden, kernel), bias, cap), axis=-1).astype(jnp.int32)
 
   return _unchunk(jax.lax.map(predict, _chunks(chunk, hidden)[0]), hidden.shape[1])
 
@@ -69,9 +69,8 @@ def _cross_entropy(hidden, kernel, bias, targets, weights, cap, z_loss, chunk):
 
   def step(sums, inputs):
     hidden, targets, weights = inputs
-    logits = soft_cap(_head(hidden, kernel, bias), cap)
-    z = jax.nn.logsumexp(logits, axis=-1)
-    nll, z2 = z - _pick(logits, targets), z * z
+    z, target = _log_partition(_head(hidden, kernel), bias, targets, cap)
+    nll, z2 = z - target, z * z
     return (sums[0] + jnp.sum(weights * (nll + z_loss * z2)), sums[1] + jnp.sum(weights * z2)), None
 
   zero = jnp.zeros((), dtype)
@@ -85,9 +84,10 @@ def _cross_entropy_fwd(hidden, kernel, bias, targets, weights, cap, z_loss, chun
   def step(carry, inputs):
     loss_sum, z_sum, dkernel, dbias = carry
     hidden, targets, weights = inputs
-    logits = soft_cap(_head(hidden, cast, bias), cap)
-    z = jax.nn.logsumexp(logits, axis=-1)
-    nll, z2 = z - _pick(logits, targets), z * z
+    head = _head(hidden, cast)
+    z, target = _log_partition(head, bias, targets, cap)
+    nll, z2 = z - target, z * z
+    logits = _logits(jax.lax.optimization_barrier(head), bias, cap)  # again: cheaper than to write and read them
     weighted_p = (weights * (1 + 2 * z_loss * z))[..., None] * jnp.exp(logits - z[..., None])
     dlogits = weighted_p - jnp.where(_one_hot(logits, targets), weights[..., None], 0)
     share = 1 - jnp.square(logits / cap)
@@ -119,10 +119,13 @@ def _accumulator(hidden: jax.Array) -> jnp.dtype:
   return jnp.result_type(jnp.float32, hidden)
 
 
-def _head(hidden: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-  """Logits before the cap, (B, chunk, V), in float32 or wider."""
-  dtype = _accumulator(hidden)
-  return jnp.einsum("btc,cv->btv", hidden, kernel, preferred_element_type=dtype) + bias.astype(dtype)
+def _head(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Matrix product of the head, (B, chunk, V), in float32 or wider."""
+  return jnp.einsum("btc,cv->btv", hidden, kernel, preferred_element_type=_accumulator(hidden))
+
+
+def _logits(head: jax.Array, bias: jax.Array, cap: float) -> jax.Array:
+  return soft_cap(head + bias.astype(head.dtype), cap)
 
 
 def _one_hot(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -130,8 +133,19 @@ def _one_hot(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return targets[..., None] == jnp.arange(logits.shape[-1])
 
 
-def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  return jnp.sum(jnp.where(_one_hot(logits, targets), logits, 0), axis=-1)
+def _log_partition(head: jax.Array, bias: jax.Array, targets: jax.Array, cap: float) -> tuple[jax.Array, jax.Array]:
+  """Logsumexp of the logits and the target's logit, (B, chunk) each.
+
+  The cap bounds the logits, so nothing has to look for their maximum, unless the cap is so wide that exponentials could
+  underflow; and one reduction takes both sums: the head's output is read once.
+  """
+  logits = _logits(head, bias, cap)
+  top = jnp.max(logits, axis=-1) if cap > 40 else jnp.full(logits.shape[:-1], cap, logits.dtype)
+  target = jnp.where(_one_hot(logits, targets), logits, 0)
+  zero = jnp.zeros((), logits.dtype)
+  total, target = jax.lax.reduce((jnp.exp(logits - top[..., None]), target), (zero, zero),
+                                 lambda a, b: (a[0] + b[0], a[1] + b[1]), (logits.ndim - 1,))
+  return top + jnp.log(total), target
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:

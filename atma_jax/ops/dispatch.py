@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+KERNEL_OUTPUTS = ("polar_attention", "gated_delta")  # names of what a backward pass would otherwise run a kernel again for
 NAMES = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
 
 _log = logging.getLogger(__name__)

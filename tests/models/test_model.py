@@ -68,14 +68,14 @@ def test_one_step_sequence():
   assert np.isfinite(np.asarray(Atma(TINY, rngs=nnx.Rngs(0))(TOKENS[:, :1]))).all()
 
 
-@pytest.mark.parametrize("remat", ["dots", "block"])
-def test_rematerialisation_changes_nothing(remat):
+@pytest.mark.parametrize("remat, scan", [("dots", True), ("block", True), ("dots", False)])
+def test_rematerialisation_and_inlining_change_nothing(remat, scan):
   def gradients(config):
     graphdef, params = nnx.split(Atma(config, rngs=nnx.Rngs(0)), nnx.Param)
     params = jax.tree.map(lambda p: p + 0.01, params)
     return jax.tree.leaves(jax.jit(jax.grad(loss_of, argnums=1), static_argnums=0)(graphdef, params, TOKENS))
 
-  for a, b in zip(gradients(TINY), gradients(tiny(remat=remat)), strict=True):
+  for a, b in zip(gradients(TINY), gradients(tiny(remat=remat, scan=scan)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 

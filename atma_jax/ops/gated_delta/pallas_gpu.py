@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 CHUNK = 64
-CHUNK_WARPS = 4
+CHUNK_WARPS = 4  # one warpgroup: tiles have 64 rows
 HEAD_SIZES = (64, 128)
 
 
