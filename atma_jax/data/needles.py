@@ -90,7 +90,7 @@ _PHRASINGS = ((CUE, 0.5), (" The special magic {word} number is", 0.1), (" Locke
 _WORD_VALUES = 0.5  # share of records whose value is five words of the text instead of five digits
 _LIVE_RECORDS = (1, 1, 2, 3)  # how many records a document keeps alive at a time, drawn uniformly
 _MOST_QUESTIONS = 4
-_SHORTEST_GAP = 4  # characters
+_SHORTEST_GAP, _SHORTEST_REACH = 4, 8  # characters
 
 
 def recall_document(filler: str, *, reach: int, rng: np.random.Generator) -> str:
@@ -109,6 +109,7 @@ def recall_document(filler: str, *, reach: int, rng: np.random.Generator) -> str
     reach: longest gap, in characters (what the training length holds).
     rng: decides everything else.
   """
+  reach = int(_log_uniform(rng, _SHORTEST_REACH, reach))
   parts, used, words = [], 0, re.findall(r"[A-Za-z]{3,}", filler)
   # A live record: (filler used when it is due, its slot, cue, value, questions left). None left: state a new one.
   due = [(_next_space(filler, 0) if slot == 0 else _gap(rng, reach), slot, "", "", 0)
@@ -130,7 +131,11 @@ def recall_document(filler: str, *, reach: int, rng: np.random.Generator) -> str
 
 
 def _gap(rng: np.random.Generator, reach: int) -> int:
-  return int(np.exp(rng.uniform(np.log(_SHORTEST_GAP), np.log(max(reach, _SHORTEST_GAP + 1)))))
+  return int(_log_uniform(rng, _SHORTEST_GAP, reach))
+
+
+def _log_uniform(rng: np.random.Generator, low: int, high: int) -> float:
+  return np.exp(rng.uniform(np.log(low), np.log(max(high, low + 1))))
 
 
 def _next_space(text: str, position: int, most: int = 40) -> int:

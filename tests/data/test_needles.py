@@ -127,7 +127,7 @@ def test_recall_documents_ask_for_what_they_stated():
   assert not any(int(number) % 7 == 0 for number in keys | values)  # those are evaluation's
   gaps = np.array(gaps)
   assert np.median(gaps) < 150 and gaps.max() > 500  # most are short, some span the reach
-  assert (gaps > 300).mean() > 0.05
+  assert (gaps > 300).mean() > 0.03
 
 
 def test_recall_documents_are_dense():
