@@ -47,8 +47,8 @@ def _document_cell(inputs: Inputs) -> Cell:
     lengths = sorted(map(len, inputs.documents), reverse=True)
     fits = lengths[inputs.min_documents - 1] if len(lengths) >= inputs.min_documents else 0
     raise UserError(f"--min_documents={inputs.min_documents}: only {len(documents)} of {len(lengths)} held-out documents "
-                    f"have the longest length of {longest} tokens; {inputs.min_documents} have {fits}: shorten --multiples "
-                    "or --lengths, or lower --min_documents (at least 1)")
+                    f"have the longest length of {longest} tokens; {inputs.min_documents} have {fits}: shorten --multiples, "
+                    "or lower --min_documents (at least 1)")
   rows = np.concatenate([np.full((len(documents), 1), inputs.tokenizer.eot_id), np.stack(documents)], axis=1)
 
   def run(progress: Progress) -> list[Measurement]:
@@ -68,7 +68,7 @@ def _stream_cell(inputs: Inputs, length: int) -> Cell:
   windows = min(inputs.stream_windows, (len(inputs.stream) - 1) // longest)
   if windows < 1:
     raise UserError(f"the validation stream has {len(inputs.stream)} tokens, fewer than the longest length of {longest} and "
-                    "one: shorten --multiples or --lengths, or prepare more config.data.validation_documents")
+                    "one: shorten --multiples, or prepare more config.data.validation_documents")
   count = windows * longest // length
   text = np.asarray(inputs.stream[:count * length + 1], np.int32)
   rows = np.lib.stride_tricks.sliding_window_view(text, length + 1)[::length]

@@ -33,7 +33,7 @@ def needle_cells(inputs: Inputs) -> list[Cell]:
   needed = inputs.lengths[-1] + max(needle_length(inputs.tokenizer, key=k, value=v) for k, v in needles)
   if len(text) < needed:
     raise UserError(f"the held-out documents have {len(text)} tokens in all, fewer than the {needed} of a needle at the "
-                    "longest distance: shorten --multiples or --lengths, or prepare more config.data.heldout_documents")
+                    "longest distance: shorten --multiples, or prepare more config.data.heldout_documents")
   return [_cell(inputs, text.astype(np.int32), needles, distance) for distance in inputs.lengths]
 
 
