@@ -16,22 +16,29 @@ POLAR_NAMES = ("q", "k", "v", "v_null", "null_base", "null_slope", "len_gain", "
 DELTA_NAMES = ("q", "k", "v", "gamma", "beta", "state")
 
 
+def forward_and_gradients(call, file, dtype, names, cotangents):
+  def both(arguments, cotangents):
+    out, vjp = jax.vjp(call, *arguments)
+    return out, vjp(cotangents)
+
+  arrays = [tuple(jnp.asarray(file[name], dtype) for name in group) for group in (names, cotangents)]
+  return jax.jit(both)(*arrays)
+
+
 def run_polar(file, dtype, implementation):
   window = None if file["window"] < 0 else int(file["window"])
 
   def call(*args):
     return polar_attention(*args[:3], **dict(zip(POLAR_NAMES[3:], args[3:])), window=window, implementation=implementation)
 
-  out, vjp = jax.vjp(call, *(jnp.asarray(file[n], dtype) for n in POLAR_NAMES))
-  return out, vjp((jnp.asarray(file["cot_direction"], dtype), jnp.asarray(file["cot_magnitude"], dtype)))
+  return forward_and_gradients(call, file, dtype, POLAR_NAMES, ("cot_direction", "cot_magnitude"))
 
 
 def run_delta(file, dtype, implementation):
   def call(q, k, v, gamma, beta, state):
     return gated_delta(q, k, v, log_gamma=jnp.log(gamma), beta=beta, initial_state=state, implementation=implementation)
 
-  out, vjp = jax.vjp(call, *(jnp.asarray(file[n], dtype) for n in DELTA_NAMES))
-  return out, vjp((jnp.asarray(file["cot_readout"], dtype), jnp.asarray(file["cot_state"], dtype)))
+  return forward_and_gradients(call, file, dtype, DELTA_NAMES, ("cot_readout", "cot_state"))
 
 
 def check(actual, expected, tolerance):

@@ -28,7 +28,7 @@ def test_xla_equals_reference(T, S, window):
     def call(q, k, v, raw):
       direction, magnitude = polar_attention(q, k, v, **raw, window=window, implementation=implementation)
       return jnp.sum(jnp.sin(direction)) + jnp.sum(magnitude**2)
-    return jax.value_and_grad(call, argnums=(0, 1, 2, 3))(q, k, v, raw)
+    return jax.jit(jax.value_and_grad(call, argnums=(0, 1, 2, 3)))(q, k, v, raw)
 
   (a, da), (b, db) = loss("reference"), loss("xla")
   np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -63,7 +63,7 @@ def test_extreme_logits_stay_finite(implementation, T, window):
     direction, magnitude = polar_attention(q, k, v, **raw, window=window, implementation=implementation)
     return jnp.sum(direction) + jnp.sum(magnitude)
 
-  value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(q, k, v, raw)
+  value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, raw)
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
@@ -148,7 +148,7 @@ def test_cross_entropy_equals_the_formula(z_loss, chunk):
   def ours(*args):
     return 3 * cross_entropy(*args, targets, weights, cap=5.0, z_loss=z_loss, chunk=chunk)[0]
 
-  a, b = (jax.value_and_grad(f, argnums=(0, 1, 2))(hidden, kernel, bias) for f in (naive, ours))
+  a, b = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(hidden, kernel, bias) for f in (naive, ours))
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
   losses = token_losses(hidden, kernel, bias, targets, cap=5.0, chunk=chunk)
