@@ -10,16 +10,20 @@ from absl import flags
 
 from atma_jax import cli
 from atma_jax.config import UserError
+from atma_jax.distributed import DistributedFlags
 from atma_jax.training.loop import PREEMPTED, train
 
 _CONFIG = cli.define_config_flag()
+_DISTRIBUTED = DistributedFlags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and prepared data go.")
 
 
 def main() -> int:
   if not _WORKDIR.value:
     raise UserError("--workdir=DIR is required: where checkpoints, metrics and prepared data go")
-  return cli.EXIT_PREEMPTED if train(_CONFIG.value, _WORKDIR.value) == PREEMPTED else 0
+  config = _CONFIG.value
+  _DISTRIBUTED.initialize()
+  return cli.EXIT_PREEMPTED if train(config, _WORKDIR.value) == PREEMPTED else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generat
 LAYERS = {
   "__init__": 0,
   "config": 0,
+  "distributed": 1,
   "ops": 1,
   "sharding": 1,
   "data": 2,
