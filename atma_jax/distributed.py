@@ -5,7 +5,7 @@ What is looked at, in this order; without any of it the process stays alone:
 1. the flags --coordinator_address, --num_processes and --process_id;
 2. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, the same three as environment variables;
 3. --distributed=cloud_tpu: the metadata server of Cloud TPU VMs, slices included;
-4. GKE: TPU_WORKER_HOSTNAMES and MEGASCALE_NUM_SLICES, which the cluster sets for TPU pods;
+4. GKE: TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES, and MEGASCALE_NUM_SLICES, which are set for TPU pods;
 5. Slurm: the variables that srun sets, where its step has several tasks, one for each GPU.
 
 A process that dies is noticed through its missing heartbeats: after `HEARTBEAT_SECONDS` the others end with a message
@@ -38,7 +38,7 @@ class DistributedFlags:
 
   def __init__(self) -> None:
     self._mode = flags.DEFINE_enum(
-      "distributed", "auto", MODES, "Several processes: as the environment says, as a Cloud TPU VM's metadata says, or not.")
+      "distributed", "auto", MODES, "Several processes: as the environment says, as Cloud TPU VM metadata says, or not.")
     self._address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, the same for all.")
     self._count = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
     self._id = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
@@ -53,7 +53,7 @@ def initialize(mode: str = "auto", coordinator_address: str | None = None, num_p
   """Joins this process to the others, if there are any; returns when all have joined.
 
   Args:
-    mode: "auto" looks at the arguments, then at the environment; "cloud_tpu" asks the metadata server; "off" stays alone.
+    mode: "auto" looks at the arguments, then at the environment; "cloud_tpu" asks the metadata server; "off": alone.
     coordinator_address: HOST:PORT on which process 0 listens.
     num_processes: how many processes there are.
     process_id: which one this is.
@@ -90,8 +90,8 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, str | int] | None:
   """What `jax.distributed.initialize` needs to be told, or None where the environment speaks of one process only."""
   if any(name in environ for name in _VARIABLES):
     return _checked({name: environ.get(name) for name in _VARIABLES})
-  hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
-  if "," in hosts or _number(environ, "MEGASCALE_NUM_SLICES", absent=1) > 1:
+  several = any("," in environ.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
+  if several or _number(environ, "MEGASCALE_NUM_SLICES", absent=1) > 1:
     return {"cluster_detection_method": "gketpu"}
   if all(name in environ for name in _SLURM_STEP) and _number(environ, "SLURM_NTASKS") > 1:
     return {"cluster_detection_method": "slurm"}

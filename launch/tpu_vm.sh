@@ -195,8 +195,7 @@ case $command in
   setup) setup ;;
   run) start "$@" ;;
   logs) follow ;;
-  # shellcheck disable=SC2016  # expanded over there
-  stop) everywhere 'kill -TERM $(cat ~/atma_jax.pid)' ;;
+  stop) everywhere "kill -TERM \$(cat ~/atma_jax.pid)" ;;
   delete)
     if [[ $queued == 1 ]]; then
       run "${tpus[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet

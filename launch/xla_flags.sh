@@ -19,8 +19,8 @@ between_slices=(
   --xla_tpu_enable_data_parallel_all_reduce_opt=true
   --xla_tpu_data_parallel_opt_different_sized_ops=true
 )
-# All-gathers of sharded parameters fused with the matrix products around them.
-overlapped=(
+# All-gathers of sharded parameters fused with the matrix products around them; libtpu refuses it elsewhere.
+v5e_overlapped=(
   --xla_tpu_enable_async_collective_fusion=true
   --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
   --xla_tpu_enable_async_collective_fusion_multiple_steps=true
@@ -42,11 +42,10 @@ for argument in "$@"; do
 done
 
 case $generation in
-  v4 | v5e | v5p) flags=("${overlapped[@]}" "${between_slices[@]}") ;;
-  # Its matrix units want larger blocks than the default share of vector memory (16 MiB of 128) holds.
-  v6e) flags=("${overlapped[@]}" "${between_slices[@]}" --xla_tpu_scoped_vmem_limit_kib=98304) ;;
-  # Collectives run on its SparseCores by default, which excludes fusing them with matrix products.
-  tpu7x) flags=("${between_slices[@]}") ;;
+  v4 | v5p | tpu7x) flags=("${between_slices[@]}") ;;
+  v5e) flags=("${v5e_overlapped[@]}" "${between_slices[@]}") ;;
+  # Its matrix units want larger blocks than the default share of vector memory holds.
+  v6e) flags=("${between_slices[@]}" --xla_tpu_scoped_vmem_limit_kib=98304) ;;
   gpu)
     flags=(
       --xla_gpu_enable_latency_hiding_scheduler=true

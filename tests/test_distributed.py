@@ -76,6 +76,7 @@ def test_two_processes_sum_together(flags):
   (SLURM, {"cluster_detection_method": "slurm"}),
   ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
   ({"TPU_WORKER_HOSTNAMES": "a-0.b,a-1.b", "TPU_WORKER_ID": "1"}, {"cluster_detection_method": "gketpu"}),
+  ({"TPU_PROCESS_ADDRESSES": "a-0.b:8476,a-0.b:8477"}, {"cluster_detection_method": "gketpu"}),
   ({"TPU_WORKER_HOSTNAMES": "a-0.b", "MEGASCALE_NUM_SLICES": "2"}, {"cluster_detection_method": "gketpu"}),
   (EXPLICIT, {"coordinator_address": ADDRESS, "num_processes": 4, "process_id": 3}),
   (SLURM | EXPLICIT, {"coordinator_address": ADDRESS, "num_processes": 4, "process_id": 3}),
@@ -116,7 +117,7 @@ def test_flag_errors(arguments, message):
 
 def test_alone(monkeypatch):
   """Nothing in the environment, or "off": the process stays alone."""
-  for name in (*distributed._VARIABLES, "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", *SLURM):
+  for name in (*distributed._VARIABLES, "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES", *SLURM):
     monkeypatch.delenv(name, raising=False)
   distributed.initialize()
   for name, value in EXPLICIT.items():
