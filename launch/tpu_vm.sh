@@ -164,7 +164,9 @@ setup() {
   if [[ $DRY_RUN == 1 ]]; then
     bundle=/tmp/atma_jax.tar.gz
   else
-    bundle=$(mktemp -d)/atma_jax.tar.gz
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    bundle=$scratch/atma_jax.tar.gz
   fi
   run git -C "$root" archive --format=tar.gz "--output=$bundle" HEAD
   run "${reach[@]}" scp "$bundle" "$name:atma_jax.tar.gz" "${where[@]}" "${all[@]}"
