@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
+from atma_jax.models.cache import GlobalPast, Span, convolve
 from atma_jax.models.memory import Memory
-from atma_jax.ops import polar_attention, rotary_embedding, short_conv, softmax_attention
+from atma_jax.ops import polar_attention, rotary_embedding, softmax_attention
+from atma_jax.ops.cached_attention import cached_polar_attention, cached_softmax_attention
 
 ROPE_SCALE = 0.12
 
@@ -32,11 +35,18 @@ class PolarCore(nnx.Module):
 
   def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and an addend (B, T, C)."""
-    direction, magnitude = polar_attention(
-      q, k, v, v_null=self.v_null[...], null_base=self.null_base[...], null_slope=self.null_slope[...],
-      len_gain=self.len_gain[...], mag_beta=self.mag_beta[...], window=self.config.window,
-      implementation=self.config.implementation)
+    direction, magnitude = polar_attention(q, k, v, **self._parameters(), implementation=self.config.implementation)
     return direction, self.mu_proj(magnitude)
+
+  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
+             span: Span) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same after `past`, and the keys to remember."""
+    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self._parameters())
+    return direction, self.mu_proj(magnitude), k
+
+  def _parameters(self) -> dict[str, Any]:
+    return {"v_null": self.v_null[...], "null_base": self.null_base[...], "null_slope": self.null_slope[...],
+            "len_gain": self.len_gain[...], "mag_beta": self.mag_beta[...], "window": self.config.window}
 
 
 class SoftmaxCore(nnx.Module):
@@ -48,11 +58,22 @@ class SoftmaxCore(nnx.Module):
 
   def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
     """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and nothing to add."""
-    scale = 1 / math.sqrt(self.config.head_dim)
-    if self.config.attention == "rope":
-      positions, scale = jnp.arange(q.shape[1]), ROPE_SCALE
-      q, k = rotary_embedding(q, positions), rotary_embedding(k, positions)
+    q, k, scale = self._positioned(q, k, jnp.arange(q.shape[1]))
     return softmax_attention(q, k, v, scale=scale, window=self.config.window), None
+
+  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
+             span: Span) -> tuple[jax.Array, None, jax.Array]:
+    """The same after `past`, and the keys to remember."""
+    q, k, scale = self._positioned(q, k, span.lengths[:, None] + jnp.arange(q.shape[1]))
+    heads = cached_softmax_attention(q, k, v, past.keys, past.values, span.lengths, scale=scale,
+                                     window=self.config.window)
+    return heads, None, k
+
+  def _positioned(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, float]:
+    """Queries and keys, rotated to their positions for rope, and the scale of their products."""
+    if self.config.attention == "rope":
+      return rotary_embedding(q, positions), rotary_embedding(k, positions), ROPE_SCALE
+    return q, k, 1 / math.sqrt(self.config.head_dim)
 
 
 CORES = {"polar": PolarCore, "nope": SoftmaxCore, "rope": SoftmaxCore}
@@ -78,24 +99,38 @@ class GlobalMixer(nnx.Module):
       self.memory = Memory(config, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    return self.extend(x, GlobalPast(), None)[0]
+
+  def extend(self, x: jax.Array, past: GlobalPast, span: Span | None) -> tuple[jax.Array, GlobalPast]:
+    """The output for tokens that follow `past`, and the update of the past."""
     config, (B, T, _) = self.config, x.shape
     q, gate = jnp.split(self.q(x).reshape(B, T, config.num_heads, 2 * config.head_dim), 2, axis=-1)
     q = layers.head_norm(q)
     k = layers.head_norm(self.k(x).reshape(B, T, config.num_kv_heads, config.head_dim))
     v = self.v(x).reshape(B, T, config.num_kv_heads, config.head_dim)
+    histories, state, keys = [None] * 3, None, None
     if config.attention in CANON_ATTENTIONS:
-      q, k, v = _canon(q, self.canon_q), _canon(k, self.canon_k), _canon(v, self.canon_v)
-    heads, addend = self.core(q, k, v)
+      (q, k, v), histories = zip(_canon(q, self.canon_q, past.canon_q, span), _canon(k, self.canon_k, past.canon_k, span),
+                                 _canon(v, self.canon_v, past.canon_v, span))
+    if span is None:
+      heads, addend = self.core(q, k, v)
+    else:
+      heads, addend, keys = self.core.extend(q, k, v, past, span)
     out = self.out_proj((heads * jax.nn.sigmoid(gate)).reshape(B, T, -1))
     if addend is not None:
       out = out + addend
     if config.memory.enabled:
-      out = out + self.memory(x, q, k, v)
-    return out
+      read, state = self.memory(x, q, k, v, past.memory, span)
+      out = out + read
+    if span is None:
+      return out, past
+    return out, GlobalPast(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(v, 1, 2), *histories, state)
 
 
-def _canon(z: jax.Array, conv: layers.DepthwiseFilter) -> jax.Array:
-  """``z + conv(z)`` over the flattened heads of z (B, T, heads, D)."""
+def _canon(z: jax.Array, conv: layers.DepthwiseFilter, history: jax.Array | None,
+           span: Span | None) -> tuple[jax.Array, jax.Array | None]:
+  """``z + conv(z)`` over the flattened heads of z (B, T, heads, D), and the history after z."""
   B, T, heads, dim = z.shape
   flat = z.reshape(B, T, heads * dim)
-  return (flat + short_conv(flat, conv.weight[...])).reshape(B, T, heads, dim)
+  y, history = convolve(flat, conv.weight[...], history, span)
+  return (flat + y).reshape(B, T, heads, dim), history

@@ -7,7 +7,7 @@ import jax
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
-from atma_jax.ops import short_conv
+from atma_jax.models.cache import LocalPast, Span, convolve
 
 
 class LocalMixer(nnx.Module):
@@ -20,5 +20,10 @@ class LocalMixer(nnx.Module):
     self.out_proj = layers.Linear(config, width, width, ("mlp", "embed"), output=True, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    return self.extend(x, LocalPast(), None)[0]
+
+  def extend(self, x: jax.Array, past: LocalPast, span: Span | None) -> tuple[jax.Array, LocalPast]:
+    """The output for tokens that follow `past`, and the update of the past."""
     b, c, h = self.in_proj.split(x, 3)
-    return self.out_proj(c * short_conv(b * h, self.conv.weight[...]))
+    y, history = convolve(b * h, self.conv.weight[...], past.history, span)
+    return self.out_proj(c * y), LocalPast(history)

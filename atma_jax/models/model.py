@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
+from atma_jax.models.cache import Cache, Span
 from atma_jax.models.transformer import Group
 from atma_jax.ops import soft_cap
 from atma_jax.ops.dispatch import KERNEL_OUTPUTS
@@ -99,6 +100,33 @@ class Atma(nnx.Module):
     if hasattr(self, "tail"):
       x = self._rematerialised(lambda x, group: (group(x), None))(x, self.tail)[0]
     return self.norm(x)
+
+  def extend(self, tokens: jax.Array, cache: Cache, counts: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+    """The final norm's output for tokens that follow those of a cache: chunked prefill (T > 1) and decoding (T = 1).
+
+    Args:
+      tokens: (B, T) int32.
+      cache: of B rows, with room for the new tokens unless the model has a window.
+      counts: (B,) int32, how many of a row's T tokens count; the rest is padding on the right. None is all T.
+
+    Returns:
+      (B, T, C), meaningless where padded, and the cache after the tokens that count.
+    """
+    B, T = tokens.shape
+    span = Span(cache.lengths, jnp.full(B, T, jnp.int32) if counts is None else counts)
+    x, updates = constrain(self.embed(tokens), ("batch", "sequence", "features")), {}
+    if hasattr(self, "groups"):
+      graphdef, stacked = nnx.split(self.groups)
+
+      def apply(x: jax.Array, inputs: tuple[nnx.State, Any]) -> tuple[jax.Array, Any]:
+        params, pasts = inputs
+        return nnx.merge(graphdef, params).extend(x, pasts, span)
+
+      x, updates["groups"] = jax.lax.scan(apply, x, (stacked, cache.layers["groups"]), unroll=not self.config.scan)
+    if hasattr(self, "tail"):
+      x, update = self.tail.extend(x, jax.tree.map(lambda leaf: leaf[0], cache.layers["tail"]), span)
+      updates["tail"] = jax.tree.map(lambda leaf: leaf[None], update)
+    return self.norm(x), cache.after(updates, span)
 
   def _rematerialised(self, apply: Any) -> Any:
     if self.config.remat == "none":

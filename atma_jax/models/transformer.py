@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
+from atma_jax.models.cache import GlobalPast, LocalPast, Span
 from atma_jax.models.global_mixer import GlobalMixer
 from atma_jax.models.local_mixer import LocalMixer
 from atma_jax.sharding import constrain
@@ -37,7 +38,15 @@ class Block(nnx.Module):
     self.mlp = MLP(config, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = x + self.mixer(self.norm1(x))
+    return self._finish(x + self.mixer(self.norm1(x)))
+
+  def extend(self, x: jax.Array, past: LocalPast | GlobalPast,
+             span: Span) -> tuple[jax.Array, LocalPast | GlobalPast]:
+    """The output for tokens that follow `past`, and the update of the past."""
+    y, update = self.mixer.extend(self.norm1(x), past, span)
+    return self._finish(x + y), update
+
+  def _finish(self, x: jax.Array) -> jax.Array:
     x = x + self.mlp(self.norm2(x))
     return constrain(x, ("batch", "sequence", "features"))
 
@@ -52,3 +61,12 @@ class Group(nnx.Module):
     for block in self.blocks:
       x = block(x)
     return x
+
+  def extend(self, x: jax.Array, pasts: list[LocalPast | GlobalPast],
+             span: Span) -> tuple[jax.Array, list[LocalPast | GlobalPast]]:
+    """The output for tokens that follow `pasts`, one a block, and the updates of the pasts."""
+    updates = []
+    for block, past in zip(self.blocks, pasts, strict=True):
+      x, update = block.extend(x, past, span)
+      updates.append(update)
+    return x, updates

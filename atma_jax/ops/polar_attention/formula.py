@@ -29,10 +29,15 @@ def positional_logits(null_base: jax.Array, null_slope: jax.Array, len_gain: jax
     ``temp = 1 + softplus(len_gain) log n`` and ``temp * (null_base + softplus(null_slope) sqrt(log(n + 1)))`` with n
     the number of visible keys (Polar Attention, arXiv 2606.25156).
   """
+  visible = jnp.arange(keys - queries + 1, keys + 1)
+  return logits_of_counts(null_base, null_slope, len_gain, visible if window is None else jnp.minimum(visible, window))
+
+
+def logits_of_counts(null_base: jax.Array, null_slope: jax.Array, len_gain: jax.Array,
+                     visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`positional_logits` of queries that see `visible` (..., T) keys: both (..., T, H)."""
   dtype = accumulator(null_base)
-  visible = jnp.arange(keys - queries + 1, keys + 1, dtype=dtype)[:, None]
-  if window is not None:
-    visible = jnp.minimum(visible, window)
+  visible = visible.astype(dtype)[..., None]
   temp = 1 + jax.nn.softplus(len_gain.astype(dtype)) * jnp.log(visible)
   null = null_base.astype(dtype) + jax.nn.softplus(null_slope.astype(dtype)) * jnp.sqrt(jnp.log(visible + 1))
   return temp, temp * null

@@ -1,0 +1,151 @@
+"""Everything a model remembers of the tokens before: keys and values, memory states and convolution histories.
+
+A `Cache` is one pytree. Its arrays below `layers` are stacked (repetition, B, ...), so that a scanned model scans it, and
+rows are gathered, forked and replaced along axis 1 whatever the layer. Saving and restoring is saving its leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from atma_jax.config import ModelConfig
+from atma_jax.ops import short_conv
+from atma_jax.ops.cached_attention import slots_for
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """Where the T new tokens of a call lie: row b brings `counts[b]` of them, the rest of its T is padding."""
+
+  lengths: jax.Array  # (B,) int32 tokens before
+  counts: jax.Array  # (B,) int32 between 0 and T
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LocalPast:
+  """What a local mixer remembers; without a field, nothing came before and nothing is to be remembered."""
+
+  history: jax.Array | None = None  # (B, taps - 1, C) inputs of the convolution
+
+  def after(self, update: LocalPast, span: Span) -> LocalPast:
+    """The past once the new tokens belong to it; all arrays stacked (repetition, B, ...)."""
+    del span
+    return update
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GlobalPast:
+  """What a global mixer remembers. In an update, keys and values are those of the T new tokens, (B, K, T, D)."""
+
+  keys: jax.Array | None = None  # (B, K, R, D) ring: position p in slot p % R; for rope, rotated
+  values: jax.Array | None = None  # (B, K, R, D)
+  canon_q: jax.Array | None = None  # (B, taps - 1, H D) inputs of the canon convolutions; none for rope
+  canon_k: jax.Array | None = None  # (B, taps - 1, K D)
+  canon_v: jax.Array | None = None  # (B, taps - 1, K D)
+  memory: jax.Array | None = None  # (B, H, D, D) float32 or wider; none without memory
+
+  def after(self, update: GlobalPast, span: Span) -> GlobalPast:
+    """As for `LocalPast`; padding is not written, and of more new tokens than slots only the last."""
+    slots, T = self.keys.shape[3], update.keys.shape[3]
+    index = jnp.arange(T)
+    written = (index < span.counts[:, None]) & (index >= span.counts[:, None] - slots)
+    slot = jnp.where(written, (span.lengths[:, None] + index) % slots, slots)  # past the end: dropped
+
+    def write(ring: jax.Array, new: jax.Array) -> jax.Array:
+      put = lambda ring, new, slot: ring.at[:, :, slot].set(new.astype(ring.dtype), mode="drop")
+      return jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)(ring, new, slot)
+
+    return dataclasses.replace(update, keys=write(self.keys, update.keys), values=write(self.values, update.values))
+
+
+Layers = dict[str, list[LocalPast | GlobalPast]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """The state of B sequences, each of a length of its own.
+
+  `layers` holds, for "groups" and "tail" as far as the model has them, the past of each block of the pattern.
+  """
+
+  lengths: jax.Array  # (B,) int32 tokens seen
+  layers: Layers
+
+  @classmethod
+  def create(cls, config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> Cache:
+    """An empty cache.
+
+    Args:
+      config: of the model.
+      batch: B.
+      capacity: most tokens a row will hold, rounded up to whole blocks; a window needs and gets no more than itself.
+      dtype: of keys and values; None is the activation dtype, in which decoding equals the full forward pass.
+    """
+    activation = jnp.dtype(config.activation_dtype)
+    slots = slots_for(capacity if config.window is None else min(capacity, config.window))
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+
+    def past(kind: str, repeats: int) -> LocalPast | GlobalPast:
+      def zeros(*shape: int, dtype=activation) -> jax.Array:
+        return jnp.zeros((repeats, batch, *shape), dtype)
+
+      if kind == "local":
+        return LocalPast(zeros(config.conv_taps - 1, config.width))
+      ring = (kv_heads, slots, dim)
+      canon = [None] * 3 if config.attention == "rope" else [
+        zeros(config.canon_taps - 1, n * dim) for n in (heads, kv_heads, kv_heads)]
+      memory = zeros(heads, dim, dim, dtype=jnp.promote_types(jnp.float32, activation)) if config.memory.enabled else None
+      return GlobalPast(zeros(*ring, dtype=dtype or activation), zeros(*ring, dtype=dtype or activation), *canon, memory)
+
+    pattern = config.block_pattern
+    repeats, rest = divmod(config.num_layers, len(pattern))
+    layers = {}
+    if repeats:
+      layers["groups"] = [past(kind, repeats) for kind in pattern]
+    if rest:
+      layers["tail"] = [past(kind, 1) for kind in pattern[:rest]]
+    return cls(jnp.zeros(batch, jnp.int32), layers)
+
+  def after(self, update: Layers, span: Span) -> Cache:
+    """The cache once the new tokens belong to it."""
+    layers = {name: [old.after(new, span) for old, new in zip(pasts, update[name], strict=True)]
+              for name, pasts in self.layers.items()}
+    return Cache(self.lengths + span.counts, layers)
+
+  def take(self, rows: jax.Array) -> Cache:
+    """A cache of these rows (n,), repeated or reordered at will: gather and fork."""
+    return Cache(self.lengths[rows], jax.tree.map(lambda x: x[:, rows], self.layers))
+
+  def put(self, rows: jax.Array, other: Cache) -> Cache:
+    """This cache with `rows` (n,) replaced by those of `other`, a cache of n rows and as many slots."""
+    layers = jax.tree.map(lambda x, y: x.at[:, rows].set(y.astype(x.dtype)), self.layers, other.layers)
+    return Cache(self.lengths.at[rows].set(other.lengths), layers)
+
+
+def convolve(x: jax.Array, weight: jax.Array, history: jax.Array | None,
+             span: Span | None) -> tuple[jax.Array, jax.Array | None]:
+  """`short_conv` of x (B, T, C) after `history`, and the history after x: the last taps - 1 inputs that count."""
+  y = short_conv(x, weight, history=history)
+  if span is None:
+    return y, None
+  joined = jnp.concatenate([history, x.astype(history.dtype)], axis=1)
+  last = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, history.shape[1]))
+  return y, last(joined, span.counts)
+
+
+def counted(shape: tuple[int, int], span: Span) -> jax.Array:
+  """(B, T) bool, false for padding."""
+  return jnp.broadcast_to(jnp.arange(shape[1]) < span.counts[:, None], shape)
+
+
+def nbytes(cache: Any) -> int:
+  """Bytes of a cache, abstract (`jax.eval_shape`) or not."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

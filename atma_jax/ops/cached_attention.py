@@ -1,0 +1,142 @@
+"""Attention of new tokens over cached keys and over themselves: chunked prefill and decoding, forward only.
+
+Unlike the training ops, every row of the batch stands at a position of its own, known at run time. A cache is a ring of
+R slots: position p lies in slot ``p % R``, so the same code serves a cache of everything (R at least the length) and
+one of a window (R at least the window). The statistics of two disjoint sets of keys merge exactly (`streaming.merge`),
+so cached keys are read where they lie and new ones are written afterwards, once, for all layers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from atma_jax.ops import streaming
+from atma_jax.ops.polar_attention import formula
+from atma_jax.ops.streaming import Statistics
+
+BLOCK = 256  # keys at a time
+NOWHERE = jnp.iinfo(jnp.int32).max  # position of a slot that holds nothing: after every query, so never visible
+
+
+def slots_for(capacity: int) -> int:
+  """Smallest legal number of slots that is at least `capacity`: whole blocks, or whole eighths of less than one."""
+  unit = 8 if capacity <= BLOCK else BLOCK
+  return -(-capacity // unit) * unit
+
+
+def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array,
+                           lengths: jax.Array, *, v_null: jax.Array, null_base: jax.Array, null_slope: jax.Array,
+                           len_gain: jax.Array, mag_beta: jax.Array,
+                           window: int | None = None) -> tuple[jax.Array, jax.Array]:
+  """`polar_attention` of T new tokens that follow the `lengths` cached ones.
+
+  Args:
+    q: (B, T, H, D).
+    k, v: (B, T, K, D) of the new tokens.
+    keys, values: (B, K, R, D) ring of the cached tokens; R a value of `slots_for`.
+    lengths: (B,) int32 tokens before the new ones; with fewer slots than that, R is at least `window`.
+    v_null, null_base, null_slope, len_gain, mag_beta, window: as for `polar_attention`.
+
+  Returns:
+    direction (B, T, H, D) in q's dtype and magnitude (B, T, H), float32 or wider.
+  """
+  visible = lengths[:, None] + 1 + jnp.arange(q.shape[1])
+  if window is not None:
+    visible = jnp.minimum(visible, window)
+  temp, null = formula.logits_of_counts(null_base, null_slope, len_gain, visible)
+  dtype = formula.accumulator(q)
+  scale = temp.astype(dtype) * q.shape[-1]**-0.5
+  statistics = cached_statistics(q, k, v, keys, values, lengths, scale, window=window)
+  direction, magnitude = formula.finalise(statistics, null.astype(dtype), v_null, mag_beta)
+  return direction.astype(q.dtype), magnitude
+
+
+def cached_softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array,
+                             lengths: jax.Array, *, scale: float, window: int | None = None) -> jax.Array:
+  """`softmax_attention` of T new tokens; arguments as for `cached_polar_attention`. Returns (B, T, H, D) in q's dtype."""
+  scales = jnp.full(q.shape[:3], scale, formula.accumulator(q))
+  statistics = cached_statistics(q, k, v, keys, values, lengths, scales, window=window)
+  return (statistics.S / statistics.L[..., None]).astype(q.dtype)
+
+
+def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
+                      scale: jax.Array, *, window: int | None = None) -> Statistics:
+  """What every new query gathers from the cached keys and from the new ones up to its own.
+
+  Several queries stream over key blocks, as far as the longest row reaches; a single one (decoding) takes all blocks
+  at once and merges them pairwise. A block without a visible key contributes exact zeros.
+
+  Args:
+    q, k, v, keys, values, lengths, window: as for `cached_polar_attention`.
+    scale: (B, T, H) factor of the scores, in the dtype of the statistics.
+
+  Returns:
+    Statistics of shape (B, T, H) and (B, T, H, D).
+  """
+  (B, T, H, D), K, R = q.shape, k.shape[2], keys.shape[2]
+  if keys.shape != (B, K, R, D) or values.shape != keys.shape or R != slots_for(R) or H % K:
+    raise ValueError(f"cached attention: q {q.shape}, k {k.shape}, keys {keys.shape}, values {values.shape} are not "
+                     "(B, T, H, D), (B, T, K, D), (B, K, R, D) twice with H a multiple of K and R one of slots_for")
+  positions = lengths[:, None] + jnp.arange(T)
+  group = lambda x: jnp.moveaxis(x.reshape(B, T, K, H // K, *x.shape[3:]), 1, 3)  # (B, K, G, T, ...)
+  ungroup = lambda x: jnp.moveaxis(x, 3, 1).reshape(B, T, H, *x.shape[4:])
+  gather = functools.partial(_gather, group(q), group(scale), positions, NOWHERE if window is None else window)
+  block = min(BLOCK, slots_for(T)) if T > 1 else 1
+  pad = -T % block
+  new = [jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v)]
+  new_positions = jnp.pad(positions, ((0, 0), (0, pad)), constant_values=NOWHERE)
+  own = gather(*new, new_positions, block, jnp.int32((T + pad) // block))
+  held = jnp.minimum(jnp.max(lengths, initial=0), R)
+  block = min(BLOCK, R)
+  past = gather(keys, values, slot_positions(lengths, R), block, (held + block - 1) // block)
+  return jax.tree.map(ungroup, streaming.merge(past, own))
+
+
+def slot_positions(lengths: jax.Array, slots: int) -> jax.Array:
+  """(B, slots) position that each slot of a ring holds after `lengths` (B,) tokens; `NOWHERE` for an empty one."""
+  last = lengths[:, None] - 1
+  position = last - (last - jnp.arange(slots)) % slots
+  return jnp.where(position >= 0, position, NOWHERE)
+
+
+def _gather(q, scale, positions, window, keys, values, key_positions, block, count) -> Statistics:
+  """Statistics of q (B, K, G, T, D) over the first `count` blocks of keys (B, K, S, D) at positions (B, S)."""
+  B, K, G, T, D = q.shape
+  blocks = keys.shape[2] // block
+  dtype = scale.dtype
+
+  def one(keys, values, key_positions) -> Statistics:  # keys (B, K, block, D), key_positions (B, block)
+    scores = jnp.einsum("bkgtd,bksd->bkgts", q, keys.astype(q.dtype), preferred_element_type=dtype)
+    distance = (positions[:, :, None] - key_positions[:, None])[:, None, None]
+    logits = jnp.where((distance >= 0) & (distance < window), scale[..., None] * scores, -jnp.inf)
+    M = jnp.maximum(jnp.max(logits, -1), jnp.finfo(dtype).min)  # finite: exp(M - M) is a number for an empty block
+    p = jnp.exp(logits - M[..., None])
+    S = jnp.einsum("bkgts,bksd->bkgtd", p.astype(q.dtype), values.astype(q.dtype), preferred_element_type=dtype)
+    return Statistics(M, jnp.sum(p, -1), jnp.sum(p * p, -1), S)
+
+  if blocks == 1:
+    return one(keys, values, key_positions)
+  if T == 1:
+    cut = lambda x, axis: x.reshape(*x.shape[:axis], blocks, block, *x.shape[axis + 1:])
+    parts = jax.vmap(one, in_axes=(2, 2, 1))(cut(keys, 2), cut(values, 2), cut(key_positions, 1))
+    return _merge_pairwise(parts)
+
+  def fold(i, statistics):
+    take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
+    return streaming.merge(statistics, one(take(keys, 2), take(values, 2), take(key_positions, 1)))
+
+  zeros = jnp.zeros((B, K, G, T), dtype)
+  nothing = Statistics(jnp.full_like(zeros, jnp.finfo(dtype).min), zeros, zeros, jnp.zeros((B, K, G, T, D), dtype))
+  return jax.lax.fori_loop(0, count, fold, nothing)
+
+
+def _merge_pairwise(parts: Statistics) -> Statistics:
+  """Merges over the leading axis, neighbours first: a tree that empty parts at the end leave as it is."""
+  while (count := parts.M.shape[0]) > 1:
+    even, odd, last = (jax.tree.map(lambda x, i=i: x[i], parts)
+                       for i in (slice(0, count - 1, 2), slice(1, None, 2), slice(count - count % 2, None)))
+    parts = jax.tree.map(lambda *x: jnp.concatenate(x), streaming.merge(even, odd), last)
+  return jax.tree.map(lambda x: x[0], parts)

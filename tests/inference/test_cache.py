@@ -1,0 +1,172 @@
+"""Cached inference equals the full forward pass, however the tokens are cut and batched."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atma_jax.config import MemoryConfig, ModelConfig
+from atma_jax.models import Atma
+from atma_jax.models.cache import Cache, nbytes
+from atma_jax.ops import cached_attention, streaming
+
+TINY = ModelConfig(vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48,
+                   activation_dtype="float32")
+LENGTH = 37
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, LENGTH)).astype(np.int32)
+CHUNKS = ([1] * LENGTH, [16, 16, 5], [9, 1, 1, 16, 10])
+
+CASES = {
+  "polar": {},
+  "polar-depth": {"num_layers": 9},
+  "polar-inlined": {"num_layers": 8, "scan": False},
+  "polar-bare": {"memory": MemoryConfig(enabled=False)},
+  "polar-window": {"window": 5},
+  "polar-published": {"init": "published", "num_layers": 6},
+  "polar-one-kv": {"num_kv_heads": 1},
+  "nope": {"attention": "nope"},
+  "nope-window": {"attention": "nope", "window": 11, "num_kv_heads": 4},
+  "rope": {"attention": "rope"},
+  "rope-window": {"attention": "rope", "window": 7, "memory": MemoryConfig(enabled=False)},
+}
+
+
+def lively(config: ModelConfig, dtype: str = "float32") -> Atma:
+  """A model in which no parameter is zero, so that every path reaches the logits."""
+  config = dataclasses.replace(config, activation_dtype=dtype)
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), nnx.Param)
+  rng = np.random.default_rng(1)
+  return nnx.merge(graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.4, dtype), params))
+
+
+def full_logits(model: Atma, tokens: np.ndarray) -> np.ndarray:
+  graphdef, state = nnx.split(model)
+  return np.asarray(jax.jit(lambda state: nnx.merge(graphdef, state)(tokens))(state))
+
+
+def extender(model: Atma):
+  """``extend(tokens, cache, counts) -> (logits, cache)``, compiled."""
+  graphdef, state = nnx.split(model)
+
+  @jax.jit
+  def extend(state, tokens, cache, counts):
+    model = nnx.merge(graphdef, state)
+    hidden, cache = model.extend(tokens, cache, counts)
+    return model.head(hidden), cache
+
+  return lambda tokens, cache, counts=None: extend(state, tokens, cache, counts)
+
+
+def in_chunks(extend, cache: Cache, tokens: np.ndarray, chunks: list[int], width: int) -> tuple[np.ndarray, Cache]:
+  """Single tokens as they are, longer chunks padded to `width`: two programs serve all."""
+  logits = []
+  for part in np.split(tokens, np.cumsum(chunks)[:-1], axis=1):
+    count = part.shape[1]
+    padded = np.pad(part, ((0, 0), (0, width - count if count > 1 else 0)), constant_values=60)
+    new, cache = extend(padded, cache, np.full(len(tokens), count, np.int32))
+    logits.append(new[:, :count])
+  return np.concatenate(logits, 1), cache
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chunks_equal_the_full_forward_pass(name, x64):
+  """In float64 whatever the chunks; every chunking also leaves the same cache."""
+  model = lively(dataclasses.replace(TINY, **CASES[name]), "float64")
+  full = full_logits(model, TOKENS)
+  assert np.abs(full).max() > 0.5
+  extend, caches = extender(model), []
+  for chunks in CHUNKS:
+    logits, cache = in_chunks(extend, Cache.create(model.config, 2, LENGTH), TOKENS, chunks, 16)
+    np.testing.assert_allclose(logits, full, atol=1e-9)
+    caches.append(cache)
+  for cache in caches[1:]:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), caches[0], cache)
+
+
+@pytest.mark.parametrize("name", ["polar", "polar-window", "rope"])
+def test_float32_error_is_that_of_the_full_pass(name, x64):
+  """Against float64, the cached float32 pass errs as the full float32 pass does, up to a small factor."""
+  config = dataclasses.replace(TINY, **CASES[name])
+  exact = full_logits(lively(config, "float64"), TOKENS)
+  model = lively(config)
+  full = np.abs(full_logits(model, TOKENS) - exact).max()
+  assert 0 < full < 1e-3
+  extend = extender(model)
+  for chunks in CHUNKS:
+    logits, _ = in_chunks(extend, Cache.create(model.config, 2, LENGTH), TOKENS, chunks, 16)
+    assert logits.dtype == np.float32
+    assert np.abs(logits - exact).max() < 4 * full
+
+
+@pytest.mark.parametrize("name", ["polar", "nope-window", "rope"])
+def test_rows_of_different_lengths(name, x64):
+  """Padding on the right, rows that bring nothing, and slots to spare change no row."""
+  model = lively(dataclasses.replace(TINY, **CASES[name]), "float64")
+  full = full_logits(model, TOKENS)
+  extend, cache = extender(model), Cache.create(model.config, 2, 300)
+  seen = np.zeros(2, np.int32)
+  for counts in ([7, 1], [0, 8], [8, 3], [1, 0], [5, 8]):
+    counts = np.asarray(counts, np.int32)
+    chunk = np.full((2, 8), 60, np.int32)
+    for row in range(2):
+      chunk[row, : counts[row]] = TOKENS[row, seen[row] : seen[row] + counts[row]]
+    logits, cache = extend(chunk, cache, counts)
+    for row in range(2):
+      expected = full[row, seen[row] : seen[row] + counts[row]]
+      np.testing.assert_allclose(logits[row, : counts[row]], expected, atol=1e-9)
+    seen += counts
+  np.testing.assert_array_equal(cache.lengths, seen)
+
+
+def test_longer_than_a_block(x64):
+  """Several key blocks in the cache, in the chunk, and a ring that has wrapped many times."""
+  rng = np.random.default_rng(2)
+  tokens = rng.integers(0, 61, (1, 1100)).astype(np.int32)
+  for window in (None, 300):
+    model = lively(dataclasses.replace(TINY, window=window), "float64")
+    full, extend = full_logits(model, tokens), extender(model)
+    for chunks in ([600, 1, 1, 498], [255, 2, 543, 300]):
+      logits, cache = in_chunks(extend, Cache.create(model.config, 1, 1100), tokens, chunks, 600)
+      np.testing.assert_allclose(logits, full, atol=1e-9)
+    assert cache.layers["groups"][2].keys.shape[3] == (1280 if window is None else 512)
+
+
+def test_rows_are_taken_put_and_forked(x64):
+  """Gathered rows go on as the sequences they hold; nothing of a replaced row stays."""
+  model = lively(dataclasses.replace(TINY, num_layers=6), "float64")
+  full, extend = full_logits(model, TOKENS), extender(model)
+  _, cache = extend(TOKENS[:, :20], Cache.create(model.config, 2, 64))
+  logits, _ = extend(TOKENS[[1, 0, 1], 20:], cache.take(np.array([1, 0, 1])))
+  np.testing.assert_allclose(logits, full[[1, 0, 1], 20:], atol=1e-9)
+  fresh = Cache.create(model.config, 1, 64)
+  logits, _ = extend(TOKENS[[0, 0], :17], cache.put(np.array([0]), fresh).take(np.array([0, 0])))
+  np.testing.assert_allclose(logits, full[[0, 0], :17], atol=1e-9)
+
+
+@pytest.mark.parametrize(("T", "rtol"), [(6, 0), (1, 1e-6)])
+def test_slots_out_of_sight(T, rtol):
+  """Slots beyond a row's length hold anything and are as many as they like; where blocks stream, no bit tells."""
+  rng = np.random.default_rng(3)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  q, k, v = normal(1, T, 4, 8), normal(1, T, 2, 8), normal(1, T, 2, 8)
+  keys, values, lengths = normal(1, 2, 2560, 8), normal(1, 2, 2560, 8), jnp.array([700])
+  scale = jnp.full((1, T, 4), 0.3)
+  few, many = (jax.jit(cached_attention.cached_statistics)(q, k, v, keys[:, :, :n], values[:, :, :n], lengths, scale)
+               for n in (768, 2560))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5 * (rtol > 0)), few, many)
+  joined_k, joined_v = (jnp.concatenate([jnp.swapaxes(a[:, :, :700], 1, 2), b], 1) for a, b in ((keys, k), (values, v)))
+  oracle = streaming.attention_statistics(q, joined_k, joined_v, scale[0])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), few, oracle)
+
+
+def test_state_stays_bounded_with_a_window():
+  """A window's cache does not grow with the capacity, and the memory state is float32 beside bfloat16 keys."""
+  small, large = (jax.eval_shape(lambda n=n: Cache.create(ModelConfig(window=1024), 1, n)) for n in (4096, 1 << 20))
+  assert nbytes(small) == nbytes(large)
+  past = small.layers["groups"][2]
+  assert (past.keys.dtype, past.memory.dtype) == (jnp.bfloat16, jnp.float32)
