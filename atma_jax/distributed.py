@@ -38,7 +38,7 @@ class DistributedFlags:
 
   def __init__(self) -> None:
     self._mode = flags.DEFINE_enum(
-      "distributed", "auto", MODES, "Several processes: as the environment says, as Cloud TPU VM metadata says, or not.")
+      "distributed", "auto", MODES, "Several processes: as the environment says, by Cloud TPU VM metadata, or not.")
     self._address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, the same for all.")
     self._count = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
     self._id = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)

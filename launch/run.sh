@@ -77,24 +77,28 @@ on_signal() {
 }
 trap on_signal TERM INT
 
-await() {  # process: sets `status` to its exit code, however many signals arrive meanwhile
+start() {  # command...: sets `child`; a signal that came before it could know of the child is not lost
+  "$@" <&0 &
+  child=$!
+  [[ $stopping == 0 ]] || on_signal
+}
+
+await() {  # sets `status` to the exit code of `child`, however many signals arrive meanwhile
   interrupted=1
   while [[ $interrupted == 1 ]]; do
     interrupted=0
     status=0
-    wait "$1" || status=$?
+    wait "$child" || status=$?
   done
+  child=
 }
 
 failures=0
 status=143  # if stopped before the first start
 while [[ $stopping == 0 ]]; do
   started=$SECONDS
-  "$@" <&0 &
-  child=$!
-  [[ $stopping == 0 ]] || kill -TERM "$child" 2>/dev/null || true  # it came between the test and the start
-  await "$child"
-  child=
+  start "$@"
+  await
   [[ $stopping == 0 && $status != 0 && $status != 2 ]] || break
   ((SECONDS - started < stable)) || failures=0
   if ((failures >= max_restarts)); then
@@ -109,10 +113,8 @@ while [[ $stopping == 0 ]]; do
   failures=$((failures + 1))
   say "exit code $status after $((SECONDS - started)) s; restart $failures of $max_restarts in $pause s"
   ended=$status
-  sleep "$pause" &
-  child=$!
-  await "$child"
-  child=
+  start sleep "$pause"
+  await
   status=$ended
 done
 exit "$status"

@@ -11,7 +11,7 @@ usage: launch/slurm.sh [COMMAND] --name=NAME [OPTION ...] [-- TRAINING ARGUMENT 
 commands
   submit (default)   gives the job to sbatch
   status             its place in the queue
-  logs               follows its log (logs/NAME.log)
+  logs               follows its log (runs/logs/NAME.log)
   cancel             SIGTERM to training (it saves), and the job is not requeued
 options
   --name=NAME              of the job (required)
@@ -89,14 +89,14 @@ case $command in
     [[ $time_limit =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
       usage_error "--time=$time_limit: must be minutes, HH:MM:SS or D-HH:MM:SS"
     [[ $# -gt 0 ]] || usage_error "TRAINING ARGUMENT is required: -- --config=FILE --workdir=DIR"
-    run mkdir -p "$root/logs"
+    run mkdir -p "$root/runs/logs"
     run sbatch "--job-name=$name" "--nodes=$nodes" "--gpus-per-node=$gpus" "--ntasks-per-node=$gpus" \
       "--cpus-per-task=$cpus" "--time=$time_limit" "--signal=TERM@$grace" --requeue --open-mode=append \
-      "--output=$root/logs/$name.log" "--chdir=$root" ${passed[@]+"${passed[@]}"} \
+      "--output=$root/runs/logs/$name.log" "--chdir=$root" ${passed[@]+"${passed[@]}"} \
       "$root/launch/slurm.sbatch" "--max-restarts=$max_restarts" -- "$python" -m atma_jax.train "$@"
     ;;
   status) run squeue --me "--name=$name" ;;
-  logs) run tail -n 100 -F "$root/logs/$name.log" ;;
+  logs) run tail -n 100 -F "$root/runs/logs/$name.log" ;;
   # To the batch script as well, which then knows that it was cancelled.
   cancel) run scancel --me "--name=$name" --signal=TERM --full ;;
 esac

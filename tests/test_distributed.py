@@ -117,7 +117,8 @@ def test_flag_errors(arguments, message):
 
 def test_alone(monkeypatch):
   """Nothing in the environment, or "off": the process stays alone."""
-  for name in (*distributed._VARIABLES, "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES", *SLURM):
+  tpu = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES")
+  for name in (*distributed._VARIABLES, *tpu, *SLURM):
     monkeypatch.delenv(name, raising=False)
   distributed.initialize()
   for name, value in EXPLICIT.items():

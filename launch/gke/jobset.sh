@@ -151,7 +151,7 @@ render() {  # training argument...
   [[ -n $queue ]] || manifest=${manifest/$'  labels:\n'/}  # it held the queue only
   set -- NAME "$name" NAMESPACE "$namespace" QUEUE "$queue" MAX_RESTARTS "$max_restarts" SLICES "$slices" \
     NODES "$nodes" GRACE "$grace" ACCELERATOR "$accelerator" TOPOLOGY "$topology" IMAGE "$(json "$image")" \
-    COMMAND "[$list]" LIBTPU_INIT_ARGS "$(json "${flags#*=}")" CHIPS "$chips_per_node" CLAIM "$claim"
+    LIBTPU_INIT_ARGS "$(json "${flags#*=}")" CHIPS "$chips_per_node" CLAIM "$claim" COMMAND "[$list]"
   while [[ $# -gt 0 ]]; do
     name_of=$1
     value=$2
