@@ -1,7 +1,7 @@
 """Everything a model remembers of the tokens before: keys and values, memory states and convolution histories.
 
-A `Cache` is one pytree. Its arrays below `layers` are stacked (repetition, B, ...), so that a scanned model scans it, and
-rows are gathered, forked and replaced along axis 1 whatever the layer. Saving and restoring is saving its leaves.
+A `Cache` is one pytree. Its arrays below `layers` are stacked (repetition, B, ...), so that a scanned model scans it,
+and rows are gathered, forked and replaced along axis 1 whatever the layer. Saving and restoring is saving its leaves.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ class GlobalPast:
     written = (index < span.counts[:, None]) & (index >= span.counts[:, None] - slots)
     slot = jnp.where(written, (span.lengths[:, None] + index) % slots, slots)  # past the end: dropped
 
-    def write(ring: jax.Array, new: jax.Array) -> jax.Array:
-      put = lambda ring, new, slot: ring.at[:, :, slot].set(new.astype(ring.dtype), mode="drop")
-      return jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)(ring, new, slot)
+    def write_row(ring: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+      return ring.at[:, :, slot].set(new.astype(ring.dtype), mode="drop")
 
-    return dataclasses.replace(update, keys=write(self.keys, update.keys), values=write(self.values, update.values))
+    write = jax.vmap(write_row, in_axes=(1, 1, 0), out_axes=1)
+    return dataclasses.replace(update, keys=write(self.keys, update.keys, slot),
+                               values=write(self.values, update.values, slot))
 
 
 Layers = dict[str, list[LocalPast | GlobalPast]]
@@ -99,11 +100,12 @@ class Cache:
 
       if kind == "local":
         return LocalPast(zeros(config.conv_taps - 1, config.width))
-      ring = (kv_heads, slots, dim)
+      keys, values = (zeros(kv_heads, slots, dim, dtype=dtype or activation) for _ in range(2))
       canon = [None] * 3 if config.attention == "rope" else [
         zeros(config.canon_taps - 1, n * dim) for n in (heads, kv_heads, kv_heads)]
-      memory = zeros(heads, dim, dim, dtype=jnp.promote_types(jnp.float32, activation)) if config.memory.enabled else None
-      return GlobalPast(zeros(*ring, dtype=dtype or activation), zeros(*ring, dtype=dtype or activation), *canon, memory)
+      wide = jnp.promote_types(jnp.float32, activation)
+      memory = zeros(heads, dim, dim, dtype=wide) if config.memory.enabled else None
+      return GlobalPast(keys, values, *canon, memory)
 
     pattern = config.block_pattern
     repeats, rest = divmod(config.num_layers, len(pattern))

@@ -108,10 +108,12 @@ class GlobalMixer(nnx.Module):
     q = layers.head_norm(q)
     k = layers.head_norm(self.k(x).reshape(B, T, config.num_kv_heads, config.head_dim))
     v = self.v(x).reshape(B, T, config.num_kv_heads, config.head_dim)
-    histories, state, keys = [None] * 3, None, None
+    histories, state = (None, None, None), None
     if config.attention in CANON_ATTENTIONS:
-      (q, k, v), histories = zip(_canon(q, self.canon_q, past.canon_q, span), _canon(k, self.canon_k, past.canon_k, span),
-                                 _canon(v, self.canon_v, past.canon_v, span))
+      q, canon_q = _canon(q, self.canon_q, past.canon_q, span)
+      k, canon_k = _canon(k, self.canon_k, past.canon_k, span)
+      v, canon_v = _canon(v, self.canon_v, past.canon_v, span)
+      histories = canon_q, canon_k, canon_v
     if span is None:
       heads, addend = self.core(q, k, v)
     else:

@@ -56,7 +56,7 @@ def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.A
 
 def cached_softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array,
                              lengths: jax.Array, *, scale: float, window: int | None = None) -> jax.Array:
-  """`softmax_attention` of T new tokens; arguments as for `cached_polar_attention`. Returns (B, T, H, D) in q's dtype."""
+  """`softmax_attention` of T new tokens, (B, T, H, D) in q's dtype; arguments as for `cached_polar_attention`."""
   scales = jnp.full(q.shape[:3], scale, formula.accumulator(q))
   statistics = cached_statistics(q, k, v, keys, values, lengths, scales, window=window)
   return (statistics.S / statistics.L[..., None]).astype(q.dtype)
@@ -77,12 +77,17 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
     Statistics of shape (B, T, H) and (B, T, H, D).
   """
   (B, T, H, D), K, R = q.shape, k.shape[2], keys.shape[2]
-  if keys.shape != (B, K, R, D) or values.shape != keys.shape or R != slots_for(R) or H % K:
+  if keys.shape != (B, K, R, D) or values.shape != keys.shape or slots_for(R) != R or H % K:
     raise ValueError(f"cached attention: q {q.shape}, k {k.shape}, keys {keys.shape}, values {values.shape} are not "
                      "(B, T, H, D), (B, T, K, D), (B, K, R, D) twice with H a multiple of K and R one of slots_for")
   positions = lengths[:, None] + jnp.arange(T)
-  group = lambda x: jnp.moveaxis(x.reshape(B, T, K, H // K, *x.shape[3:]), 1, 3)  # (B, K, G, T, ...)
-  ungroup = lambda x: jnp.moveaxis(x, 3, 1).reshape(B, T, H, *x.shape[4:])
+
+  def group(x: jax.Array) -> jax.Array:  # (B, T, H, ...) -> (B, K, G, T, ...)
+    return jnp.moveaxis(x.reshape(B, T, K, H // K, *x.shape[3:]), 1, 3)
+
+  def ungroup(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x, 3, 1).reshape(B, T, H, *x.shape[4:])
+
   gather = functools.partial(_gather, group(q), group(scale), positions, NOWHERE if window is None else window)
   block = min(BLOCK, slots_for(T)) if T > 1 else 1
   pad = -T % block
@@ -120,13 +125,12 @@ def _gather(q, scale, positions, window, keys, values, key_positions, block, cou
   if blocks == 1:
     return one(keys, values, key_positions)
   if T == 1:
-    cut = lambda x, axis: x.reshape(*x.shape[:axis], blocks, block, *x.shape[axis + 1:])
-    parts = jax.vmap(one, in_axes=(2, 2, 1))(cut(keys, 2), cut(values, 2), cut(key_positions, 1))
-    return _merge_pairwise(parts)
+    cut = (x.reshape(B, K, blocks, block, D) for x in (keys, values))
+    return _merge_pairwise(jax.vmap(one, in_axes=(2, 2, 1))(*cut, key_positions.reshape(B, blocks, block)))
 
-  def fold(i, statistics):
-    take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
-    return streaming.merge(statistics, one(take(keys, 2), take(values, 2), take(key_positions, 1)))
+  def fold(i: jax.Array, statistics: Statistics) -> Statistics:
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * block, slice_size=block)
+    return streaming.merge(statistics, one(take(keys, axis=2), take(values, axis=2), take(key_positions, axis=1)))
 
   zeros = jnp.zeros((B, K, G, T), dtype)
   nothing = Statistics(jnp.full_like(zeros, jnp.finfo(dtype).min), zeros, zeros, jnp.zeros((B, K, G, T, D), dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -17,6 +18,7 @@ from atma_jax.ops import cached_attention, streaming
 
 TINY = ModelConfig(vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48,
                    activation_dtype="float32")
+QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of these tests' time
 LENGTH = 37
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, LENGTH)).astype(np.int32)
 CHUNKS = ([1] * LENGTH, [16, 16, 5], [9, 1, 1, 16, 10])
@@ -46,14 +48,14 @@ def lively(config: ModelConfig, dtype: str = "float32") -> Atma:
 
 def full_logits(model: Atma, tokens: np.ndarray) -> np.ndarray:
   graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda state: nnx.merge(graphdef, state)(tokens))(state))
+  return np.asarray(jax.jit(lambda state: nnx.merge(graphdef, state)(tokens), compiler_options=QUICK)(state))
 
 
 def extender(model: Atma):
   """``extend(tokens, cache, counts) -> (logits, cache)``, compiled."""
   graphdef, state = nnx.split(model)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=QUICK)
   def extend(state, tokens, cache, counts):
     model = nnx.merge(graphdef, state)
     hidden, cache = model.extend(tokens, cache, counts)
@@ -152,7 +154,10 @@ def test_rows_are_taken_put_and_forked(x64):
 def test_slots_out_of_sight(T, rtol):
   """Slots beyond a row's length hold anything and are as many as they like; where blocks stream, no bit tells."""
   rng = np.random.default_rng(3)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
   q, k, v = normal(1, T, 4, 8), normal(1, T, 2, 8), normal(1, T, 2, 8)
   keys, values, lengths = normal(1, 2, 2560, 8), normal(1, 2, 2560, 8), jnp.array([700])
   scale = jnp.full((1, T, 4), 0.3)
