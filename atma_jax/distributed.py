@@ -9,7 +9,8 @@ What is looked at, in this order; without any of it the process stays alone:
 5. Slurm: the variables that srun sets, where its step has several tasks, one for each GPU.
 
 A process that dies is noticed through its missing heartbeats: after `HEARTBEAT_SECONDS` the others end with a message
-instead of waiting in a collective for ever.
+instead of waiting in a collective for ever. A process whose peers do not appear within `START_SECONDS` ends too. In both
+cases jaxlib aborts (exit code 134), so that a launcher tries again.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def initialize(mode: str = "auto", coordinator_address: str | None = None, num_p
 
   Raises:
     UserError: some but not all of the three, or values that do not fit; the message names the flag or variable.
-    SystemExit: the others did not join within `START_SECONDS`; exit code 1, so that a launcher tries again.
+    SystemExit: there is no such cluster around this process; exit code 1, so that a launcher tries again.
   """
   explicit = dict(zip(("--coordinator_address", "--num_processes", "--process_id"),
                       (coordinator_address, num_processes, process_id)))
@@ -80,8 +81,8 @@ def initialize(mode: str = "auto", coordinator_address: str | None = None, num_p
   try:
     jax.distributed.initialize(
       initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **options)
-  except (RuntimeError, ValueError) as error:
-    print("error: the processes did not find each other:", " ".join(str(error).split()), file=sys.stderr)
+  except (ImportError, OSError, RuntimeError, ValueError) as error:
+    print("error: the processes cannot find each other:", " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(1) from error
   logging.info("process %d of %d", jax.process_index(), jax.process_count())
 

@@ -115,6 +115,19 @@ def test_flag_errors(arguments, message):
   assert str(error.value).startswith(message)
 
 
+def test_no_cluster_around(monkeypatch, capsys):
+  """One line and exit code 1, on which launch/run.sh tries again."""
+  def refuse(**_):
+    raise ValueError("coordinator_address\nshould be defined.")
+
+  monkeypatch.setattr(distributed.jax.distributed, "initialize", refuse)
+  with pytest.raises(SystemExit) as ended:
+    distributed.initialize("cloud_tpu")
+  assert ended.value.code == 1
+  assert capsys.readouterr().err == (
+    "error: the processes cannot find each other: coordinator_address should be defined.\n")
+
+
 def test_alone(monkeypatch):
   """Nothing in the environment, or "off": the process stays alone."""
   tpu = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES")
