@@ -9,7 +9,7 @@ What is looked at, in this order; without any of it the process stays alone:
 5. Slurm: the variables that srun sets, where its step has several tasks, one for each GPU.
 
 A process that dies is noticed through its missing heartbeats: after `HEARTBEAT_SECONDS` the others end with a message
-instead of waiting in a collective for ever. A process whose peers do not appear within `START_SECONDS` ends too. In both
+instead of waiting in a collective for ever. One whose peers do not appear within `START_SECONDS` ends too. In both
 cases jaxlib aborts (exit code 134), so that a launcher tries again.
 """
 
