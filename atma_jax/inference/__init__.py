@@ -1,0 +1,1 @@
+"""Generation: sampling, incremental text, and an engine that decodes many requests together."""

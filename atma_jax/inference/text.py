@@ -1,0 +1,57 @@
+"""Tokens to text as they come: whole characters only, and nothing that a stop string may still take back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from atma_jax.data.tokenizers import Tokenizer
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_PATIENCE = 64  # tokens without a whole character at their end after which they are given out as they are
+
+
+class TextStream:
+  """Text of one request, given out piece by piece.
+
+  A tokenizer may write a token differently at the start of a text, so the new piece is what the last few tokens add to
+  the text of those before them: a token costs the same however long the text is.
+
+  Attributes:
+    stopped: a stop string has come; `push` has then given out what stood before it.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    self._tokenizer, self._stop = tokenizer, tuple(stop)
+    self._context: list[int] = []  # tokens already given out that the next ones are decoded after
+    self._pending: list[int] = []
+    self._held = ""  # complete text that may be the start of a stop string
+    self.stopped = False
+
+  def push(self, token: int) -> str:
+    """The text that is certain once `token` is known; may be empty."""
+    self._pending.append(token)
+    text = self._new_text()
+    if text.endswith(_INCOMPLETE) and len(self._pending) < _PATIENCE:
+      return ""
+    self._context, self._pending = self._pending, []
+    return self._release(text)
+
+  def finish(self) -> str:
+    """What was held back, once no token follows."""
+    text = self._release(self._new_text()) if self._pending and not self.stopped else ""
+    rest, self._held, self._pending = self._held, "", []
+    return text + rest
+
+  def _new_text(self) -> str:
+    known = self._tokenizer.decode(self._context)
+    return self._tokenizer.decode(self._context + self._pending)[len(known):]
+
+  def _release(self, text: str) -> str:
+    text = self._held + text
+    found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
+    if found:
+      self.stopped, self._held = True, ""
+      return text[: min(found)]
+    keep = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    self._held = text[len(text) - keep:]
+    return text[: len(text) - keep]
