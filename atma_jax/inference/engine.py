@@ -7,7 +7,7 @@ Shapes never depend on a request, so a program is compiled once: one for decodin
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
@@ -103,11 +103,12 @@ class Engine:
     chunk: prompt tokens in one forward pass at most, a power of two.
     stride: tokens decoded between two looks of the host: more is faster, fewer stops and streams sooner.
     alternatives: likeliest tokens reported with every token.
+    prefixes: prompts whose state is kept, the latest used, so that a prompt that goes on from one starts there.
     cache_dtype: of keys and values; None is the model's activation dtype.
   """
 
   def __init__(self, model: Atma, tokenizer: Tokenizer, *, rows: int = 8, capacity: int = 2048, chunk: int = 512,
-               stride: int = 8, alternatives: int = 0, cache_dtype: str | None = None):
+               stride: int = 8, alternatives: int = 0, prefixes: int = 0, cache_dtype: str | None = None):
     if chunk < SMALLEST_CHUNK or chunk & (chunk - 1):
       raise UserError(f"chunk={chunk}: must be a power of two of at least {SMALLEST_CHUNK}")
     for name, value, least in (("rows", rows, 1), ("capacity", capacity, 2), ("stride", stride, 1)):
@@ -118,6 +119,8 @@ class Engine:
     self._graphdef, self._state = nnx.split(model)
     self._create = functools.partial(Cache.create, self.config, capacity=capacity, dtype=cache_dtype)
     self._compile(alternatives)
+    self._prefixes, self._kept = prefixes, OrderedDict[bytes, Cache]()  # by the bytes of their int32 tokens
+    self.prefilled = 0  # prompt tokens that went through the model
     self._names, self._waiting = 0, deque[_Request]()
     self._active: list[_Request | None] = [None] * rows
     self._rows = Rows(self._create(rows), *(jnp.zeros(rows, jnp.int32) for _ in range(3)),
@@ -200,8 +203,17 @@ class Engine:
     return completions
 
   def prefill(self, tokens: np.ndarray) -> Cache:
-    """The state of one row after these tokens (n,), n of any size."""
-    cache, position = self._create(1), 0
+    """The state of one row after these tokens (n,), n of any size, from the longest prefix that is kept."""
+    tokens = np.asarray(tokens, np.int32)
+    content = tokens.tobytes()
+    prefix = max((key for key in self._kept if content.startswith(key)), key=len, default=b"")
+    position = len(prefix) // tokens.itemsize
+    if position:
+      self._kept.move_to_end(prefix)
+      cache = jax.tree.map(jnp.copy, self._kept[prefix])  # what is kept must survive donation
+    else:
+      cache = self._create(1)
+    self.prefilled += len(tokens) - position
     while position < len(tokens):
       part = tokens[position : position + self.chunk]
       width = max(SMALLEST_CHUNK, 1 << (len(part) - 1).bit_length())
@@ -209,6 +221,10 @@ class Engine:
       padded[0, : len(part)] = part
       cache = self._prefill(self._state, cache, padded, np.array([len(part)], np.int32))
       position += len(part)
+    if self._prefixes and content and content not in self._kept:
+      self._kept[content] = jax.tree.map(jnp.copy, cache)
+      while len(self._kept) > self._prefixes:
+        self._kept.popitem(last=False)
     return cache
 
   def _admit(self, row: int, request: _Request) -> None:

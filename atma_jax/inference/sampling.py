@@ -24,7 +24,7 @@ class Sampling:
   top_k: int = _option(0, "Draw from the k likeliest tokens; 0 is all.")
   top_p: float = _option(1.0, "Draw from the likeliest tokens that together have this probability.")
   min_p: float = _option(0.0, "Least share of the likeliest token's probability.")
-  repetition_penalty: float = _option(1.0, "Divides positive logits of tokens seen before and multiplies negative ones.")
+  repetition_penalty: float = _option(1.0, "Divides positive logits of tokens seen before, multiplies negative ones.")
   seed: int = _option(0, "Of the random numbers.")
   stop: tuple[str, ...] = _option((), "A string that ends the text and is not part of it; may be given several times.")
   ignore_end: bool = _option(False, "Go on past end-of-text.")

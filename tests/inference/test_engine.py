@@ -1,0 +1,221 @@
+"""The engine: every request answered once, with the tokens it would get alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atma_jax.config import Config, DataConfig, ModelConfig, UserError
+from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.inference.engine import Completion, Engine
+from atma_jax.inference.sampling import Sampling
+from atma_jax.models import Atma
+from atma_jax.training.checkpointing import Checkpointer
+from atma_jax.training.state import TrainState, params_of
+
+CONFIG = ModelConfig(vocab_size=272, num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32,
+                     block_pattern=("local", "global"), activation_dtype="float32")
+GREEDY = Sampling(temperature=0, max_tokens=20, ignore_end=True)
+
+
+def lively(config: ModelConfig) -> Atma:
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), nnx.Param)
+  rng = np.random.default_rng(1)
+  return nnx.merge(graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.5, jnp.float32), params))
+
+
+@pytest.fixture(scope="module")
+def model():
+  return lively(CONFIG)
+
+
+def full_pass(model: Atma, length: int = 128):
+  """Log-probabilities (n, V) after every one of n tokens, by the full forward pass over rows of `length`."""
+  graphdef, state = nnx.split(model)
+  call = jax.jit(lambda state, tokens: jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens)))
+  return lambda tokens: np.asarray(call(state, np.pad(tokens, (0, length - len(tokens)))[None])[0, : len(tokens)])
+
+
+@pytest.fixture(scope="module")
+def forward(model):
+  return full_pass(model)
+
+
+def greedy_logprobs(forward, prompt: np.ndarray, completion: Completion) -> np.ndarray:
+  """Log-probabilities (n, V) at the completion's n tokens, each of which is found to be the likeliest legal one."""
+  assert (len(completion.tokens), completion.finish_reason) == (20, "length")
+  logprobs = forward(np.concatenate([prompt, completion.tokens]).astype(np.int32))[len(prompt) - 1 : -1]
+  assert completion.tokens == logprobs[:, :257].argmax(-1).tolist()  # ids beyond the tokenizer never come
+  return logprobs
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+  return Engine(model, ByteTokenizer(), rows=3, capacity=128, chunk=32, stride=4, alternatives=2, prefixes=2)
+
+
+def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
+  rng = np.random.default_rng(seed)
+  return [rng.integers(0, 256, rng.integers(1, 90)).astype(np.int32) for _ in range(count)]
+
+
+def test_greedy_is_the_argmax_of_the_full_pass(engine, forward):
+  """Token by token, with the log-probabilities of the full pass, for prompts of one token, odd and past a chunk."""
+  starts = [np.arange(n, dtype=np.int32) for n in (1, 2, 31, 33, 65, 90)]
+  for prompt, completion in zip(starts, engine.generate(starts, GREEDY), strict=True):
+    logprobs = greedy_logprobs(forward, prompt, completion)
+    np.testing.assert_allclose(completion.logprobs, logprobs[np.arange(20), completion.tokens], atol=1e-4)
+    top = np.array(completion.alternatives)
+    np.testing.assert_allclose(top[:, :, 1], np.sort(logprobs, -1)[:, :-3:-1], atol=1e-4)
+    assert completion.text == ByteTokenizer().decode(completion.tokens)
+
+
+def test_a_request_gets_what_it_gets_alone(engine):
+  """Seeded draws with all kinds of options, more requests than rows: in any company, order and number."""
+  starts = prompts(9)
+  options = [Sampling(max_tokens=5 + 4 * i, seed=i, temperature=0.3 + 0.2 * i, top_k=(0, 7)[i % 2],
+                      top_p=(1.0, 0.9, 0.5)[i % 3], min_p=(0.0, 0.05)[i % 2], repetition_penalty=(1.0, 1.3)[i % 2])
+             for i in range(9)]
+  together = engine.generate(starts, options)
+  order = np.random.default_rng(3).permutation(9)
+  shuffled = engine.generate([starts[i] for i in order], [options[i] for i in order])
+  for place, i in enumerate(order):
+    alone, = engine.generate([starts[i]], options[i])
+    for other in (together[i], shuffled[place]):
+      assert (other.tokens, other.text, other.finish_reason) == (alone.tokens, alone.text, alone.finish_reason)
+      np.testing.assert_allclose(other.logprobs, alone.logprobs, atol=1e-4)
+  other_seed, = engine.generate([starts[8]], dataclasses.replace(options[8], seed=99))
+  assert other_seed.tokens != together[8].tokens
+
+
+def test_nothing_is_compiled_while_serving(engine):
+  """Whatever the lengths and options: one decoding program, and one prefill program a power of two."""
+  engine.generate(prompts(12, seed=4), [Sampling(max_tokens=1 + i, top_k=i) for i in range(12)])
+  assert engine._decode._cache_size() == engine._place._cache_size() == engine._rest._cache_size() == 1
+  assert engine._prefill._cache_size() <= 2  # 16 and 32
+
+
+def test_ends(engine):
+  """End-of-text, a stop string, the token limit; text ends before the stop string, tokens with it."""
+  prompt = np.arange(40, dtype=np.int32)
+  free, = engine.generate([prompt], dataclasses.replace(GREEDY, max_tokens=40))
+  place = next(i for i in range(10, 40) if free.tokens[i] < 128)
+  stop = ByteTokenizer().decode(free.tokens)[2:]
+  stop = stop[: stop.find(chr(free.tokens[place])) + 1]
+  stopped, = engine.generate([prompt], dataclasses.replace(GREEDY, max_tokens=40, stop=(stop,)))
+  assert stopped.finish_reason == "stop" and free.text.startswith(stopped.text + stop)
+  assert stopped.tokens == free.tokens[: len(stopped.tokens)] and len(stopped.tokens) < 40
+  drawn = engine.generate([prompt] * 40, [Sampling(seed=i, max_tokens=80, temperature=3.0) for i in range(40)])
+  ended = [c for c in drawn if c.finish_reason == "stop"]
+  assert ended and all(c.tokens[-1] == 256 and 256 not in c.tokens[:-1] for c in ended)
+  assert all(len(c.tokens) == 80 for c in drawn if c.finish_reason == "length")
+
+
+def test_cancelled_requests_free_their_rows(engine):
+  """Random cancellations: each request ends exactly once, the others get the tokens they get alone."""
+  rng = np.random.default_rng(5)
+  starts = prompts(20, seed=6)
+  expected = engine.generate(starts, GREEDY)
+  names = [engine.submit(prompt, GREEDY) for prompt in starts]
+  tokens, ends = {name: [] for name in names}, {}
+  while engine.busy:
+    pieces = engine.step()
+    if (piece := engine.cancel(int(rng.choice(names)))) is not None:
+      pieces.append(piece)
+    for piece in pieces:
+      assert piece.request not in ends
+      if piece.token is not None:
+        tokens[piece.request].append(piece.token)
+      if piece.finish_reason is not None:
+        ends[piece.request] = piece.finish_reason
+  assert ends.keys() == set(names) and set(ends.values()) == {"length", "cancelled"}
+  for name, completion in zip(names, expected):
+    own = tokens[name]
+    assert own == completion.tokens[: len(own)]
+    assert (len(own) == 20) or ends[name] == "cancelled"
+  assert engine.cancel(names[0]) is None and engine.step() == []
+
+
+def test_refusals(engine):
+  """One line that says what is legal, before anything runs."""
+  for prompt, sampling, words in (
+      (np.zeros(100, np.int32), Sampling(max_tokens=29), "max_tokens=29.*at most 28"),
+      ([0, 272], Sampling(), "from 0 to 271"), ([-1], Sampling(), "from 0 to 271")):
+    with pytest.raises(UserError, match=words):
+      engine.submit(prompt, sampling)
+  for options, words in (({"chunk": 48}, "power of two"), ({"rows": 0}, "rows=0"), ({"stride": 0}, "stride=0")):
+    with pytest.raises(UserError, match=words):
+      Engine(lively(CONFIG), ByteTokenizer(), **options)
+  assert not engine.busy
+
+
+def test_a_window_takes_any_length():
+  """Prompt and text many times the size of the cache."""
+  model = lively(dataclasses.replace(CONFIG, window=12))
+  engine = Engine(model, ByteTokenizer(), rows=1, capacity=12, chunk=16, stride=20)
+  prompt = np.random.default_rng(7).integers(0, 256, 150)
+  greedy_logprobs(full_pass(model, 170), prompt, engine.generate([prompt], GREEDY)[0])
+
+
+def test_a_kept_prefix_restores_everything(engine, forward):
+  """A prompt that goes on from another's end gets the tokens of the full pass, and costs only what is new."""
+
+  def cost(prompt: np.ndarray) -> int:
+    before = engine.prefilled
+    greedy_logprobs(forward, prompt, engine.generate([prompt], GREEDY)[0])
+    return engine.prefilled - before
+
+  base, other, third = (np.random.default_rng(seed).integers(0, 256, 60).astype(np.int32) for seed in (8, 9, 10))
+  longer = np.concatenate([base, np.arange(7, dtype=np.int32)])
+  assert [cost(p) for p in (base, longer, longer, np.append(base[:-1], [1, 2]))] == [59, 7, 0, 1]
+  assert [cost(p) for p in (other, third, longer)] == [59, 59, 66]  # two are kept, and these were others
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+  """A workdir with one step."""
+  workdir = tmp_path_factory.mktemp("workdir")
+  checkpointer = Checkpointer(workdir, keep=1)
+  zero = jnp.zeros((), jnp.int32)
+  config = Config(model=CONFIG, data=DataConfig(tokenizer="bytes"))
+  checkpointer.save(1, TrainState(zero, params_of(model), {}, {}, zero, zero), config=config, tokenizer=ByteTokenizer(),
+                    data_state={})
+  checkpointer.close()
+  return workdir
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+  result = subprocess.run([sys.executable, "-m", "atma_jax.generate", *arguments], stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=120)
+  return result.returncode, result.stdout, result.stderr
+
+
+def test_generate_command(checkpoint, engine, tmp_path):
+  """A file of prompts gives a JSON line each, in order, with what the engine gives."""
+  file = tmp_path / "prompts.txt"
+  file.write_text("one\ntwo and more\n\n")
+  code, stdout, stderr = run(f"--checkpoint={checkpoint}", f"--prompts_file={file}", "--temperature=0",
+                             "--max_tokens=12", "--ignore_end")
+  assert code == 0, stderr
+  records = [json.loads(line) for line in stdout.splitlines()]
+  expected = engine.generate(["one", "two and more", ""], dataclasses.replace(GREEDY, max_tokens=12))
+  assert [record["prompt"] for record in records] == ["one", "two and more", ""]
+  assert [record["tokens"] for record in records] == [completion.tokens for completion in expected]
+  assert "tokens/s" in stderr
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+  (["--prompt=a"], ["--checkpoint"]), (["--checkpoint=/nowhere", "--prompt=a", "--top_p=2"], ["top_p=2", "at most 1"])])
+def test_generate_refusals(arguments, words):
+  code, stdout, stderr = run(*arguments)
+  last = stderr.splitlines()[-1]
+  assert code == 2 and stdout == "" and "Traceback" not in stderr
+  assert last.startswith("error:") and all(word in last for word in words)
