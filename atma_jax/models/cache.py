@@ -58,12 +58,13 @@ class GlobalPast:
     written = (index < span.counts[:, None]) & (index >= span.counts[:, None] - slots)
     slot = jnp.where(written, (span.lengths[:, None] + index) % slots, slots)  # past the end: dropped
 
-    def write_row(ring: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-      return ring.at[:, :, slot].set(new.astype(ring.dtype), mode="drop")
+    row = jnp.arange(slot.shape[0])[:, None]
 
-    write = jax.vmap(write_row, in_axes=(1, 1, 0), out_axes=1)
-    return dataclasses.replace(update, keys=write(self.keys, update.keys, slot),
-                               values=write(self.values, update.values, slot))
+    def write(ring: jax.Array, new: jax.Array) -> jax.Array:
+      new = jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype)  # (B, T, repetition, K, D)
+      return ring.at[:, row, :, slot].set(new, mode="drop")
+
+    return dataclasses.replace(update, keys=write(self.keys, update.keys), values=write(self.values, update.values))
 
 
 Layers = dict[str, list[LocalPast | GlobalPast]]

@@ -110,37 +110,38 @@ def slot_positions(lengths: jax.Array, slots: int) -> jax.Array:
 def _gather(q, scale, positions, window, keys, values, key_positions, block, count) -> Statistics:
   """Statistics of q (B, K, G, T, D) over the first `count` blocks of keys (B, K, S, D) at positions (B, S)."""
   B, K, G, T, D = q.shape
-  blocks = keys.shape[2] // block
-  dtype = scale.dtype
+  S, dtype = keys.shape[2], scale.dtype
 
-  def one(keys, values, key_positions) -> Statistics:  # keys (B, K, block, D), key_positions (B, block)
-    scores = jnp.einsum("bkgtd,bksd->bkgts", q, keys.astype(q.dtype), preferred_element_type=dtype)
-    distance = (positions[:, :, None] - key_positions[:, None])[:, None, None]
-    logits = jnp.where((distance >= 0) & (distance < window), scale[..., None] * scores, -jnp.inf)
+  def blocks(keys: jax.Array, values: jax.Array, key_positions: jax.Array) -> Statistics:
+    """Of N blocks, each by itself: (B, K, N, G, T) and (B, K, N, G, T, D)."""
+    keys, values = (x.reshape(B, K, -1, block, D).astype(q.dtype) for x in (keys, values))
+    scores = jnp.einsum("bkgtd,bknsd->bkngts", q, keys, preferred_element_type=dtype)
+    distance = positions[:, None, :, None] - key_positions.reshape(B, -1, 1, block)  # (B, N, T, block)
+    visible = ((distance >= 0) & (distance < window))[:, None, :, None]
+    logits = jnp.where(visible, scale[:, :, None, ..., None] * scores, -jnp.inf)
     M = jnp.maximum(jnp.max(logits, -1), jnp.finfo(dtype).min)  # finite: exp(M - M) is a number for an empty block
     p = jnp.exp(logits - M[..., None])
-    S = jnp.einsum("bkgts,bksd->bkgtd", p.astype(q.dtype), values.astype(q.dtype), preferred_element_type=dtype)
-    return Statistics(M, jnp.sum(p, -1), jnp.sum(p * p, -1), S)
-
-  if blocks == 1:
-    return one(keys, values, key_positions)
-  if T == 1:
-    cut = (x.reshape(B, K, blocks, block, D) for x in (keys, values))
-    return _merge_pairwise(jax.vmap(one, in_axes=(2, 2, 1))(*cut, key_positions.reshape(B, blocks, block)))
+    found = jnp.einsum("bkngts,bknsd->bkngtd", p.astype(q.dtype), values, preferred_element_type=dtype)
+    return Statistics(M, jnp.sum(p, -1), jnp.sum(p * p, -1), found)
 
   def fold(i: jax.Array, statistics: Statistics) -> Statistics:
     take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * block, slice_size=block)
-    return streaming.merge(statistics, one(take(keys, axis=2), take(values, axis=2), take(key_positions, axis=1)))
+    return streaming.merge(statistics, blocks(take(keys, axis=2), take(values, axis=2), take(key_positions, axis=1)))
 
-  zeros = jnp.zeros((B, K, G, T), dtype)
-  nothing = Statistics(jnp.full_like(zeros, jnp.finfo(dtype).min), zeros, zeros, jnp.zeros((B, K, G, T, D), dtype))
-  return jax.lax.fori_loop(0, count, fold, nothing)
+  if T == 1 or block == S:
+    parts = _merge_pairwise(blocks(keys, values, key_positions))
+  else:
+    zeros = jnp.zeros((B, K, 1, G, T), dtype)
+    lowest = jnp.full_like(zeros, jnp.finfo(dtype).min)
+    nothing = Statistics(lowest, zeros, zeros, jnp.zeros((*zeros.shape, D), dtype))
+    parts = jax.lax.fori_loop(0, count, fold, nothing)
+  return jax.tree.map(lambda x: x[:, :, 0], parts)
 
 
 def _merge_pairwise(parts: Statistics) -> Statistics:
-  """Merges over the leading axis, neighbours first: a tree that empty parts at the end leave as it is."""
-  while (count := parts.M.shape[0]) > 1:
-    even, odd, last = (jax.tree.map(lambda x, i=i: x[i], parts)
+  """Merges over axis 2, neighbours first, down to one part: a tree that empty parts at the end leave as it is."""
+  while (count := parts.M.shape[2]) > 1:
+    even, odd, last = (jax.tree.map(lambda x, i=i: x[:, :, i], parts)
                        for i in (slice(0, count - 1, 2), slice(1, None, 2), slice(count - count % 2, None)))
-    parts = jax.tree.map(lambda *x: jnp.concatenate(x), streaming.merge(even, odd), last)
-  return jax.tree.map(lambda x: x[0], parts)
+    parts = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), streaming.merge(even, odd), last)
+  return parts
