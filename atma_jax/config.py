@@ -165,7 +165,8 @@ class Config:
 
   @classmethod
   def from_dict(cls, values: dict[str, Any]) -> "Config":
-    """Inverse of `to_dict`. Unknown or missing fields raise `UserError`: an old checkpoint is never half read."""
+    """Inverse of `to_dict`. Unknown fields raise `UserError`; one that an older version had not yet gets its default,
+    which is why the default of every new field must be what was done before it existed."""
     return _from_dict(cls, values, "config")
 
 
@@ -287,7 +288,7 @@ def _from_dict(cls: type, values: dict[str, Any], path: str) -> Any:
   arguments = {}
   for name, hint in hints.items():
     if name not in values:
-      raise UserError(f"{path}.{name} is missing from the stored configuration")
+      continue
     value = values[name]
     if dataclasses.is_dataclass(hint):
       value = _from_dict(hint, value, f"{path}.{name}")
