@@ -19,7 +19,7 @@ from typing import Any
 
 ATTENTIONS = ("polar", "nope", "rope")
 MIXERS = ("local", "global")
-INITS = ("default", "published")
+INITS = ("default", "published", "mimetic")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMATS = ("none", "dots", "block")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")

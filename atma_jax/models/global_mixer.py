@@ -97,6 +97,26 @@ class GlobalMixer(nnx.Module):
       self.canon_v = layers.DepthwiseFilter(config, config.canon_taps, inner_kv, rngs=rngs)
     if config.memory.enabled:
       self.memory = Memory(config, rngs=rngs)
+    if config.init == "mimetic":
+      self._start_as_induction_heads()
+
+  def _start_as_induction_heads(self) -> None:
+    """Sets queries and keys so that every head starts by looking for what followed the current token before.
+
+    The queries of a group start as copies of their key, and the canon convolution of the keys starts as a shift by one
+    token: a token matches those whose predecessor resembles it. Training decides what becomes of it. After "Mimetic
+    Initialization Helps State Space Models Learn to Recall" (arXiv 2410.11135), which does so for the products of
+    queries and keys and for the convolution of state-space layers.
+    """
+    config = self.config
+    width, heads, groups, dim = config.width, config.num_heads, config.num_kv_heads, config.head_dim
+    queries = self.q.kernel[...].reshape(width, heads, 2 * dim)
+    keys = jnp.repeat(self.k.kernel[...].reshape(width, groups, dim), heads // groups, axis=1)
+    self.q.kernel[...] = queries.at[..., :dim].set(keys).reshape(width, -1)
+    if config.attention in CANON_ATTENTIONS:
+      # z + conv(z) with -1 on the current token and +1 on the one before is the one before.
+      self.canon_q.weight[...] = jnp.zeros_like(self.canon_q.weight[...])
+      self.canon_k.weight[...] = jnp.zeros_like(self.canon_k.weight[...]).at[-1].set(-1.0).at[-2].set(1.0)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.extend(x, GlobalPast(), None)[0]
