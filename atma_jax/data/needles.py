@@ -146,7 +146,7 @@ def _next_space(text: str, position: int, most: int = 40) -> int:
 
 def _draw_value(rng: np.random.Generator, words: list[str]) -> str:
   if words and rng.random() < _WORD_VALUES:
-    return "".join(f" {word}" for word in rng.choice(words, VALUE_DIGITS))
+    return "".join(f" {words[i]}" for i in rng.integers(len(words), size=VALUE_DIGITS))
   return _spaced(f"{_draw(rng, *_VALUES):0{VALUE_DIGITS}}")
 
 
