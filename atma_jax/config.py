@@ -150,7 +150,7 @@ class Config:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
-  def validate(self) -> "Config":
+  def validate(self) -> Config:
     """Checks every field; raises `UserError` naming the first wrong one. Returns self."""
     _check_types(self, "config")
     _validate_model(self.model)
@@ -164,7 +164,7 @@ class Config:
     return dataclasses.asdict(self)
 
   @classmethod
-  def from_dict(cls, values: dict[str, Any]) -> "Config":
+  def from_dict(cls, values: dict[str, Any]) -> Config:
     """Inverse of `to_dict`. Unknown fields raise `UserError`; one that an older version had not yet gets its default,
     which is why the default of every new field must be what was done before it existed."""
     return _from_dict(cls, values, "config")

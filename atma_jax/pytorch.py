@@ -160,7 +160,7 @@ def _published_leaf(path: tuple[str, ...], kind: str) -> str:
              "null_slope": "null_slope_raw", "len_gain": "len_gain_raw", "mag_beta": "mag_beta_raw"}
   if not (kind == "local" and path[0] == "mixer"):
     renamed["out_proj"] = "proj"
-  return ".".join(renamed[part] if part in renamed else part for part in path if part != "core")
+  return ".".join(renamed.get(part, part) for part in path if part != "core")
 
 
 def _to_ours(tensor: np.ndarray, leaf: str) -> np.ndarray:

@@ -77,11 +77,11 @@ def test_missing_and_unexpected_tensors_are_named(golden):
   folder = golden.folder / "checkpoint_polar_mem1_win0"
   tensors = read_state_dict(folder / "weights.pt")
   config = model_config(folder / "config.json", tensors)
-  with pytest.raises(UserError, match="'blocks.2.attn.v_null' is missing"):
+  with pytest.raises(UserError, match=r"'blocks\.2\.attn.v_null' is missing"):
     from_state_dict({k: v for k, v in tensors.items() if k != "blocks.2.attn.v_null"}, config)
-  with pytest.raises(UserError, match="unexpected tensor 'blocks.9.x'"):
+  with pytest.raises(UserError, match=r"unexpected tensor 'blocks\.9\.x'"):
     from_state_dict(tensors | {"blocks.9.x": np.zeros(1)}, config)
-  with pytest.raises(UserError, match="'norm.weight' gives shape"):
+  with pytest.raises(UserError, match=r"'norm\.weight' gives shape"):
     from_state_dict(tensors | {"norm.weight": np.zeros(3)}, config)
 
 

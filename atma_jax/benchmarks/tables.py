@@ -114,14 +114,13 @@ def ops_table(config: Config, shapes: list[tuple[int, int]], repeats: int, seed:
   def delta(implementation):
     return lambda q, k, v, log_gamma, beta: gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, implementation=implementation)
 
+  def polar(implementation):
+    return lambda q, k, v, raw: polar_attention(q, k, v, **raw, implementation=implementation)
+
   for B, T in [(1, min(ORACLE_LENGTH, shapes[0][1])), *shapes]:
     attention_flops = 2 * B * H * T * (T + 1) * D
     for K in sorted({H, config.model.num_kv_heads}, reverse=True):
       arrays, raw = polar_inputs(config, B, T, K, key)
-
-      def polar(implementation):
-        return lambda q, k, v, raw: polar_attention(q, k, v, **raw, implementation=implementation)
-
       line("polar", B, T, K, polar(config.model.implementation), (*arrays, raw), polar("reference"), attention_flops, 3.5)
       for name, rival in _softmax_rivals(D).items():
         if name != "softmax xla" or jax.default_backend() != "gpu":

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from atma_jax.config import UserError
@@ -33,7 +35,7 @@ def prefix_measurements(losses: np.ndarray, lengths: tuple[int, ...]) -> list[Me
     measurements.append(Measurement("document_loss", length, value, count, error))
   edges = log_spaced_edges(longest)
   bins = []
-  for start, stop in zip(edges[:-1], edges[1:]):
+  for start, stop in itertools.pairwise(edges):
     value, error = mean_and_error(losses[:, start:stop].mean(axis=1))
     bins.append({"start": int(start), "stop": int(stop), "value": value, "standard_error": error})
   value, error = mean_and_error(losses.mean(axis=1))

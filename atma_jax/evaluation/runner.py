@@ -68,8 +68,8 @@ def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, A
                   options.seed, options.min_documents, options.stream_windows)
   results = ResultsFile(pathlib.Path(output) / "results.jsonl")
   common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
-  extra = {"training_length": length, "config": config.to_dict(), "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-           "jax": jax.__version__}
+  extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__,
+           "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
   cells = [(suite, cell) for suite in options.suites for cell in SUITES[suite](inputs)]
   records = _run(cells, results, common, extra, scorer)
   print(table(records, length))
@@ -106,7 +106,7 @@ def table(records: Sequence[dict[str, Any]], training_length: int) -> str:
   value = {(r["measure"], r["length"]): r["value"] for r in records}
   lines = ["  ".join(["  length", "     x", *(f"{c:>15}" for c in columns)])]
   for length in sorted({length for _, length in value}):
-    cells = [value[c, length] if (c, length) in value else None for c in columns]
+    cells = [value.get((c, length)) for c in columns]
     lines.append("  ".join([f"{length:>8}", f"{length / training_length:>6g}",
                             *(f"{'' if v is None else format(v, '.4f'):>15}" for v in cells)]))
   return "\n".join(lines)

@@ -171,7 +171,10 @@ def _backward(q, k, v, scale, M, cotangents, window, blocks):
       dq += jnp.einsum("bkgts,bksd->bkgtd", dscore, k, preferred_element_type=cut.dtype)
       dk_j = jnp.einsum("bkgts,bkgtd->bksd", dscore, q, preferred_element_type=cut.dtype)
       dv_j = jnp.einsum("bkgts,bkgtd->bksd", p.astype(v.dtype), gS, preferred_element_type=cut.dtype)
-      add = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, cut.take(x, j) + y, j * cut.block_k, axis=2)
+
+      def add(x, y):
+        return jax.lax.dynamic_update_slice_in_dim(x, cut.take(x, j) + y, j * cut.block_k, axis=2)
+
       return dq, add(dk, dk_j), add(dv, dv_j)
 
     dq, dk, dv = cut.loop(i, key_block, (jnp.zeros(q.shape, cut.dtype), *carry))

@@ -9,8 +9,8 @@ Every parameter names its group in its metadata (`atma_jax.models.parameter_meta
 ``embedding``, ``head``, ``vector``  AdamW without decay, each at its own learning rate
 =================  ==========================================================================================
 
-Why not `optax.contrib.muon`: it corrects the bias of the momentum and of the gradient with different powers before mixing them, so
-its first updates differ from the published ones. `optax.trace(nesterov=True)` is the published mix times 20, and
+Why not `optax.contrib.muon`: it corrects the bias of the momentum and of the gradient with different powers before mixing them,
+so its first updates differ from the published ones. `optax.trace(nesterov=True)` is the published mix times 20, and
 orthogonalisation does not see a scale.
 """
 
@@ -101,8 +101,8 @@ def orthogonalize_updates(group: str, variant: str = "published") -> optax.Gradi
 def orthogonalize(x: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:
   """Newton-Schulz iteration on the last two axes (..., m, n), in float32 or wider; returns the dtype of `x`.
 
-  Starts from ``x / |x|`` (Frobenius) and repeats ``x <- a x + (b G + c G^2) x`` with the smaller of the two Gram matrices G, which
-  commutes with the iteration. A zero matrix stays zero.
+  Starts from ``x / |x|`` (Frobenius) and repeats ``x <- a x + (b G + c G^2) x`` with the smaller of the two Gram matrices G,
+  which commutes with the iteration. A zero matrix stays zero.
   """
   dtype = x.dtype
   x = x.astype(jnp.promote_types(dtype, jnp.float32))

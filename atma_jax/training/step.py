@@ -53,7 +53,9 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = jax.tree.map(lambda old, new: train.ema_decay * old + (1 - train.ema_decay) * new, state.ema, params) if state.ema else {}
+    ema = {}
+    if state.ema:
+      ema = jax.tree.map(lambda old, new: train.ema_decay * old + (1 - train.ema_decay) * new, state.ema, params)
 
     def keep(new, old):
       return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)

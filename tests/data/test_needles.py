@@ -106,7 +106,8 @@ def recall(seed, reach=600, words=3000):
 def test_recall_documents_are_deterministic_and_keep_the_text():
   assert recall(3) == recall(3) != recall(4)
   bare = re.sub(r" (?:The access code for record \d+ is|The special magic \w+ number is|Locker \d+ opens with|"
-                r"# pin of \w+ \d+:|The pass phrase of \w+ \d+ reads|record\[\d+\] =)(?:(?: \d){5}|(?: [A-Za-z]{3,}){5})", "", recall(3))
+                r"# pin of \w+ \d+:|The pass phrase of \w+ \d+ reads|record\[\d+\] =)"
+                r"(?:(?: \d){5}|(?: [A-Za-z]{3,}){5})", "", recall(3))
   assert make_text(3, 3000).startswith(bare) and len(bare) > 0.95 * len(make_text(3, 3000))
 
 

@@ -67,7 +67,7 @@ def test_splits_are_disjoint_by_document_and_nothing_is_lost(config, corpus, tmp
 def test_recall_material_holds_training_text_only(with_recall, tmp_path):
   directory = tmp_path / "data"
   manifest = run(with_recall, directory)
-  lines_of = lambda texts: {line.strip() for text in texts for line in text.splitlines() if len(line) > 40}  # noqa: E731
+  lines_of = lambda texts: {line.strip() for text in texts for line in text.splitlines() if len(line) > 40}
   recall = "\n".join(stored_documents(directory, manifest.train[1]))
   assert "The access code for record" in recall
   unseen = lines_of(stored_documents(directory, manifest.heldout) + stored_documents(directory, manifest.validation))

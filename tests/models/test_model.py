@@ -13,7 +13,9 @@ import pytest
 
 from atma_jax.config import MemoryConfig, ModelConfig
 from atma_jax.models import Atma, count_parameters, parameter_metadata
-from atma_jax.ops import cross_entropy
+from atma_jax.models.global_mixer import GlobalMixer
+from atma_jax.models.layers import head_norm
+from atma_jax.ops import cross_entropy, short_conv
 
 TINY = ModelConfig(vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48,
                    activation_dtype="float32")
@@ -91,8 +93,23 @@ def dead_after_two_steps(init: str) -> set[str]:
   return {".".join(map(str, path)) for path, g in flat if not np.any(np.asarray(g[...]))}
 
 
-def test_every_parameter_is_alive_after_two_steps():
-  assert dead_after_two_steps("default") == set()
+@pytest.mark.parametrize("init", ["default", "mimetic"])
+def test_every_parameter_is_alive_after_two_steps(init):
+  assert dead_after_two_steps(init) == set()
+
+
+def test_mimetic_start_matches_what_followed_the_same_token():
+  """Queries meet the key of a token's predecessor: alone in the network, position t looks for where its token was before."""
+  config = tiny(init="mimetic", num_layers=1, block_pattern=("global",), num_heads=2, num_kv_heads=1)
+  mixer = GlobalMixer(config, rngs=nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(1), (1, 12, config.width))
+  x = x.at[:, 9].set(x[:, 4])  # the token of step 4 again: step 5 is what followed
+  q, _ = jnp.split(mixer.q(x).reshape(1, 12, 2, -1), 2, axis=-1)
+  q, k = (head_norm(z).reshape(1, 12, -1) for z in (q, mixer.k(x).reshape(1, 12, 1, -1)))
+  q, k = q + short_conv(q, mixer.canon_q.weight[...]), k + short_conv(k, mixer.canon_k.weight[...])
+  scores = jnp.einsum("hd,sd->hs", q[0, 9].reshape(2, -1), k[0, :10])
+  np.testing.assert_array_equal(jnp.argmax(scores, -1), 5)
+  np.testing.assert_allclose(scores[:, 5], config.head_dim, rtol=1e-5)  # RMS-normed and equal
 
 
 def test_published_start_leaves_the_short_convolutions_dead():

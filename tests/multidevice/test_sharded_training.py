@@ -93,7 +93,10 @@ def test_gradients_equal_one_device(recipe, axes):
   def gradients(mesh):
     put = {name: jax.device_put(value, named_sharding(mesh, definition.logical_axes[name])) for name, value in params.items()}
     tokens = jax.device_put(batch(0), named_sharding(mesh, ("batch", None)))
-    loss = lambda p: language_model_loss(definition.merge(p), tokens, z_loss=1e-4, chunk=8)[0]
+
+    def loss(p):
+      return language_model_loss(definition.merge(p), tokens, z_loss=1e-4, chunk=8)[0]
+
     with jax.default_matmul_precision("highest"), jax.set_mesh(mesh):
       return jax.jit(jax.value_and_grad(loss))(put)
 

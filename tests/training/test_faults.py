@@ -21,7 +21,8 @@ import pytest
 
 from atma_jax.config import Config, UserError
 from atma_jax.sharding import make_mesh
-from atma_jax.training import loop, step as step_module
+from atma_jax.training import loop
+from atma_jax.training import step as step_module
 from atma_jax.training.checkpointing import load_model
 from atma_jax.training.loop import DONE, train
 from atma_jax.training.state import ModelDefinition, create_state, optimizer_for, params_of
@@ -241,7 +242,7 @@ def test_non_finite_steps_are_skipped_and_counted(recipe, tmp_path, monkeypatch,
 
 
 def test_too_many_non_finite_steps_stop_with_a_checkpoint_from_before(recipe, tmp_path, monkeypatch):
-  with pytest.raises(UserError, match="3 non-finite steps in a row.*max_bad_steps"):
+  with pytest.raises(UserError, match=r"3 non-finite steps in a row.*max_bad_steps"):
     poisoned(recipe, tmp_path, monkeypatch, set(range(7, 30)), max_bad_steps=3)
   assert load_model(tmp_path)[3] == 4
 

@@ -100,7 +100,7 @@ def test_load_model_names_legal_steps(finished):
   config, model, tokenizer, step = load_model(finished)
   assert step == 6 and tokenizer.vocab_size == 257 and config.name == "tiny"
   assert model(np.zeros((1, 4), np.int32)).shape == (1, 4, 257)
-  with pytest.raises(UserError, match="--step=4.*legal: 3, 6"):
+  with pytest.raises(UserError, match=r"--step=4.*legal: 3, 6"):
     load_model(finished, step=4)
 
 

@@ -8,7 +8,6 @@ in M. Decay enters through differences of logarithms only.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax

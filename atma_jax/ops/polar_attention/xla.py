@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from atma_jax.ops import streaming
 from atma_jax.ops.polar_attention import formula
