@@ -78,6 +78,7 @@ class DataConfig:
   tokenizer_vocab_size: int = 8192  # of a tokenizer trained here
   tokenizer_train_mib: int = 32  # text sampled to train it
   max_mib: int | None = None  # text taken from each text source; None takes all of it
+  recall_max_mib: int = 32  # text that recall material is written over; it grows to about five times the tokens
   validation_documents: int = 64
   heldout_documents: int = 24  # the longest ones, kept whole for evaluation past the training length
   shard_tokens: int = 16_777_216
@@ -213,7 +214,8 @@ def _validate_model(m: ModelConfig) -> None:
 
 
 def _validate_data(d: DataConfig) -> None:
-  _positive(d, "data", "sequence_length", "batch_size", "shard_tokens", "tokenizer_vocab_size", "tokenizer_train_mib")
+  _positive(d, "data", "sequence_length", "batch_size", "shard_tokens", "tokenizer_vocab_size", "tokenizer_train_mib",
+            "recall_max_mib")
   _require(len(d.sources) > 0, "data.sources", d.sources, "a non-empty tuple")
   _require(len(d.weights) == len(d.sources), "data.weights", d.weights, f"{len(d.sources)} numbers, one a source")
   _require(all(w > 0 and math.isfinite(w) for w in d.weights), "data.weights", d.weights, "positive numbers")

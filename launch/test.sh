@@ -10,7 +10,7 @@ usage() {
 usage: launch/test.sh [--dry-run] [PATH ...] [PYTEST OPTION ...]
   --dry-run       print the commands, run none
   PATH            test files, folders or file::test, relative to the repository; without any, all of them
-  PYTEST OPTION   passed on, e.g. -x, -k NAME
+  PYTEST OPTION   passed on, e.g. -x, -k NAME, -n 0 (one process; the default is one a core, four at most)
 environment variables: ATMA_VENV (directory of the environment, .venv-test), PYTHON (interpreter it is made with),
   ATMA_GOLDEN (folder of the golden files, ../shared/golden)
 USAGE
@@ -42,7 +42,7 @@ suite() {  # number of CPU devices, pytest argument...
   local devices=$1 status=0
   shift
   run env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" "XLA_FLAGS=--xla_force_host_platform_device_count=$devices" \
-    "$PYTHON" -m pytest "$@" ${options[@]+"${options[@]}"} || status=$?
+    "$PYTHON" -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile "$@" ${options[@]+"${options[@]}"} || status=$?
   case $status in
     0) collected=1 ;;
     5) ;;  # nothing collected, as -k may ask for

@@ -53,7 +53,7 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
   if config.tokenizer == "sentencepiece":
     names += ("tokenizer_vocab_size", "tokenizer_train_mib")
   if any(sources.split_source(source)[0] == "recall" for source in config.sources):
-    names += ("sequence_length",)  # the longest gap of recall material
+    names += ("recall_max_mib", "sequence_length")  # how much of it, and its longest gap
   return json.loads(json.dumps({name: getattr(config, name) for name in names}))
 
 

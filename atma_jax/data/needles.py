@@ -102,7 +102,8 @@ def recall_document(filler: str, *, reach: int, rng: np.random.Generator) -> str
   alive at a time; when one has been asked for often enough another takes its place. Half of them are worded like the
   evaluation's needle; keys and values are never the evaluation's. Half of the values are digits, as there, half words of
   the text: to prefer tokens it has seen already pays for words, so fetching them is learnt by degrees, while ten digits
-  are always all in sight and give no such first step. About half of the tokens are filler.
+  are always all in sight and give no such first step. A document's longest gap is itself drawn log-uniformly, so some are
+  dense with records and others mostly filler: over all, about a fifth of the tokens are filler.
 
   Args:
     filler: real text; it is used up in order, cut at white space.

@@ -250,6 +250,7 @@ def _write_source(config: DataConfig, directory: pathlib.Path, index: int, text:
   groups = [[entry] for entry in corpus.entries]
   if kind == "recall":
     groups = _recall_groups(corpus.entries, _RECALL_LENGTHS * reach)
+    groups = groups[::-(-_size(groups) // (config.recall_max_mib << 20))]  # spread evenly over the source
   folder = directory / "train" / f"{index}-{re.sub('[^A-Za-z0-9]+', '-', source).strip('-')[:48]}"
   with tqdm(total=_size(groups), desc=f"tokenise {source}", unit="B", unit_scale=True, mininterval=0.5,
             disable=not progress) as bar:
