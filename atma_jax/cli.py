@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import logging as std_logging
 import pathlib
+import re
 import sys
 import types
 import typing
@@ -94,8 +95,10 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _of_a_library(record: std_logging.LogRecord) -> bool:
-  """True for what libraries say about their own workings below a warning."""
-  return record.levelno < std_logging.WARNING and any(part in record.pathname for part in ("/orbax/", "/grain/", "/jax/"))
+  """True for what libraries say about their own workings below a warning, or as one when a checkpoint is only read."""
+  if not any(part in record.pathname for part in ("/orbax/", "/grain/", "/jax/")):
+    return False
+  return record.levelno < std_logging.WARNING or re.search("read.only=", record.getMessage()) is not None
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -60,7 +60,7 @@ def plot_needle_vs_distance(path: pathlib.Path, title: str, training_length: int
   axes.axhline(100 * CHANCE, color=GRAY, linestyle=(0, (4, 3)), linewidth=1.2, label="chance, one digit of ten")
   lengths = [r["length"] for r in accuracy]
   _length_axis(axes, min(lengths), max(lengths), training_length, "distance (tokens, multiples of training)")
-  axes.set_ylim(-3, 103)
+  axes.set_ylim(-3, 110)
   axes.set_yticks(range(0, 101, 20))
   axes.set_ylabel("accuracy (%, 95 % Wilson interval)")
   _save(figure, axes, path)

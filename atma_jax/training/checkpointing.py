@@ -27,6 +27,7 @@ from atma_jax.training.state import ModelDefinition
 
 FOLDER = "checkpoints"
 SCHEMA = 1
+_HOW_IT_IS_COMPUTED = ("remat", "scan", "implementation")  # fields of the model that a resumed run may change
 
 
 class Checkpointer:
@@ -180,13 +181,12 @@ def _restore_args(target: Any, **options: bool) -> ocp.args.PyTreeRestore:
 def _check_model(config: Config, stored: dict[str, Any], directory: pathlib.Path) -> None:
   def differences(ours: dict[str, Any], theirs: dict[str, Any], path: str):
     for name, value in ours.items():
-      other = theirs.get(name)
-      if isinstance(value, dict) and isinstance(other, dict):
-        yield from differences(value, other, f"{path}.{name}")
-      elif (list(value) if isinstance(value, tuple) else value) != (list(other) if isinstance(other, tuple) else other):
-        yield f"{path}.{name}={value!r} here, {other!r} in the checkpoint"
+      if isinstance(value, dict):
+        yield from differences(value, theirs[name], f"{path}.{name}")
+      elif value != theirs[name] and name not in _HOW_IT_IS_COMPUTED:
+        yield f"{path}.{name}={value!r} here, {theirs[name]!r} in the checkpoint"
 
-  found = list(differences(config.to_dict()["model"], stored["model"], "config.model"))
+  found = list(differences(config.to_dict()["model"], Config.from_dict(stored).to_dict()["model"], "config.model"))
   if found:
     raise UserError(f"{directory} holds another architecture: {'; '.join(found)}; use another --workdir or the stored values")
 
