@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -35,8 +36,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1,
               devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh over all (or the given) devices; -1 on one axis takes what is left.
 
+  TPU slices lie one after the other along the data axis: only its collectives cross the data-centre network.
+
   Raises:
-    ValueError: the axes do not multiply to the number of devices.
+    ValueError: the axes do not multiply to the number of devices, or the data axis is no multiple of the slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, context)))
@@ -49,7 +52,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1,
   if math.prod(sizes.values()) != len(devices):
     asked = " x ".join(f"{name}={n}" for name, n in sizes.items())
     raise ValueError(f"mesh {asked} does not fit {len(devices)} device{'s' * (len(devices) > 1)}: the product must equal it")
-  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+  if devices[0].platform != "tpu":
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if sizes["data"] % slices:
+    raise ValueError(f"mesh data={sizes['data']} must be a multiple of the {slices} slices")
+  grid = mesh_utils.create_hybrid_device_mesh(
+    (sizes["data"] // slices, *list(sizes.values())[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+  ) if slices > 1 else mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec(logical_axes: Sequence[str | None]) -> PartitionSpec:

@@ -1,9 +1,10 @@
 """Compiles the real training or evaluation step for a TPU that is not there, and says what it would take.
 
-Needs only libtpu's compiler (extra ``[tpu]``). Memory is what the compiler reports for one device; bytes through memory and
-collectives are read from the program it made (`atma_jax.training.hlo`); operations are those of
-`atma_jax.training.flops`. The step time is a roofline: the longest of arithmetic, memory and links at their full
-rates, all three overlapping. No real step is faster; many are slower.
+Needs only libtpu's compiler (extra ``[tpu]``). Memory is what the compiler reports for one device; operations that it
+really runs (rematerialisation, optimizer and what every device repeats included), bytes through memory and collectives are
+read from the program it made (`atma_jax.training.hlo`); the useful operations, those of MFU, are counted by
+`atma_jax.training.flops`. The step time is a roofline: the longest of arithmetic, memory, links and the network
+between slices at their full rates, all overlapping. No real step is faster; many are slower.
 """
 
 from __future__ import annotations
@@ -33,19 +34,24 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One TPU chip: Cloud TPU's system architecture pages. Links are the sum over the chip's ICI links, both directions."""
+  """One TPU chip. Rates from its page of cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); gigabytes are 1e9."""
 
   tflops: float  # dense bfloat16
   memory_gib: float  # what a program may use of the HBM, as the compiler enforces it
   memory_gbps: float
-  link_gbps: float  # gigabytes a second
+  link_gbps: float  # into the chip over all of its inter-chip links: half the bidirectional rate of the datasheet
+  network_gbps: float  # a chip's share of the data-centre network, between slices
 
 
 CHIPS = {
-  "v4": Chip(275, 30.75, 1228, 300),
-  "v5e": Chip(197, 15.75, 819, 400),
-  "v5p": Chip(459, 95.73, 2765, 1200),
-  "v6e": Chip(918, 31.24, 1638, 800),
+  "v4": Chip(275, 30.75, 1228, 150, 3.1),  # 300 GB/s of links; 25 Gbit/s a chip between slices
+  "v5e": Chip(197, 15.75, 819, 200, 3.1),  # 400 GB/s of links; 6.4 Tbit/s a pod of 256
+  "v5p": Chip(459, 95.73, 2765, 600, 6.2),  # 1200 GB/s of links; 50 Gbit/s a chip
+  "v6e": Chip(918, 31.24, 1638, 400, 12.5),  # 800 GB/s of links; 25.6 Tbit/s a pod of 256
+}
+ENVIRONMENT = {  # libtpu looks for a TPU machine around it, in vain: no metadata server, no other workers, no chip to lock
+  "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
@@ -73,31 +79,44 @@ class Plan:
   def seconds(self) -> dict[str, float]:
     """Time of each part at the chip's full rate."""
     links = sum(moved for _, moved in self.traffic.collectives.values())
-    return {"arithmetic": self.flops / self.devices / (self.chip.tflops * 1e12),
-            "memory": self.traffic.memory_bytes / (self.chip.memory_gbps * 1e9), "links": links / (self.chip.link_gbps * 1e9)}
+    return {"arithmetic": self.traffic.flops / (self.chip.tflops * 1e12),
+            "memory": self.traffic.memory_bytes / (self.chip.memory_gbps * 1e9),
+            "links": links / (self.chip.link_gbps * 1e9),
+            "network": self.traffic.network_bytes / (self.chip.network_gbps * 1e9)}
+
+  @property
+  def step_seconds(self) -> float:
+    """The roofline: the longest part."""
+    return max(self.seconds.values())
+
+  @property
+  def mfu(self) -> float:
+    """Useful operations over what all devices could have done in a step."""
+    return self.flops / self.devices / (self.chip.tflops * 1e12) / self.step_seconds
 
   def lines(self) -> list[str]:
     """The plan as lines of text."""
     seconds = self.seconds
-    limit = max(seconds, key=seconds.get)
-    step = seconds[limit]
     mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "one device"
+    ran = self.traffic.flops * self.devices
     lines = [
       f"{self.mode} on {self.topology}: {self.devices} devices, {mesh}; {self.tokens:,} tokens a step; compiled in "
       f"{self.compile_seconds:.0f} s",
       f"memory of a device   parameters {_gib(self.parameter_bytes)}, optimizer {_gib(self.optimizer_bytes)}, batch "
       f"{_gib(self.batch_bytes)}, activations and temporaries {_gib(self.temporary_bytes)}; peak {_gib(self.peak_bytes)} of "
       f"{self.chip.memory_gib:.2f} GiB: fits",
-      f"operations           {self.flops:.3e} a step, {self.flops / self.tokens:.3e} a token",
-      "roofline             " + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
-      + f"; limit: {limit}",
-      f"estimate             step {1e3 * step:.1f} ms or more, {self.tokens / step:,.0f} tokens/s or less, MFU "
-      f"{100 * seconds['arithmetic'] / step:.0f} % or less",
+      f"useful operations    {self.flops:.3e} a step, {self.flops / self.tokens:.3e} a token",
+      f"operations run       {ran:.3e} a step, {ran / self.flops:.2f} times the useful ones",
+      "roofline             " + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items() if value)
+      + f"; limit: {max(seconds, key=seconds.get)}",
+      f"estimate             step {1e3 * self.step_seconds:.1f} ms or more, {self.tokens / self.step_seconds:,.0f} tokens/s or "
+      f"less, MFU {100 * self.mfu:.0f} % or less",
     ]
     for kind, (count, moved) in sorted(self.traffic.collectives.items(), key=lambda item: -item[1][1]):
-      lines.append(f"{kind:<20} {count:>6} a step, {moved / 2**20:,.1f} MiB of results a device")
+      lines.append(f"{kind:<20} {count:>6} a step, {moved / 2**20:,.1f} MiB a device")
     if self.traffic.unknown_loops:
-      lines.append(f"note                 {self.traffic.unknown_loops} loops of unknown length are counted as one round")
+      lines.append(f"note                 {self.traffic.unknown_loops} loops of a length known only at run time are counted as "
+                   "one round")
     return lines
 
 
@@ -138,12 +157,12 @@ def plan(config: Config, topology: str, *, slices: int = 1, mode: str = "train",
     batch_bytes=_bytes(rows), temporary_bytes=memory.temp_size_in_bytes, output_bytes=memory.output_size_in_bytes,
     peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
-    flops=flops if mode == "train" else flops / 3, traffic=traffic(compiled.as_text()), chip=chip)
+    flops=flops if mode == "train" else flops / 3, traffic=traffic(compiled.as_text(), mesh.size // slices), chip=chip)
 
 
 def _mesh(config: Config, topology: str, slices: int) -> Mesh:
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU's metadata server to ask
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU to keep to one process
+  for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
   try:
     description = topologies.get_topology_desc(topology, "tpu", **({"num_slices": slices} if slices > 1 else {}))
   except Exception as error:  # libtpu raises plain RuntimeErrors and ValueErrors of its own for either cause
@@ -210,4 +229,4 @@ def _bytes(tree) -> int:
 
 
 def _gib(size: float) -> str:
-  return f"{size / GIB:.2f} GiB"
+  return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"

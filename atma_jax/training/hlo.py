@@ -1,8 +1,9 @@
-"""What a compiled program moves, read from its optimised HLO text with loops counted as often as they run.
+"""What a compiled program does, read from its optimised HLO text with loops counted as often as they run.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here every instruction is weighted with the product of the trip
-counts around it. Two sums come out: bytes through device memory (operands read and results written by the instructions
-that are not fused into others; buffers that the TPU compiler placed in on-chip memory are left out) and the collectives.
+counts around it. Three sums come out: operations of matrix products (and what kernels say of themselves), bytes through
+device memory (operands read and results written by the instructions that are not fused into others; buffers that the
+TPU compiler placed in on-chip memory are left out) and the collectives.
 """
 
 from __future__ import annotations
@@ -12,13 +13,20 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
           "u64": 8, "f64": 8, "c64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(%s)\[([\d,]*)\](\{[^}]*\})?" % "|".join(_BYTES))
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=\{?([^,}]+(?:, %[\w.\-]+)*)\}?")
+_GROUP_LIST = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_GROUP_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]+)\] ?\{([^}]*)\}")
+_LABELS = re.compile(r"dim_labels=([\w]+)_([\w]+)->([\w]+)")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+PASSES = {"all-reduce": 2}  # over its buffer, for a ring: reduce-scatter, then all-gather
 # These move nothing by themselves: names for parts of other buffers, or control flow whose bodies are counted.
 _FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
                    "after-all", "copy-done", "partition-id", "replica-id", "iota", "optimization-barrier"))
@@ -27,14 +35,17 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """What one device moves in one run of a program.
+  """What one device does in one run of a program.
 
-  `collectives` maps a kind to how often it runs and the bytes of its results; `unknown_loops` counts loops whose trip
-  count is not a constant of their condition: their bodies are counted once.
+  `collectives` maps a kind to how often it runs and the bytes that pass through a device: the whole buffer (what an
+  all-gather makes, what a reduce-scatter takes), twice for an all-reduce; `network_bytes` is the share of them that a device sends from slice to slice, when each slice does
+  within itself what it can; `unknown_loops` counts loops whose trip count is not a constant: their bodies are counted once.
   """
 
+  flops: float
   memory_bytes: float
   collectives: dict[str, tuple[int, float]]
+  network_bytes: float
   unknown_loops: int
 
 
@@ -52,26 +63,29 @@ class _Instruction:
             for name in names.split(",")]
 
 
-def traffic(text: str) -> Traffic:
-  """Sums over the text of a compiled module (``compiled.as_text()``)."""
+def traffic(text: str, slice_devices: int) -> Traffic:
+  """Sums over the text of a compiled module (``compiled.as_text()``), whose devices come in slices of `slice_devices`."""
   computations, entry = _parse(text)
   runs, unknown = _runs(computations, entry)
   collectives: dict[str, tuple[int, float]] = {}
-  memory = 0.0
-  seen = set()
+  flops = memory = network = 0.0
   for name, count in runs.items():
     sizes = {i.name: i.result for i in computations[name]}
+    channels = set()  # an asynchronous collective is spread over several fusions of one channel
     for instruction in computations[name]:
       memory += count * _moved(instruction, sizes, computations)
-      for part in _inside(instruction, computations):
+      for part, shapes in _inside(instruction, sizes, computations):
+        flops += count * _flops(part, shapes)
         kind = next((k for k in _COLLECTIVES if part.kind in (k, f"{k}-start")), None)
         channel = re.search(r"channel_id=(\d+)", part.rest)
-        key = (name, channel[1] if channel else part.name)
-        if kind and key not in seen:  # a start and its end repeat the channel
-          seen.add(key)
+        if kind and (channel is None or channel[1] not in channels):
+          channels.add(channel[1] if channel else part.name)
           times, moved = collectives.get(kind, (0, 0.0))
-          collectives[kind] = times + count, moved + count * max(_arrays(part.result), default=0)
-  return Traffic(memory, collectives, unknown)
+          buffer = PASSES.get(kind, 1) * _buffer(part, shapes)
+          collectives[kind] = times + count, moved + count * buffer
+          members = collections.Counter(device // slice_devices for device in _group(part.rest))
+          network += count * buffer / max(members.values()) if len(members) > 1 else 0
+  return Traffic(flops, memory, collectives, network, unknown)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -118,10 +132,78 @@ def _trips(condition: list[_Instruction]) -> int | None:
   return None
 
 
-def _inside(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> list[_Instruction]:
-  """The instruction itself, or those fused into it."""
-  fused = [name for attribute in ("calls",) for name in instruction.called(attribute)]
-  return [instruction, *(part for name in fused for part in computations.get(name, ()))]
+def _inside(instruction: _Instruction, sizes: dict[str, str],
+            computations: dict[str, list[_Instruction]]) -> list[tuple[_Instruction, dict[str, str]]]:
+  """The instruction itself, and those fused into it, at any depth; each with the result types of its computation."""
+  parts = [(instruction, sizes)]
+  for name in instruction.called("calls"):
+    body = computations.get(name, [])
+    shapes = {i.name: i.result for i in body}
+    for part in body:
+      parts += _inside(part, shapes, computations)
+  return parts
+
+
+def _buffer(collective: _Instruction, sizes: dict[str, str]) -> int:
+  """Bytes of a collective's whole buffer: the larger of what it takes and what it makes."""
+  taken = sum(sum(_arrays(sizes[name])) for name in collective.operands if name in sizes)
+  made = _arrays(collective.result)
+  if collective.kind.endswith("-start"):  # its result repeats its operands, and may carry counters
+    return max(taken, max(made, default=0))
+  return max(taken, sum(made))
+
+
+def _group(attributes: str) -> np.ndarray:
+  """The devices of a collective's first group; of a permutation, its first source and target."""
+  if found := _GROUP_LIST.search(attributes) or re.search(r"source_target_pairs=\{\{([\d,]+)\}", attributes):
+    return np.array(found[1].split(","), int)
+  if found := _GROUP_IOTA.search(attributes):
+    shape, dims = ([int(n) for n in found[i].split(",")] for i in (1, 2))
+    order = [int(n) for n in found[3].split(",")] if found[3] else range(len(dims))
+    return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)[0]
+  if found := _GROUP_MESH.search(attributes):
+    axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    grid = np.arange(math.prod(map(int, axes.values()))).reshape([int(n) for n in axes.values()])
+    return grid[tuple(slice(None) if f"'{axis}'" in found[2] else 0 for axis in axes)].ravel()
+  return np.zeros(1, int)
+
+
+def _flops(instruction: _Instruction, sizes: dict[str, str]) -> float:
+  """Operations of a matrix product, which the TPU compiler writes as a convolution, or of a kernel that states them."""
+  if instruction.kind == "custom-call":
+    stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.rest)
+    return float(stated[1]) if stated else 0.0
+  if instruction.kind == "dot":
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+    lhs = _shape(sizes[instruction.operands[0]])
+    return 2.0 * math.prod(_shape(instruction.result)) * math.prod(lhs[int(i)] for i in contracted[1].split(",") if i)
+  labels = _LABELS.search(instruction.rest)
+  if instruction.kind != "convolution" or labels is None:
+    return 0.0
+  lhs, kernel = (_shape(sizes[name]) for name in instruction.operands[:2])
+  out = _shape(instruction.result)
+  total = 2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
+  for axis, label in enumerate(sorted(filter(str.isdigit, labels[3]))):
+    def window(name: str, default: str, axis: int = axis) -> str:
+      found = re.search(rf"window=\{{[^}}]*\b{name}=([\w\-]+)", instruction.rest)
+      return found[1].split("x")[axis] if found else default
+    total *= _meetings(lhs[labels[1].index(label)], out[labels[3].index(label)], int(window("size", "1")),
+                       int(window("stride", "1")), int(window("pad", "0_0").split("_")[0]),
+                       int(window("lhs_dilate", "1")), int(window("rhs_dilate", "1")))
+  return total
+
+
+def _meetings(size: int, out: int, taps: int, stride: int, low: int, dilate: int, tap_dilate: int) -> int:
+  """Pairs of an output position and a tap that meet an element of the input rather than padding or a dilation's hole."""
+  if out * taps > 1 << 22:
+    return out * taps
+  positions = (o * stride + t * tap_dilate - low for o in range(out) for t in range(taps))
+  return sum(p % dilate == 0 and 0 <= p // dilate < size for p in positions)
+
+
+def _shape(result: str) -> list[int]:
+  """Dimensions of a result type that is one array."""
+  return [int(n) for n in _ARRAY.search(result)[2].split(",") if n]
 
 
 def _moved(instruction: _Instruction, sizes: dict[str, str], computations: dict[str, list[_Instruction]]) -> float:
