@@ -114,6 +114,8 @@ class Plan:
     ]
     for kind, (count, moved) in sorted(self.traffic.collectives.items(), key=lambda item: -item[1][1]):
       lines.append(f"{kind:<20} {count:>6} a step, {moved / 2**20:,.1f} MiB a device")
+    if self.traffic.network_bytes:
+      lines.append(f"between slices       {self.traffic.network_bytes / 2**20:,.1f} MiB sent a device")
     if self.traffic.unknown_loops:
       lines.append(f"note                 {self.traffic.unknown_loops} loops of a length known only at run time are counted as "
                    "one round")
@@ -157,7 +159,7 @@ def plan(config: Config, topology: str, *, slices: int = 1, mode: str = "train",
     batch_bytes=_bytes(rows), temporary_bytes=memory.temp_size_in_bytes, output_bytes=memory.output_size_in_bytes,
     peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
-    flops=flops if mode == "train" else flops / 3, traffic=traffic(compiled.as_text(), mesh.size // slices), chip=chip)
+    flops=flops if mode == "train" else flops / 3, traffic=traffic(compiled.as_text()), chip=chip)
 
 
 def _mesh(config: Config, topology: str, slices: int) -> Mesh:

@@ -13,17 +13,12 @@ import dataclasses
 import math
 import re
 
-import numpy as np
-
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
           "u64": 8, "f64": 8, "c64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(%s)\[([\d,]*)\](\{[^}]*\})?" % "|".join(_BYTES))
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=\{?([^,}]+(?:, %[\w.\-]+)*)\}?")
-_GROUP_LIST = re.compile(r"replica_groups=\{\{([\d,]+)\}")
-_GROUP_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]+)\] ?\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=([\w]+)_([\w]+)->([\w]+)")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 PASSES = {"all-reduce": 2}  # over its buffer, for a ring: reduce-scatter, then all-gather
@@ -38,8 +33,8 @@ class Traffic:
   """What one device does in one run of a program.
 
   `collectives` maps a kind to how often it runs and the bytes that pass through a device: the whole buffer (what an
-  all-gather makes, what a reduce-scatter takes), twice for an all-reduce; `network_bytes` is the share of them that a device sends from slice to slice, when each slice does
-  within itself what it can; `unknown_loops` counts loops whose trip count is not a constant: their bodies are counted once.
+  all-gather makes, what a reduce-scatter takes), twice for an all-reduce; `network_bytes` are those a device sends to other slices, where the compiler has
+  already cut a collective in one within a slice and one between them; `unknown_loops` counts loops whose trip count is not a constant: their bodies are counted once.
   """
 
   flops: float
@@ -63,8 +58,8 @@ class _Instruction:
             for name in names.split(",")]
 
 
-def traffic(text: str, slice_devices: int) -> Traffic:
-  """Sums over the text of a compiled module (``compiled.as_text()``), whose devices come in slices of `slice_devices`."""
+def traffic(text: str) -> Traffic:
+  """Sums over the text of a compiled module (``compiled.as_text()``)."""
   computations, entry = _parse(text)
   runs, unknown = _runs(computations, entry)
   collectives: dict[str, tuple[int, float]] = {}
@@ -81,10 +76,9 @@ def traffic(text: str, slice_devices: int) -> Traffic:
         if kind and (channel is None or channel[1] not in channels):
           channels.add(channel[1] if channel else part.name)
           times, moved = collectives.get(kind, (0, 0.0))
-          buffer = PASSES.get(kind, 1) * _buffer(part, shapes)
-          collectives[kind] = times + count, moved + count * buffer
-          members = collections.Counter(device // slice_devices for device in _group(part.rest))
-          network += count * buffer / max(members.values()) if len(members) > 1 else 0
+          collectives[kind] = times + count, moved + count * PASSES.get(kind, 1) * _buffer(part, shapes)
+        if part.kind == "send" and "megascale" in part.rest:
+          network += count * sum(_arrays(shapes[part.operands[0]]))
   return Traffic(flops, memory, collectives, network, unknown)
 
 
@@ -151,21 +145,6 @@ def _buffer(collective: _Instruction, sizes: dict[str, str]) -> int:
   if collective.kind.endswith("-start"):  # its result repeats its operands, and may carry counters
     return max(taken, max(made, default=0))
   return max(taken, sum(made))
-
-
-def _group(attributes: str) -> np.ndarray:
-  """The devices of a collective's first group; of a permutation, its first source and target."""
-  if found := _GROUP_LIST.search(attributes) or re.search(r"source_target_pairs=\{\{([\d,]+)\}", attributes):
-    return np.array(found[1].split(","), int)
-  if found := _GROUP_IOTA.search(attributes):
-    shape, dims = ([int(n) for n in found[i].split(",")] for i in (1, 2))
-    order = [int(n) for n in found[3].split(",")] if found[3] else range(len(dims))
-    return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)[0]
-  if found := _GROUP_MESH.search(attributes):
-    axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-    grid = np.arange(math.prod(map(int, axes.values()))).reshape([int(n) for n in axes.values()])
-    return grid[tuple(slice(None) if f"'{axis}'" in found[2] else 0 for axis in axes)].ravel()
-  return np.zeros(1, int)
 
 
 def _flops(instruction: _Instruction, sizes: dict[str, str]) -> float:
