@@ -119,7 +119,7 @@ def test_quickstart_dry_run(tmp_path):
 
 def test_test_dry_run(tmp_path):
   """One process on one device, one on eight; paths go to the process they belong to, options to both."""
-  python = f"{tmp_path}/environment/bin/python -m pytest"
+  python = f"{tmp_path}/environment/bin/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile"
   flags = "env JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count"
 
   def commands(*arguments: str) -> list[str]:
