@@ -18,6 +18,7 @@ _SUITE = flags.DEFINE_list("suite", ["loss", "needle"], "Suites to run: loss, ne
 _OUTPUT = flags.DEFINE_string("output", None, "Where results.jsonl and the plots go.")
 _MULTIPLES = flags.DEFINE_list("multiples", ["1", "2", "4", "8"], "Context lengths, in multiples of the training length.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
+_EMA = flags.DEFINE_boolean("ema", False, "Evaluate the moving average of the weights (config.train.ema_decay).")
 _DATA = flags.DEFINE_string("data", "", "Prepared data; default is what the checkpoint was trained on.")
 _TRIALS = flags.DEFINE_integer("trials", 24, "Needles a distance.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the needles.", lower_bound=0)
@@ -33,8 +34,8 @@ def main() -> None:
     multiples = tuple(int(m) for m in _MULTIPLES.value)
   except ValueError as error:
     raise UserError(f"--multiples={','.join(_MULTIPLES.value)}: must be whole numbers such as 1,2,4,8") from error
-  options = Options(suites=tuple(_SUITE.value), multiples=multiples, step=_STEP.value, data=_DATA.value, trials=_TRIALS.value,
-                    seed=_SEED.value, batch_tokens=_BATCH_TOKENS.value, min_documents=_MIN_DOCUMENTS.value)
+  options = Options(suites=tuple(_SUITE.value), multiples=multiples, step=_STEP.value, ema=_EMA.value,
+                    data=_DATA.value, trials=_TRIALS.value, seed=_SEED.value, batch_tokens=_BATCH_TOKENS.value, min_documents=_MIN_DOCUMENTS.value)
   evaluate(_CHECKPOINT.value, _OUTPUT.value, options)
 
 

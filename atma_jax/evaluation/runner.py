@@ -33,6 +33,7 @@ class Options:
   suites: tuple[str, ...]
   multiples: tuple[int, ...]
   step: int | None = None
+  ema: bool = False
   data: str = ""
   trials: int = 24
   seed: int = 0
@@ -57,7 +58,7 @@ def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, A
   if not options.multiples or min(options.multiples) < 1:
     raise UserError(f"--multiples={','.join(map(str, options.multiples))}: must be whole numbers, each at least 1")
   mesh = make_mesh()
-  config, model, tokenizer, step = load_model(checkpoint, options.step, mesh)
+  config, model, tokenizer, step = load_model(checkpoint, options.step, mesh, ema=options.ema)
   directory = pathlib.Path(options.data or config.data.directory)
   if not (directory / "manifest.json").is_file():
     raise UserError(f"--data={directory}: holds no prepared data (manifest.json); name the directory the model was trained on")
@@ -67,7 +68,7 @@ def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, A
                   validation_stream(directory), tuple(sorted({m * length for m in options.multiples})), options.trials,
                   options.seed, options.min_documents, options.stream_windows)
   results = ResultsFile(pathlib.Path(output) / "results.jsonl")
-  common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
+  common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name} | ({"ema": True} if options.ema else {})
   extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__,
            "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
   cells = [(suite, cell) for suite in options.suites for cell in SUITES[suite](inputs)]
