@@ -33,9 +33,12 @@ class PolarCore(nnx.Module):
     self.v_null = layers.parameter(config, rngs, layers.zeros, (heads, dim), (None, None), "muon_out_in")
     self.mu_proj = layers.Linear(config, heads, config.width, (None, "embed"), output=True, rngs=rngs)
 
-  def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array,
+               trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
     """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and an addend (B, T, C)."""
     direction, magnitude = polar_attention(q, k, v, **self._parameters(), implementation=self.config.implementation)
+    if trace is not None:
+      trace |= {"heads": direction, "magnitude": magnitude}
     return direction, self.mu_proj(magnitude)
 
   def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
@@ -56,10 +59,14 @@ class SoftmaxCore(nnx.Module):
     del rngs
     self.config = config
 
-  def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+  def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array,
+               trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, None]:
     """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and nothing to add."""
     q, k, scale = self._positioned(q, k, jnp.arange(q.shape[1]))
-    return softmax_attention(q, k, v, scale=scale, window=self.config.window), None
+    heads = softmax_attention(q, k, v, scale=scale, window=self.config.window)
+    if trace is not None:
+      trace |= {"heads": heads}
+    return heads, None
 
   def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
              span: Span) -> tuple[jax.Array, None, jax.Array]:
@@ -118,11 +125,16 @@ class GlobalMixer(nnx.Module):
       self.canon_q.weight[...] = jnp.zeros_like(self.canon_q.weight[...])
       self.canon_k.weight[...] = jnp.zeros_like(self.canon_k.weight[...]).at[-1].set(-1.0).at[-2].set(1.0)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.extend(x, GlobalPast(), None)[0]
+  def __call__(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> jax.Array:
+    return self.extend(x, GlobalPast(), None, trace)[0]
 
-  def extend(self, x: jax.Array, past: GlobalPast, span: Span | None) -> tuple[jax.Array, GlobalPast]:
-    """The output for tokens that follow `past`, and the update of the past."""
+  def extend(self, x: jax.Array, past: GlobalPast, span: Span | None,
+             trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, GlobalPast]:
+    """The output for tokens that follow `past`, and the update of the past.
+
+    A `trace` receives q (B, T, H, D), k and v (B, T, K, D) as the core takes them before any rotation, the core's ``heads``
+    (B, T, H, D) and, for polar attention, ``magnitude`` (B, T, H); of the memory see `Memory`.
+    """
     config, (B, T, _) = self.config, x.shape
     q, gate = jnp.split(self.q(x).reshape(B, T, config.num_heads, 2 * config.head_dim), 2, axis=-1)
     q = layers.head_norm(q)
@@ -134,15 +146,17 @@ class GlobalMixer(nnx.Module):
       k, canon_k = _canon(k, self.canon_k, past.canon_k, span)
       v, canon_v = _canon(v, self.canon_v, past.canon_v, span)
       histories = canon_q, canon_k, canon_v
+    if trace is not None:
+      trace |= {"q": q, "k": k, "v": v}
     if span is None:
-      heads, addend = self.core(q, k, v)
+      heads, addend = self.core(q, k, v, trace)
     else:
       heads, addend, keys = self.core.extend(q, k, v, past, span)
     out = self.out_proj((heads * jax.nn.sigmoid(gate)).reshape(B, T, -1))
     if addend is not None:
       out = out + addend
     if config.memory.enabled:
-      read, state = self.memory(x, q, k, v, past.memory, span)
+      read, state = self.memory(x, q, k, v, past.memory, span, trace)
       out = out + read
     if span is None:
       return out, past

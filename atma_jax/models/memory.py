@@ -27,8 +27,12 @@ class Memory(nnx.Module):
     self.out_proj = layers.Linear(config, inner, config.width, ("heads", "embed"), output=True, rngs=rngs)
 
   def __call__(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array | None = None,
-               span: Span | None = None) -> tuple[jax.Array, jax.Array]:
-    """x (B, T, C); q (B, T, H, D); k, v (B, T, K, D); state (B, H, D, D) -> (B, T, C) and the state after."""
+               span: Span | None = None, trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
+    """x (B, T, C); q (B, T, H, D); k, v (B, T, K, D); state (B, H, D, D) -> (B, T, C) and the state after.
+
+    A `trace` receives ``log_gamma`` and ``beta`` (B, T, H), the ``readout`` before its norm (B, T, H, D) and ``memory``, the
+    state after the last token (B, H, D, D).
+    """
     config, wide = self.config, jnp.promote_types(jnp.float32, x.dtype)
     group = config.num_heads // config.num_kv_heads
     q, k = layers.unit_length(q), layers.unit_length(k)
@@ -42,5 +46,7 @@ class Memory(nnx.Module):
       implementation = "reference" if x.shape[1] == 1 else implementation  # a single step has no chunk to build
     readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
                                  implementation=implementation)
+    if trace is not None:
+      trace |= {"log_gamma": log_gamma, "beta": beta, "readout": readout, "memory": state}
     readout = layers.head_norm(readout).reshape(*x.shape[:2], -1)
     return self.out_proj(readout * jax.nn.sigmoid(self.gate(x))), state
