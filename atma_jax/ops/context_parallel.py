@@ -26,7 +26,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch, rotary, streaming
+from atma_jax.ops import dispatch, streaming
 from atma_jax.ops import short_conv as unsplit_short_conv
 from atma_jax.ops.gated_delta import chunked
 from atma_jax.ops.polar_attention import formula
@@ -60,12 +60,6 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float,
   return split.collect((statistics.S / statistics.L[..., None]).astype(q.dtype))
 
 
-def rotary_embedding(x: jax.Array, *, axis: str) -> jax.Array:
-  """`atma_jax.ops.rotary_embedding` of x (B, T, H, D) at its positions in the whole sequence."""
-  T = x.shape[1]
-  return rotary.rotary_embedding(x, jax.lax.axis_index(axis) * T + jnp.arange(T))
-
-
 def short_conv(x: jax.Array, weight: jax.Array, *, axis: str) -> jax.Array:
   """`atma_jax.ops.short_conv` of a sequence split over mesh axis `axis`; x (B, T, C), weight (taps, C)."""
   return unsplit_short_conv(x, weight, history=halo(x, weight.shape[0] - 1, axis))
@@ -81,10 +75,15 @@ def halo(x: jax.Array, steps: int, axis: str) -> jax.Array:
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
-                axis: str) -> jax.Array:
-  """Readout of `atma_jax.ops.gated_delta`, from a zero state, of a sequence split over mesh axis `axis`."""
+                axis: str) -> tuple[jax.Array, jax.Array]:
+  """`atma_jax.ops.gated_delta`, from a zero state, of a sequence split over mesh axis `axis`.
+
+  The final state is that of the whole sequence, on every device.
+  """
   dtype = jnp.result_type(jnp.float32, q, k, v)
-  return chunked.uncut(_memory(chunked.cut(q, k, v, log_gamma, beta, dtype), axis), v)
+  readout, state = _memory(chunked.cut(q, k, v, log_gamma, beta, dtype), axis)
+  last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
+  return chunked.uncut(readout, v), jax.lax.psum(jnp.where(last, state, 0), axis)
 
 
 def zigzag(x: jax.Array, axis: str) -> jax.Array:
@@ -216,7 +215,7 @@ _ring.defvjp(_ring_fwd, _ring_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _memory(inputs, axis):
-  """Readouts of the chunks of `chunked.cut`."""
+  """Readouts of the chunks of `chunked.cut`, and the state after this device's."""
   return _memory_fwd(inputs, axis)[0]
 
 
@@ -224,16 +223,17 @@ def _memory_fwd(inputs, axis):
   chunks = chunked.within(inputs)
   A, N = _summary(chunks)
   start = _states_before(A, N, axis)
-  _, states = jax.lax.scan(chunked.carry, start, chunks)
-  return chunked.read(chunks, states), (inputs, states, A)
+  final, states = jax.lax.scan(chunked.carry, start, chunks)
+  return (chunked.read(chunks, states), final), (inputs, states, A)
 
 
-def _memory_bwd(axis, residuals, dreadout):
+def _memory_bwd(axis, residuals, cotangents):
   """A later device's cotangents reach this one's final state only, by way of the states between: they take the way back.
 
-  With X the cotangent of a piece's initial state, ``X = own + X_next A^T``, own being the share of its own readouts.
+  With X the cotangent of a piece's initial state, ``X = own + X_next A^T``, own being the share of its own outputs.
   """
   inputs, states, A = residuals
+  dreadout, dfinal = cotangents
 
   def from_later_devices(chunks, dstates):
     def step(dstate, inputs):
@@ -241,8 +241,8 @@ def _memory_bwd(axis, residuals, dreadout):
       dcarry, = jax.vjp(lambda state: chunked.carry(state, chunk)[0], dstate)[1](dstate)  # linear: any state will do
       return dcarry + from_read, None
 
-    own, _ = jax.lax.scan(step, jnp.zeros_like(dstates[0]), (chunks, dstates), reverse=True)
-    return _states_before(A.mT, own, axis, reverse=True)
+    own, _ = jax.lax.scan(step, dfinal, (chunks, dstates), reverse=True)
+    return dfinal + _states_before(A.mT, own, axis, reverse=True)
 
   return chunked.backward(inputs, states, dreadout, from_later_devices)[:1]
 

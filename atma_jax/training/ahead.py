@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from atma_jax.config import Config, UserError
 from atma_jax.ops import token_losses
-from atma_jax.sharding import make_mesh, named_sharding
+from atma_jax.sharding import make_mesh, named_sharding, parts
 from atma_jax.training.flops import training_flops_per_token
 from atma_jax.training.hlo import Traffic, traffic
 from atma_jax.training.state import ModelDefinition, TrainState, abstract_state, optimizer_for
@@ -197,7 +197,7 @@ def _lower_evaluation(config: Config, definition: ModelDefinition, mesh: Mesh, l
   def losses(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
     model = definition.merge(params)
     return token_losses(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
-                        cap=config.model.logit_cap, chunk=config.train.loss_chunk)
+                        cap=config.model.logit_cap, chunk=config.train.loss_chunk, parts=parts("sequence"))
 
   lowered = jax.jit(losses, out_shardings=named_sharding(mesh, ("batch", "sequence"))).lower(params, rows)
   return lowered, TrainState(None, params, None, {}, None, None), rows.shape[0] * length, rows
