@@ -29,8 +29,8 @@ def check_length(T: int) -> None:
   """Raises ValueError unless a whole sequence of T tokens divides over the mesh that is set."""
   n = parts("sequence")
   if n > 1 and T % (2 * n):
-    raise ValueError(f"a sequence of {T} tokens does not divide over mesh context={n}: its length must be a multiple of "
-                     f"2*context={2 * n}, because causal attention deals out two pieces to every device")
+    raise ValueError(f"a sequence of {T} tokens: must be a multiple of twice mesh context={n}, because causal attention deals "
+                     "out two pieces to every device")
 
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, implementation: str,

@@ -191,8 +191,9 @@ def _lower_evaluation(config: Config, definition: ModelDefinition, mesh: Mesh, l
   params = definition.abstract_params(mesh)
   length = length or config.data.sequence_length
   rows = _rows(batch or mesh.shape["data"] * mesh.shape["fsdp"], length, mesh, "--batch")
-  if length % mesh.shape["context"]:
-    raise UserError(f"--length={length}: must be a multiple of config.mesh.context={mesh.shape['context']}")
+  context = mesh.shape["context"]
+  if context > 1 and length % (2 * context):
+    raise UserError(f"--length={length}: must be a multiple of twice config.mesh.context={context}")
 
   def losses(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
     model = definition.merge(params)
