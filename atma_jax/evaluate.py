@@ -24,6 +24,7 @@ _TRIALS = flags.DEFINE_integer("trials", 24, "Needles a distance.", lower_bound=
 _SEED = flags.DEFINE_integer("seed", 0, "Of the needles.", lower_bound=0)
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens in a device's batch.", lower_bound=1)
 _MIN_DOCUMENTS = flags.DEFINE_integer("min_documents", 4, "Fewest documents as long as the longest length.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer("context", 1, "Devices over which a sequence is split; a divisor of all.", lower_bound=1)
 
 
 def main() -> None:
@@ -34,8 +35,9 @@ def main() -> None:
     multiples = tuple(int(m) for m in _MULTIPLES.value)
   except ValueError as error:
     raise UserError(f"--multiples={','.join(_MULTIPLES.value)}: must be whole numbers such as 1,2,4,8") from error
-  options = Options(suites=tuple(_SUITE.value), multiples=multiples, step=_STEP.value, ema=_EMA.value,
-                    data=_DATA.value, trials=_TRIALS.value, seed=_SEED.value, batch_tokens=_BATCH_TOKENS.value, min_documents=_MIN_DOCUMENTS.value)
+  options = Options(suites=tuple(_SUITE.value), multiples=multiples, step=_STEP.value, ema=_EMA.value, data=_DATA.value,
+                    trials=_TRIALS.value, seed=_SEED.value, batch_tokens=_BATCH_TOKENS.value,
+                    min_documents=_MIN_DOCUMENTS.value, context=_CONTEXT.value)
   evaluate(_CHECKPOINT.value, _OUTPUT.value, options)
 
 

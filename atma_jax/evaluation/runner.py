@@ -41,6 +41,7 @@ class Options:
   chunk: int = 512
   min_documents: int = 4
   stream_windows: int = 8
+  context: int = 1  # devices over which a sequence is split
 
 
 def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, Any]]:
@@ -57,7 +58,10 @@ def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, A
       raise UserError(unknown_name("--suite", name, SUITES))
   if not options.multiples or min(options.multiples) < 1:
     raise UserError(f"--multiples={','.join(map(str, options.multiples))}: must be whole numbers, each at least 1")
-  mesh = make_mesh()
+  try:
+    mesh = make_mesh(context=options.context)
+  except ValueError as error:
+    raise UserError(f"--context={options.context}: {error}") from error
   config, model, tokenizer, step = load_model(checkpoint, options.step, mesh, ema=options.ema)
   directory = pathlib.Path(options.data or config.data.directory)
   if not (directory / "manifest.json").is_file():

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from atma_jax.ops import token_losses, token_predictions
-from atma_jax.sharding import named_sharding
+from atma_jax.sharding import named_sharding, parts
 
 
 class Scorer:
@@ -25,7 +25,7 @@ class Scorer:
 
   Args:
     model: an `Atma`, or anything with ``hidden(tokens (B, T)) -> (B, T, C)`` and a ``head``.
-    mesh: devices to spread the rows over; a batch has as many rows for each.
+    mesh: devices to spread the rows over; a batch has as many rows for each. With context > 1 rows are split as well.
     cap: soft cap of the logits.
     batch_tokens: most tokens of a device's batch, except that one row always fits.
     chunk: time steps whose logits exist at once.
@@ -50,10 +50,11 @@ class Scorer:
     def losses(model, tokens):
       hidden = model.hidden(tokens[:, :-1])
       head = model.head
-      return token_losses(hidden, head.kernel[...], head.bias[...], tokens[:, 1:], cap=self._cap, chunk=self._chunk)
+      return token_losses(hidden, head.kernel[...], head.bias[...], tokens[:, 1:], cap=self._cap, chunk=self._chunk,
+                          parts=parts("sequence"))
 
-    for result, in self._batches(losses, rows.shape[1], rows):
-      yield result
+    for result, in self._batches(losses, rows.shape[1], self._fill_up(rows, targets=1)):
+      yield result[:, : rows.shape[1] - 1]
 
   def at_positions(self, rows: np.ndarray, positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Losses (n, P) float32 and predictions (n, P) int32 of the tokens at `positions` (N, P), each at least 1.
@@ -68,13 +69,20 @@ class Scorer:
       losses = token_losses(hidden, *weights, targets, cap=self._cap, chunk=self._chunk)
       return losses, token_predictions(hidden, *weights, cap=self._cap, chunk=self._chunk)
 
-    yield from self._batches(at_positions, rows.shape[1], rows, positions)
+    yield from self._batches(at_positions, rows.shape[1], self._fill_up(rows), positions)
+
+  def _fill_up(self, rows: np.ndarray, targets: int = 0) -> np.ndarray:
+    """Rows padded on the right so that all but the last `targets` tokens divide over the context axis; the model is causal."""
+    context = self._mesh.shape["context"]
+    padding = -(rows.shape[1] - targets) % (2 * context) if context > 1 else 0
+    return np.pad(rows, ((0, 0), (0, padding)))
 
   def _batches(self, function: Callable, length: int, *arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     """Calls ``function(model, *batch)`` on batches of one shape: the last is filled up with copies of its last row."""
-    parts = math.prod(self._mesh.shape[axis] for axis in self._rows_sharding.spec[0])
+    rows = math.prod(self._mesh.shape[axis] for axis in self._rows_sharding.spec[0])
     count = len(arrays[0])
-    size = parts * min(max(1, self._batch_tokens // length), math.ceil(count / parts))
+    most = self._batch_tokens * self._mesh.shape["context"] // length
+    size = rows * min(max(1, most), math.ceil(count / rows))
     for start in range(0, count, size):
       index = np.minimum(np.arange(start, start + size), count - 1)
       batch = [self._place(array[index]) for array in arrays]

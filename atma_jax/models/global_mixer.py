@@ -13,7 +13,8 @@ from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import GlobalPast, Span, convolve
 from atma_jax.models.memory import Memory
-from atma_jax.ops import polar_attention, rotary_embedding, softmax_attention
+from atma_jax.models.parallel import polar_attention, softmax_attention
+from atma_jax.ops import rotary_embedding
 from atma_jax.ops.cached_attention import cached_polar_attention, cached_softmax_attention
 
 ROPE_SCALE = 0.12
@@ -142,9 +143,9 @@ class GlobalMixer(nnx.Module):
     v = self.v(x).reshape(B, T, config.num_kv_heads, config.head_dim)
     histories, state = (None, None, None), None
     if config.attention in CANON_ATTENTIONS:
-      q, canon_q = _canon(q, self.canon_q, past.canon_q, span)
-      k, canon_k = _canon(k, self.canon_k, past.canon_k, span)
-      v, canon_v = _canon(v, self.canon_v, past.canon_v, span)
+      q, canon_q = _canon(q, self.canon_q, past.canon_q, span, "heads")
+      k, canon_k = _canon(k, self.canon_k, past.canon_k, span, "kv_heads")
+      v, canon_v = _canon(v, self.canon_v, past.canon_v, span, "kv_heads")
       histories = canon_q, canon_k, canon_v
     if trace is not None:
       trace |= {"q": q, "k": k, "v": v}
@@ -164,9 +165,9 @@ class GlobalMixer(nnx.Module):
 
 
 def _canon(z: jax.Array, conv: layers.DepthwiseFilter, history: jax.Array | None,
-           span: Span | None) -> tuple[jax.Array, jax.Array | None]:
-  """``z + conv(z)`` over the flattened heads of z (B, T, heads, D), and the history after z."""
+           span: Span | None, channels: str) -> tuple[jax.Array, jax.Array | None]:
+  """``z + conv(z)`` over the flattened heads of z (B, T, heads, D), and the history after z; `channels` as for `convolve`."""
   B, T, heads, dim = z.shape
   flat = z.reshape(B, T, heads * dim)
-  y, history = convolve(flat, conv.weight[...], history, span)
+  y, history = convolve(flat, conv.weight[...], history, span, channels)
   return (flat + y).reshape(B, T, heads, dim), history

@@ -26,5 +26,5 @@ class LocalMixer(nnx.Module):
   def extend(self, x: jax.Array, past: LocalPast, span: Span | None) -> tuple[jax.Array, LocalPast]:
     """The output for tokens that follow `past`, and the update of the past."""
     b, c, h = self.in_proj.split(x, 3)
-    y, history = convolve(b * h, self.conv.weight[...], past.history, span)
+    y, history = convolve(b * h, self.conv.weight[...], past.history, span, "mlp")
     return self.out_proj(c * y), LocalPast(history)

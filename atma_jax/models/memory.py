@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import Span, counted
-from atma_jax.ops import gated_delta
+from atma_jax.models.parallel import gated_delta
 
 
 class Memory(nnx.Module):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import Cache, Span
+from atma_jax.models.parallel import check_length
 from atma_jax.models.transformer import Group, Tap
 from atma_jax.ops import soft_cap
 from atma_jax.ops.dispatch import KERNEL_OUTPUTS
@@ -95,6 +96,7 @@ class Atma(nnx.Module):
 
   def _apply(self, tokens: jax.Array, tap: Tap | None) -> tuple[jax.Array, dict[str, list[Any]]]:
     """The final norm's output, and the tap's results: stacked over the groups, and those of the tail."""
+    check_length(tokens.shape[1])
     x, results = constrain(self.embed(tokens), ("batch", "sequence", "features")), {}
     pattern = len(self.config.block_pattern)
     repeats = self.config.num_layers // pattern
