@@ -31,7 +31,7 @@ class Sampling:
 
   def __post_init__(self):
     legal = {
-      "max_tokens": (self.max_tokens >= 1, "at least 1"),
+      "max_tokens": (1 <= self.max_tokens < 2**31, "between 1 and 2^31 - 1"),
       "temperature": (0 <= self.temperature < float("inf"), "finite and at least 0"),
       "top_k": (0 <= self.top_k < 2**31, "at least 0"),
       "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),

@@ -38,10 +38,13 @@ class PolarCore(nnx.Module):
     direction, magnitude = polar_attention(q, k, v, **self._parameters(), implementation=self.config.implementation)
     return direction, self.mu_proj(magnitude)
 
-  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
-             span: Span) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast, span: Span,
+             reach: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same after `past`, and the keys to remember."""
-    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self._parameters())
+    if reach == 0:
+      return *self(q, k, v), k
+    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self._parameters(),
+                                                  scales=past.scales, reach=reach)
     return direction, self.mu_proj(magnitude), k
 
   def _parameters(self) -> dict[str, Any]:
@@ -61,12 +64,14 @@ class SoftmaxCore(nnx.Module):
     q, k, scale = self._positioned(q, k, jnp.arange(q.shape[1]))
     return softmax_attention(q, k, v, scale=scale, window=self.config.window), None
 
-  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
-             span: Span) -> tuple[jax.Array, None, jax.Array]:
+  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast, span: Span,
+             reach: int | None) -> tuple[jax.Array, None, jax.Array]:
     """The same after `past`, and the keys to remember."""
     q, k, scale = self._positioned(q, k, span.lengths[:, None] + jnp.arange(q.shape[1]))
+    if reach == 0:
+      return softmax_attention(q, k, v, scale=scale, window=self.config.window), None, k
     heads = cached_softmax_attention(q, k, v, past.keys, past.values, span.lengths, scale=scale,
-                                     window=self.config.window)
+                                     window=self.config.window, scales=past.scales, reach=reach)
     return heads, None, k
 
   def _positioned(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, float]:
@@ -121,7 +126,8 @@ class GlobalMixer(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.extend(x, GlobalPast(), None)[0]
 
-  def extend(self, x: jax.Array, past: GlobalPast, span: Span | None) -> tuple[jax.Array, GlobalPast]:
+  def extend(self, x: jax.Array, past: GlobalPast, span: Span | None,
+             reach: int | None = None) -> tuple[jax.Array, GlobalPast]:
     """The output for tokens that follow `past`, and the update of the past."""
     config, (B, T, _) = self.config, x.shape
     q, gate = jnp.split(self.q(x).reshape(B, T, config.num_heads, 2 * config.head_dim), 2, axis=-1)
@@ -137,7 +143,7 @@ class GlobalMixer(nnx.Module):
     if span is None:
       heads, addend = self.core(q, k, v)
     else:
-      heads, addend, keys = self.core.extend(q, k, v, past, span)
+      heads, addend, keys = self.core.extend(q, k, v, past, span, reach)
     out = self.out_proj((heads * jax.nn.sigmoid(gate)).reshape(B, T, -1))
     if addend is not None:
       out = out + addend
