@@ -536,9 +536,9 @@ def _cast(state: nnx.State, config: ModelConfig) -> nnx.State:
 
 
 def _mesh_of(model: Atma) -> Mesh | None:
-  """What the parameters are spread over; None where that is one device."""
+  """What the parameters are spread over; None where they simply lie on the default device."""
   sharding = jax.tree.leaves(nnx.state(model, nnx.Param))[0].sharding
-  return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+  return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def _rows_sharding(mesh: Mesh, rows: Rows) -> Rows:
