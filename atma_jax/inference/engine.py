@@ -3,7 +3,8 @@
 A prompt is prefilled by itself in passes whose lengths are powers of two, between the strides of the rows that decode,
 and its state then put into a free row. All rows decode `stride` tokens in one program on the device, with donated
 buffers and no word from the host in between; it reads keys and values up to the smallest of a few fixed reaches that the
-longest row keeps within. Shapes never depend on a request: `Engine.warm_up` compiles every program there is.
+longest row keeps within. The device decodes a stride while the host looks at the one before. Shapes never depend on a
+request: `Engine.warm_up` compiles every program there is.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class _Request:
   sampling: Sampling
   text: TextStream
   scored: bool
-  count: int = 0
+  count: int = 0  # tokens of the text that the host has seen
+  started: int = 0  # that the device has been told to decode, or more
   cache: Cache | None = None  # while its prompt is on its way
   position: int = 0  # prompt tokens in the cache
   scores: list[tuple[float, Likeliest]] = dataclasses.field(default_factory=list)
@@ -157,6 +159,7 @@ class Engine:
     self.prefilled = 0  # prompt tokens that went through the model
     self._names, self._waiting = 0, deque[_Request]()
     self._filling: dict[int, _Request] = {}  # by the row that waits for it
+    self._pending: tuple[list[_Request | None], Drawn] | None = None  # the stride that the host has not looked at
     self._active: list[_Request | None] = [None] * rows
     rows_of = functools.partial(_empty_rows, self._create, rows, self.config.vocab_size)
     slots = _slots(jax.eval_shape(rows_of).cache)
@@ -249,15 +252,21 @@ class Engine:
     return bool(self._waiting) or bool(self._filling) or any(self._active)
 
   def step(self) -> list[Piece]:
-    """Prefills for free rows, decodes up to `stride` tokens of every row and returns what is new."""
-    pieces = self._fill()
-    if not any(self._active):
-      return pieces
-    with self._on_mesh():
-      self._rows, drawn = self._decode(self._state, self._rows, reach=self._reach())
-    drawn = jax.device_get(drawn)
-    for row in range(len(self._active)):
-      pieces += self._collect(row, drawn)
+    """Prefills for free rows, starts decoding `stride` tokens of every row and returns what the stride before has given."""
+    pieces, before = self._fill(), self._pending
+    self._pending = None
+    if any(self._active):
+      with self._on_mesh():
+        self._rows, drawn = self._decode(self._state, self._rows, reach=self._reach())
+      self._pending = list(self._active), drawn
+      for request in filter(None, self._active):
+        request.started += self.stride
+    if before is not None:
+      requests, drawn = before
+      drawn = Drawn(*(x.tolist() for x in jax.device_get(drawn)))
+      for row, request in enumerate(requests):
+        if request is not None and request is self._active[row]:  # or it has ended since
+          pieces += self._collect(row, request, drawn)
     return pieces
 
   def stream(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> Iterator[Piece]:
@@ -382,7 +391,8 @@ class Engine:
 
   def _reach(self) -> int:
     """The smallest reach that every active row keeps within for a stride."""
-    longest = max(len(request.prompt) + request.count for request in self._active if request) + self.stride
+    longest = max(len(request.prompt) + min(request.started, request.sampling.max_tokens)
+                  for request in self._active if request) + self.stride
     return next((reach for reach in self.reaches if longest <= reach), self._slots)
 
   def _stop_row(self, row: int) -> None:
@@ -392,17 +402,16 @@ class Engine:
   def _on_mesh(self) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-  def _collect(self, row: int, drawn: Drawn) -> list[Piece]:
-    request, pieces = self._active[row], []
-    if request is None:
-      return pieces
+  def _collect(self, row: int, request: _Request, drawn: Drawn) -> list[Piece]:
+    """The news of a row; the arrays of `drawn` as lists."""
+    pieces = []
     for step in range(drawn.counts[row]):
-      token = int(drawn.tokens[step, row])
+      token = drawn.tokens[step][row]
       request.count += 1
       ended = token == self.tokenizer.eot_id and not request.sampling.ignore_end
       text = "" if ended else request.text.push(token)
-      likeliest = tuple(zip(drawn.top_tokens[step, row].tolist(), drawn.top_logprobs[step, row].tolist()))
-      pieces.append(Piece(request.name, text, token, float(drawn.logprobs[step, row]), likeliest))
+      likeliest = tuple(zip(drawn.top_tokens[step][row], drawn.top_logprobs[step][row]))
+      pieces.append(Piece(request.name, text, token, drawn.logprobs[step][row], likeliest))
       if ended or request.text.stopped:
         return [*pieces, self._finish(row, "stop")]
     if request.count == request.sampling.max_tokens:
