@@ -42,10 +42,13 @@ class PolarCore(nnx.Module):
       trace |= {"heads": direction, "magnitude": magnitude}
     return direction, self.mu_proj(magnitude)
 
-  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
-             span: Span) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast, span: Span,
+             reach: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same after `past`, and the keys to remember."""
-    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self._parameters())
+    if reach == 0:
+      return *self(q, k, v), k
+    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self._parameters(),
+                                                  scales=past.scales, reach=reach)
     return direction, self.mu_proj(magnitude), k
 
   def _parameters(self) -> dict[str, Any]:
@@ -69,12 +72,14 @@ class SoftmaxCore(nnx.Module):
       trace |= {"heads": heads}
     return heads, None
 
-  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
-             span: Span) -> tuple[jax.Array, None, jax.Array]:
+  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast, span: Span,
+             reach: int | None) -> tuple[jax.Array, None, jax.Array]:
     """The same after `past`, and the keys to remember."""
     q, k, scale = self._positioned(q, k, span.lengths[:, None] + jnp.arange(q.shape[1]))
+    if reach == 0:
+      return softmax_attention(q, k, v, scale=scale, window=self.config.window), None, k
     heads = cached_softmax_attention(q, k, v, past.keys, past.values, span.lengths, scale=scale,
-                                     window=self.config.window)
+                                     window=self.config.window, scales=past.scales, reach=reach)
     return heads, None, k
 
   def _positioned(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, float]:
@@ -127,10 +132,10 @@ class GlobalMixer(nnx.Module):
       self.canon_k.weight[...] = jnp.zeros_like(self.canon_k.weight[...]).at[-1].set(-1.0).at[-2].set(1.0)
 
   def __call__(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> jax.Array:
-    return self.extend(x, GlobalPast(), None, trace)[0]
+    return self.extend(x, GlobalPast(), None, trace=trace)[0]
 
   def extend(self, x: jax.Array, past: GlobalPast, span: Span | None,
-             trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, GlobalPast]:
+             reach: int | None = None, trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, GlobalPast]:
     """The output for tokens that follow `past`, and the update of the past.
 
     A `trace` receives q (B, T, H, D), k and v (B, T, K, D) as the core takes them before any rotation, the core's ``heads``
@@ -152,7 +157,7 @@ class GlobalMixer(nnx.Module):
     if span is None:
       heads, addend = self.core(q, k, v, trace)
     else:
-      heads, addend, keys = self.core.extend(q, k, v, past, span)
+      heads, addend, keys = self.core.extend(q, k, v, past, span, reach)
     out = self.out_proj((heads * jax.nn.sigmoid(gate)).reshape(B, T, -1))
     if addend is not None:
       out = out + addend
