@@ -252,8 +252,9 @@ def _validate_train(c: Config) -> None:
     _require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "-1 (what is left) or at least 1")
   free = [a.name for a in dataclasses.fields(c.mesh) if getattr(c.mesh, a.name) == -1]
   _require(len(free) <= 1, "mesh", {a: -1 for a in free}, "-1 on one axis at most")
-  _require(c.data.sequence_length % max(c.mesh.context, 1) == 0, "data.sequence_length", c.data.sequence_length,
-           f"a multiple of mesh.context={c.mesh.context}")
+  pieces = 2 * c.mesh.context if c.mesh.context > 1 else 1
+  _require(c.data.sequence_length % pieces == 0, "data.sequence_length", c.data.sequence_length,
+           f"a multiple of twice mesh.context={c.mesh.context}: causal attention deals out two pieces to every device")
 
 
 def _matches(value: Any, annotation: Any) -> bool:

@@ -44,6 +44,7 @@ class Options:
   suite: tuple[str, ...] = _option(("loss", "needle"), "Suites to run.")
   multiples: tuple[int, ...] = _option((1, 2, 4, 8), "Context lengths, in multiples of the training length.")
   step: int | None = _option(None, "Checkpoint step; default is the newest good one.")
+  ema: bool = _option(False, "Evaluate the moving average of the weights (config.train.ema_decay).")
   data: str = _option("", "Prepared data; default is what the checkpoint was trained on.")
   trials: int = _option(24, "Needles a distance.")
   retrieval_trials: int = _option(50, "Trials a cell of the retrieval grid.")
@@ -56,10 +57,11 @@ class Options:
   memory_gib: float | None = _option(None, "Most that a program may take on a device; default is what is free.")
   min_documents: int = _option(4, "Fewest documents as long as the longest length.")
   stream_windows: int = _option(8, "Windows of the longest length that are read of the validation stream.")
+  context: int = _option(1, "Devices over which a sequence is split; a divisor of all.")
 
   def __post_init__(self):
     _require_positive(self, "", "trials", "retrieval_trials", "batch_tokens", "chunk", "prefill_chunk", "memory_gib",
-                      "min_documents", "stream_windows")
+                      "min_documents", "stream_windows", "context")
     if not self.multiples or min(self.multiples) < 1:
       raise UserError(f"--multiples={','.join(map(str, self.multiples))}: must be whole numbers, each at least 1")
     if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):

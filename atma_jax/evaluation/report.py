@@ -83,17 +83,24 @@ def group(records: Iterable[Record]) -> list[Run]:
   """Runs in the order of their first record. Of what was measured more than once, with whatever options, the latest counts."""
   grouped: dict[tuple, dict[tuple, Record]] = {}
   for record in records:
-    run = record["checkpoint"], record["step"], str(record.get("retention_cap") or record["settings"].get("retention_cap") or "")
+    run = record["checkpoint"], record["step"], bool(record.get("ema")), _cap(record)
     key = (record["suite"], record["measure"], record["length"], *(record.get(name) for name in _KEY),
            *(record["settings"].get(name) for name in _SETTINGS))
-    grouped.setdefault(run, {})[key] = record
+    grouped.setdefault(run, {}).pop(key, None)
+    grouped[run][key] = record
   runs = []
-  for (checkpoint, step, cap), latest in grouped.items():
-    label = f"{next(iter(latest.values()))['name']}, step {step}" + (f", cap {cap}" if cap else "")
+  for (checkpoint, step, ema, cap), latest in grouped.items():
+    label = f"{next(iter(latest.values()))['name']}, step {step}" + ", EMA" * ema + cap
     if any(run.label == label for run in runs):
       label += f" ({pathlib.PurePath(checkpoint).name} {len(runs) + 1})"
     runs.append(Run(label, list(latest.values())))
   return runs
+
+
+def _cap(record: Record) -> str:
+  """The retention cap a record was measured under, in words; "" without one."""
+  cap = record["settings"].get("retention_cap")
+  return "" if cap is None else f", cap {cap['tokens']:g} on {cap['heads']}"
 
 
 def _image(svg: bytes, alt: str) -> str:
@@ -260,13 +267,16 @@ def _retention(runs: Sequence[Run]) -> str:
            if r.get("status", "ok") == "ok"]
   if not heads:
     return ""
+  longest = max(record["length"] for _, _, record in heads)
+  heads = [item for item in heads if item[2]["length"] in (0, longest)]
   panels: dict[str, dict[str, list[float | None]]] = {}
   for label, title, record in heads:
     panels.setdefault(title, {}).setdefault(label, []).append(record["value"])
   heads.sort(key=lambda item: float("inf") if item[2]["value"] is None else item[2]["value"], reverse=True)
-  rows = [[label, kind, r.get("layer", ""), r.get("head", ""), "never" if r["value"] is None else f"{r['value']:,.0f}"]
+  rows = [[label, kind, r.get("layer", ""), r.get("head", ""), "never" if r["value"] is None else f"{r['value']:,.0f}",
+           "outlier" if r.get("outlier") else ""]
           for label, kind, r in heads[:_WORST]]
-  table = _table(["checkpoint", "half-life", "layer", "head", "tokens"], rows, "numbers")
+  table = _table(["checkpoint", "half-life", "layer", "head", "tokens", ""], rows, "numbers")
   picture = _image(figures.half_life_histograms(panels), "half-lives of the memory's heads")
   return f"{picture}<p>The longest half-lives, in tokens.</p>{table}"
 

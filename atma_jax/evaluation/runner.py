@@ -46,8 +46,11 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
   for name in options.suite:
     if name not in SUITES:
       raise UserError(unknown_name("--suite", name, SUITES))
-  mesh = make_mesh()
-  config, model, tokenizer, step = load_model(checkpoint, options.step, mesh)
+  try:
+    mesh = make_mesh(context=options.context)
+  except ValueError as error:
+    raise UserError(f"--context={options.context}: {error}") from error
+  config, model, tokenizer, step = load_model(checkpoint, options.step, mesh, ema=options.ema)
   directory = pathlib.Path(options.data or config.data.directory)
   if not (directory / "manifest.json").is_file():
     raise UserError(f"--data={directory}: holds no prepared data (manifest.json); name the directory the model was trained on")
@@ -61,6 +64,7 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
                   tuple(depth / 100 for depth in options.depths), options.bpb_span, babilong)
   results = ResultsFile(pathlib.Path(output) / "results.jsonl")
   common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
+  common |= {"ema": True} if options.ema else {}
   extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__, "code": code_version(),
            "hardware": hardware(), "limits": {"batch_tokens": options.batch_tokens, "chunk": options.chunk,
                                               "prefill_chunk": options.prefill_chunk, "memory_gib": options.memory_gib}}
@@ -81,7 +85,7 @@ def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: d
   with tqdm.tqdm(total=sum(cell.tokens for _, cell in cells), unit="tok", unit_scale=True, mininterval=1) as bar:
     for suite, cell in cells:
       identity = {**common, "suite": suite, "settings": cell.settings}
-      found = [results.find(identity, measure, length) for measure, length in cell.expected]
+      found = [results.find(identity, *where) for where in cell.expected]
       bar.set_description(cell.label)
       if all(record is not None and _is_final(record, extra) for record in found):
         records += found
@@ -94,8 +98,8 @@ def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: d
       except OutOfMemory as error:
         logging.warning("%s: out of memory: %s", cell.label, error)
         gc.collect()  # what the cell held
-        measured = [{"measure": measure, "length": length, "value": None, "n": 0, "status": "out_of_memory",
-                     "reason": str(error)} for measure, length in cell.expected]
+        measured = [{**dict(zip(("measure", "length", "layer", "head"), where)), "value": None, "n": 0,
+                     "status": "out_of_memory", "reason": str(error)} for where in cell.expected]
         bar.update(cell.tokens - (bar.n - done))
       seconds = max(time.perf_counter() - started - (scorer.compile_seconds - compiled), 1e-9)
       rate = {"tokens_per_second": round(cell.tokens / seconds, 1)} if measured[0]["status"] == "ok" else {}

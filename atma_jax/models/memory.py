@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import Span, counted
-from atma_jax.ops import gated_delta
+from atma_jax.models.parallel import gated_delta
+from atma_jax.ops.gated_delta.step import gated_delta_step
 
 
 class Memory(nnx.Module):
@@ -27,20 +28,27 @@ class Memory(nnx.Module):
     self.out_proj = layers.Linear(config, inner, config.width, ("heads", "embed"), output=True, rngs=rngs)
 
   def __call__(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array | None = None,
-               span: Span | None = None) -> tuple[jax.Array, jax.Array]:
-    """x (B, T, C); q (B, T, H, D); k, v (B, T, K, D); state (B, H, D, D) -> (B, T, C) and the state after."""
+               span: Span | None = None, trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
+    """x (B, T, C); q (B, T, H, D); k, v (B, T, K, D); state (B, H, D, D) -> (B, T, C) and the state after.
+
+    A `trace` receives ``log_gamma`` and ``beta`` (B, T, H), the ``readout`` before its norm (B, T, H, D) and ``memory``, the
+    state after the last token (B, H, D, D).
+    """
     config, wide = self.config, jnp.promote_types(jnp.float32, x.dtype)
     group = config.num_heads // config.num_kv_heads
     q, k = layers.unit_length(q), layers.unit_length(k)
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     log_gamma = jax.nn.log_sigmoid(self.gamma(x).astype(wide) + config.memory.gamma_bias)
     beta = jax.nn.sigmoid(self.beta(x).astype(wide) + config.memory.beta_bias)
-    implementation = config.implementation
     if span is not None:
       real = counted(x.shape[:2], span)[..., None]
       log_gamma, beta = jnp.where(real, log_gamma, 0), jnp.where(real, beta, 0)  # padding leaves the state alone
-      implementation = "reference" if x.shape[1] == 1 else implementation  # a single step has no chunk to build
-    readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
-                                 implementation=implementation)
+    if span is not None and x.shape[1] == 1:
+      readout, state = gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state)
+    else:
+      readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
+                                   implementation=config.implementation)
+    if trace is not None:
+      trace |= {"log_gamma": log_gamma, "beta": beta, "readout": readout, "memory": state}
     readout = layers.head_norm(readout).reshape(*x.shape[:2], -1)
     return self.out_proj(readout * jax.nn.sigmoid(self.gate(x))), state

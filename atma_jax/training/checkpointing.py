@@ -88,14 +88,15 @@ class Checkpointer:
     self._manager.close()
 
 
-def load_model(directory: str | os.PathLike, step: int | None = None,
-               mesh: Mesh | None = None) -> tuple[Config, Atma, Tokenizer, int]:
+def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None, *,
+               ema: bool = False) -> tuple[Config, Atma, Tokenizer, int]:
   """Configuration, model, tokenizer and step number from a workdir (or its ``checkpoints``) alone.
 
-  Only parameters are read. `step` None is the newest good one; `mesh` None is every device along ``data``.
+  Only parameters are read, or, with `ema`, their exponential moving average. `step` None is the newest good one; `mesh` None
+  is every device along ``data``.
 
   Raises:
-    UserError: no such directory or step, or no good step.
+    UserError: no such directory or step, no good step, or no average in it.
   """
   folder = pathlib.Path(directory).absolute()
   folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
@@ -113,10 +114,13 @@ def load_model(directory: str | os.PathLike, step: int | None = None,
     meta = _read_meta(manager, step)
     config = Config.from_dict(meta["config"])
     definition = ModelDefinition(config.model)
-    target = {"params": definition.abstract_params(mesh)}
+    if ema and config.train.ema_decay is None:
+      raise UserError(f"--ema: step {step} of {folder} holds no average; it was trained with config.train.ema_decay=None")
+    weights = "ema" if ema else "params"
+    target = {weights: definition.abstract_params(mesh)}
     restored = manager.restore(step, args=ocp.args.Composite(state=_restore_args(target, partial_restore=True)))
     _verify(restored.state, meta["checksums"])
-    return config, definition.merge(restored.state["params"]), tokenizer_from_dict(meta["tokenizer"])
+    return config, definition.merge(restored.state[weights]), tokenizer_from_dict(meta["tokenizer"])
 
   chosen, (config, model, tokenizer) = _first_good(folder, steps if step is None else [step], load)
   manager.close()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from atma_jax.ops import cross_entropy
+from atma_jax.sharding import parts
 
 
 def language_model_loss(model: nnx.Module, tokens: jax.Array, *, z_loss: float, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -20,5 +21,6 @@ def language_model_loss(model: nnx.Module, tokens: jax.Array, *, z_loss: float, 
   """
   inputs, targets = tokens[:, :-1], tokens[:, 1:]
   loss, square = cross_entropy(model.hidden(inputs), model.head.kernel[...], model.head.bias[...], targets,
-                               jnp.ones(targets.shape, jnp.float32), cap=model.config.logit_cap, z_loss=z_loss, chunk=chunk)
+                               jnp.ones(targets.shape, jnp.float32), cap=model.config.logit_cap, z_loss=z_loss, chunk=chunk,
+                               parts=parts("sequence"))
   return loss / targets.size, square / targets.size
