@@ -59,8 +59,9 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
                   prefill_chunk=options.prefill_chunk, memory_bytes=limit)
   length = config.data.sequence_length
   lengths = tuple(sorted({m * length for m in options.multiples}))
-  inputs = Inputs(scorer, tokenizer, [document[1:] for document in heldout_documents(directory)], validation_stream(directory),
-                  lengths, options.trials, options.seed, options.min_documents, options.stream_windows, config, model, mesh,
+  documents = [document[1:] for document in heldout_documents(directory)[:options.max_documents]]
+  inputs = Inputs(scorer, tokenizer, documents, validation_stream(directory), lengths, options.trials, options.seed,
+                  options.min_documents, options.stream_windows, config, model, mesh,
                   tuple(depth / 100 for depth in options.depths), options.bpb_span, babilong)
   results = ResultsFile(pathlib.Path(output) / "results.jsonl")
   common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
