@@ -23,6 +23,7 @@ _TRIALS = flags.DEFINE_integer("trials", 24, "Needles a distance.", lower_bound=
 _SEED = flags.DEFINE_integer("seed", 0, "Of the needles.", lower_bound=0)
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens in a device's batch.", lower_bound=1)
 _MIN_DOCUMENTS = flags.DEFINE_integer("min_documents", 4, "Fewest documents as long as the longest length.", lower_bound=1)
+_KEEP_WINDOW = flags.DEFINE_bool("keep_window", False, "Keep the attention window of training; else every key is seen.")
 
 
 def main() -> None:
@@ -34,7 +35,8 @@ def main() -> None:
   except ValueError as error:
     raise UserError(f"--multiples={','.join(_MULTIPLES.value)}: must be whole numbers such as 1,2,4,8") from error
   options = Options(suites=tuple(_SUITE.value), multiples=multiples, step=_STEP.value, data=_DATA.value, trials=_TRIALS.value,
-                    seed=_SEED.value, batch_tokens=_BATCH_TOKENS.value, min_documents=_MIN_DOCUMENTS.value)
+                    seed=_SEED.value, batch_tokens=_BATCH_TOKENS.value, min_documents=_MIN_DOCUMENTS.value,
+                    keep_window=_KEEP_WINDOW.value)
   evaluate(_CHECKPOINT.value, _OUTPUT.value, options)
 
 

@@ -20,8 +20,10 @@ from atma_jax.evaluation.losses import loss_cells
 from atma_jax.evaluation.needle import needle_cells
 from atma_jax.evaluation.records import ResultsFile
 from atma_jax.evaluation.scoring import Scorer
+from atma_jax.models import Atma
 from atma_jax.sharding import make_mesh
 from atma_jax.training.checkpointing import load_model
+from atma_jax.training.state import ModelDefinition, params_of
 
 SUITES = {"loss": loss_cells, "needle": needle_cells}
 
@@ -40,6 +42,7 @@ class Options:
   chunk: int = 512
   min_documents: int = 4
   stream_windows: int = 8
+  keep_window: bool = False  # of a model trained with one; else every key is seen
 
 
 def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, Any]]:
@@ -58,6 +61,7 @@ def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, A
     raise UserError(f"--multiples={','.join(map(str, options.multiples))}: must be whole numbers, each at least 1")
   mesh = make_mesh()
   config, model, tokenizer, step = load_model(checkpoint, options.step, mesh)
+  model = model if options.keep_window else at_full_context(model)
   directory = pathlib.Path(options.data or config.data.directory)
   if not (directory / "manifest.json").is_file():
     raise UserError(f"--data={directory}: holds no prepared data (manifest.json); name the directory the model was trained on")
@@ -75,6 +79,13 @@ def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, A
   print(table(records, length))
   _plot(records, pathlib.Path(output), f"{config.name}, step {step}", length)
   return records
+
+
+def at_full_context(model: Atma) -> Atma:
+  """The same parameters without an attention window, which is a matter of training."""
+  if model.config.window is None:
+    return model
+  return ModelDefinition(dataclasses.replace(model.config, window=None)).merge(params_of(model))
 
 
 def _run(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: dict[str, Any], extra: dict[str, Any],
