@@ -25,6 +25,7 @@ REMATS = ("none", "dots", "block")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
 CLIP_BASES = ("sum", "mean")
 MUON_VARIANTS = ("published", "quintic5")
+REGULARIZERS = ("baseline", "weak", "strong", "discrete", "zipfian")
 
 
 class UserError(Exception):
@@ -110,6 +111,17 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass
+class AuxiliaryConfig:
+  """Auxiliary objectives: ``L = (1 - a) L_lm + a L_reg + d L_distractor``; what is off costs nothing."""
+
+  regularizer: str = "baseline"  # of every block's output; "baseline" is none
+  regularizer_weight: float = 0.01  # a
+  sketch: int = 64  # random directions that a regulariser looks at
+  distractors: int = 0  # R, random keys a query should not find; 0 is off, the sequence length is published
+  distractor_weight: float = 0.01  # d
+
+
+@dataclasses.dataclass
 class TrainConfig:
   """The loop."""
 
@@ -117,6 +129,7 @@ class TrainConfig:
   seed: int = 0
   accumulation: int = 1  # microbatches a step
   z_loss: float = 0.0
+  auxiliary: AuxiliaryConfig = dataclasses.field(default_factory=AuxiliaryConfig)
   ema_decay: float | None = None
   loss_chunk: int = 512  # time steps whose logits exist at once, per sequence
   max_bad_steps: int = 20  # consecutive non-finite steps before the run stops
@@ -240,8 +253,19 @@ def _validate_optimizer(o: OptimizerConfig) -> None:
   _require(o.clip_norm is None or o.clip_norm > 0, "optimizer.clip_norm", o.clip_norm, "None or greater than 0")
 
 
+def _validate_auxiliary(a: AuxiliaryConfig, m: ModelConfig) -> None:
+  _one_of("train.auxiliary.regularizer", a.regularizer, REGULARIZERS)
+  _positive(a, "train.auxiliary", "sketch")
+  _require(0 <= a.regularizer_weight <= 1, "train.auxiliary.regularizer_weight", a.regularizer_weight, "in [0, 1]")
+  _require(a.distractors >= 0, "train.auxiliary.distractors", a.distractors, "at least 0")
+  _require(a.distractors == 0 or "global" in m.block_pattern[:m.num_layers], "train.auxiliary.distractors", a.distractors,
+           "0 in a model without global blocks")
+  _require(a.distractor_weight >= 0, "train.auxiliary.distractor_weight", a.distractor_weight, "at least 0")
+
+
 def _validate_train(c: Config) -> None:
   t = c.train
+  _validate_auxiliary(t.auxiliary, c.model)
   _positive(t, "train", "steps", "accumulation", "loss_chunk", "max_bad_steps", "log_every", "checkpoint_every",
             "checkpoint_keep", "validation_batches", "profile_steps")
   _require(c.data.batch_size % t.accumulation == 0, "train.accumulation", t.accumulation,
