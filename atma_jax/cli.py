@@ -93,7 +93,7 @@ def run(main: Callable[[], int | None]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: options start with -- (see --help)")
       code = main() or 0
     except UserError as error:
-      _bad_input(error)
+      bad_input(error)
     sys.exit(code)
 
   app.run(guarded, flags_parser=_parse)
@@ -113,9 +113,9 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    _bad_input(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error)
+    bad_input(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error)
   except flags.Error as error:
-    _bad_input(error)
+    bad_input(error)
 
 
 def _unknown_field(name: str) -> str:
@@ -131,7 +131,8 @@ def _unknown_field(name: str) -> str:
   return f"--{path}: a group of options; legal: " + ", ".join(f"--{leaf}" for leaf, _, _ in _leaves(owner, path))
 
 
-def _bad_input(error: Exception | str) -> typing.NoReturn:
+def bad_input(error: Exception | str) -> typing.NoReturn:
+  """Says what is wrong in one line and ends with exit code 2."""
   print("error:", " ".join(str(error).split()), file=sys.stderr)
   sys.exit(EXIT_BAD_INPUT)
 

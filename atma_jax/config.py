@@ -39,6 +39,7 @@ class MemoryConfig:
   enabled: bool = True
   gamma_bias: float = 3.9  # added to the decay gate's logit
   beta_bias: float = 0.0  # added to the write gate's logit
+  max_half_life: float | None = None  # tokens no head's half-life can exceed, in training too; None is no bound
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -219,6 +220,8 @@ def _validate_model(m: ModelConfig) -> None:
   _require(len(m.block_pattern) > 0, "model.block_pattern", m.block_pattern, "a non-empty tuple")
   for kind in m.block_pattern:
     _one_of("model.block_pattern", kind, MIXERS)
+  half_life = m.memory.max_half_life
+  _require(half_life is None or 0 < half_life < math.inf, "model.memory.max_half_life", half_life, "None or greater than 0")
   _require(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", m.num_kv_heads,
            f"a divisor of model.num_heads={m.num_heads}")
   _require(m.window is None or m.window > 0, "model.window", m.window, "None or at least 1")
@@ -276,8 +279,9 @@ def _validate_train(c: Config) -> None:
     _require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "-1 (what is left) or at least 1")
   free = [a.name for a in dataclasses.fields(c.mesh) if getattr(c.mesh, a.name) == -1]
   _require(len(free) <= 1, "mesh", {a: -1 for a in free}, "-1 on one axis at most")
-  _require(c.data.sequence_length % max(c.mesh.context, 1) == 0, "data.sequence_length", c.data.sequence_length,
-           f"a multiple of mesh.context={c.mesh.context}")
+  pieces = 2 * c.mesh.context if c.mesh.context > 1 else 1
+  _require(c.data.sequence_length % pieces == 0, "data.sequence_length", c.data.sequence_length,
+           f"a multiple of twice mesh.context={c.mesh.context}: causal attention deals out two pieces to every device")
 
 
 def _matches(value: Any, annotation: Any) -> bool:

@@ -41,9 +41,9 @@ def get_config() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What is measured after training; the fields of `atma_jax.evaluation.runner.Options` that a grid sets."""
+  """What is measured after training; the fields of `atma_jax.evaluation.options.Options` that a grid sets."""
 
-  suites: tuple[str, ...] = ("loss", "needle")
+  suite: tuple[str, ...] = ("loss", "needle")
   multiples: tuple[int, ...] = (1, 2, 4, 8)
   trials: int = 24
   batch_tokens: int = 8192

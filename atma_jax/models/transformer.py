@@ -57,10 +57,10 @@ class Block(nnx.Module):
       trace |= {"input": x, "mixer_input": normed, "output": output}
     return output
 
-  def extend(self, x: jax.Array, past: LocalPast | GlobalPast,
-             span: Span) -> tuple[jax.Array, LocalPast | GlobalPast]:
+  def extend(self, x: jax.Array, past: LocalPast | GlobalPast, span: Span,
+             reach: int | None) -> tuple[jax.Array, LocalPast | GlobalPast]:
     """The output for tokens that follow `past`, and the update of the past."""
-    y, update = self.mixer.extend(self.norm1(x), past, span)
+    y, update = self.mixer.extend(self.norm1(x), past, span, reach)
     return self._finish(x + y), update
 
   def _finish(self, x: jax.Array) -> jax.Array:
@@ -84,11 +84,11 @@ class Group(nnx.Module):
         results.append(tap(block, trace, first + index))
     return x, results
 
-  def extend(self, x: jax.Array, pasts: list[LocalPast | GlobalPast],
-             span: Span) -> tuple[jax.Array, list[LocalPast | GlobalPast]]:
+  def extend(self, x: jax.Array, pasts: list[LocalPast | GlobalPast], span: Span,
+             reach: int | None) -> tuple[jax.Array, list[LocalPast | GlobalPast]]:
     """The output for tokens that follow `pasts`, one a block, and the updates of the pasts."""
     updates = []
     for block, past in zip(self.blocks, pasts, strict=True):
-      x, update = block.extend(x, past, span)
+      x, update = block.extend(x, past, span, reach)
       updates.append(update)
     return x, updates

@@ -10,6 +10,7 @@ from atma_jax.config import AuxiliaryConfig
 from atma_jax.models.transformer import Block, Trace
 from atma_jax.ops import cross_entropy
 from atma_jax.ops.regularizers import draw_sketch, regularizer
+from atma_jax.sharding import parts
 
 
 def language_model_loss(model: nnx.Module, tokens: jax.Array, *, z_loss: float, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -62,5 +63,6 @@ def auxiliary_loss(model: nnx.Module, tokens: jax.Array, key: jax.Array, options
 def _token_loss(model: nnx.Module, hidden: jax.Array, targets: jax.Array, z_loss: float,
                 chunk: int) -> tuple[jax.Array, jax.Array]:
   loss, square = cross_entropy(hidden, model.head.kernel[...], model.head.bias[...], targets,
-                               jnp.ones(targets.shape, jnp.float32), cap=model.config.logit_cap, z_loss=z_loss, chunk=chunk)
+                               jnp.ones(targets.shape, jnp.float32), cap=model.config.logit_cap, z_loss=z_loss, chunk=chunk,
+                               parts=parts("sequence"))
   return loss / targets.size, square / targets.size
