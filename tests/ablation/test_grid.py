@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 
 from atma_jax import cli
 from atma_jax.ablation.grid import expand, make_axis, parse_axis, preset, seed_axis
+from atma_jax.cli import load_recipe
 from atma_jax.config import Config, UserError
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent.parent / "configs"
 
 
 def grid(*axes: str, **options):
@@ -25,6 +30,24 @@ def test_paper_grids():
   assert (other.model.attention, other.model.memory.enabled, other.model.window) == ("rope", False, 1024)
   assert (other.train.auxiliary.regularizer, other.train.auxiliary.distractors) == ("zipfian", 2048)
   assert sum(cell.config.model.attention == "rope" for cell in cells["paper100"]) == 20
+
+
+def test_raven_cells_have_their_published_ids_and_recipes():
+  base = load_recipe(str(CONFIGS / "atma_378m.py"))
+  base.train.steps = 1900
+  cells = {cell.id: cell.config for cell in expand(*(preset("raven")[0], base, preset("raven")[1]))}
+  for name, memory in (("raven_native", 0), ("atma_raven_titans", 1)):
+    ours, recipe = cells[f"{name}__reg-baseline__distr-0__mem-{memory}__win-0"], load_recipe(str(CONFIGS / f"{name}.py"))
+    ours.model.remat, ours.model.scan = recipe.model.remat, recipe.model.scan
+    assert (ours.model, ours.optimizer, ours.data, ours.train) == (recipe.model, recipe.optimizer, recipe.data, recipe.train)
+  assert len(cells) == 2
+
+
+def test_headline_cells():
+  cells = expand(preset("headline")[0], load_recipe(str(CONFIGS / "headline.py")), preset("headline")[1])
+  assert len(cells) == 27 and cells[0].id == "polar__mem-1__halflife-none__init-mimetic"
+  bounded = [cell.config.model.memory for cell in cells if "halflife-2x" in cell.id]
+  assert len(bounded) == 9 and all(memory.enabled and memory.max_half_life == 1024 for memory in bounded)
 
 
 def test_axes_over_any_field():
@@ -58,5 +81,5 @@ def test_bad_axes_are_one_line(axes, words):
 
 
 def test_bad_exclusion():
-  with pytest.raises(UserError, match="win-9.*did you mean 'win-8'"):
+  with pytest.raises(UserError, match=r"win-9.*did you mean 'win-8'"):
     grid("model.window=8", exclude=["win-9"])

@@ -30,7 +30,8 @@ def cells(tmp_path):
     flip = 0.05 if folder.id == "nope__mem-1__seed-1" else 0.0
     measures = [{"measure": "document_loss", "length": 2048 * m, "value": 2.1 - 0.1 * m + effect, "n": 4, "standard_error": 0.01,
                  "interval": None} for m in (1, 2)]
-    measures.append({"measure": "needle_accuracy", "length": 2048, "value": 0.9 - effect + flip, "n": 60, "interval": [0.1, 0.95]})
+    needle = {"measure": "needle_accuracy", "length": 2048, "value": 0.9 - effect + flip, "n": 60, "interval": [0.1, 0.95]}
+    measures.append(needle)
     measures.append({"measure": "needle_accuracy", "length": 4096, "value": None, "n": 0, "interval": None})
     write_json(folder.path / "result.json", {
       "id": folder.id, "labels": description["labels"], "config": description["config"], "parameters": 1000, "seconds": 5.0,
