@@ -2,7 +2,8 @@
 
   python -m atma_jax.train --config=configs/atma_raven_titans.py --workdir=DIR --config.data.sources=bin:/data/fineweb_train_*.bin
 
-As configs/raven_native.py in optimizer, data and schedule. Expected (the published run): validation loss 3.68 nats, needle at chance.
+As configs/raven_native.py in optimizer, data and schedule. Expected (the published run): validation loss 3.68 nats, needle at
+chance.
 """
 
 from atma_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

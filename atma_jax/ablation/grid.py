@@ -138,10 +138,12 @@ def _switch(name: str, field: str, off: Any, on: Any) -> Axis:
 
 def _raven() -> list[Axis]:
   """The Raven baselines under their published ids: in all layers with heads twice as large, and in the place of attention."""
-  recipe = (("optimizer.kind", "adamw"), ("optimizer.schedule", "cosine"), ("optimizer.adam_b1", 0.9), ("optimizer.adam_b2", 0.95),
-            ("optimizer.adam_eps", 1e-15), ("optimizer.warmup_steps", lambda base: base.train.steps // 20))
+  recipe = (("optimizer.kind", "adamw"), ("optimizer.schedule", "cosine"), ("optimizer.adam_b1", 0.9),
+            ("optimizer.adam_b2", 0.95), ("optimizer.adam_eps", 1e-15),
+            ("optimizer.warmup_steps", lambda base: base.train.steps // 20))
   native = (("model.block_pattern", ("raven",)), ("model.num_heads", lambda base: base.model.num_heads // 2),
-            ("model.num_kv_heads", lambda base: base.model.num_heads // 2), ("model.head_dim", lambda base: 2 * base.model.head_dim))
+            ("model.num_kv_heads", lambda base: base.model.num_heads // 2),
+            ("model.head_dim", lambda base: 2 * base.model.head_dim))
   titans = (("model.block_pattern", lambda base: tuple("raven" if k == "global" else k for k in base.model.block_pattern)),)
   _, regularizer, distractors, memory, window = _paper()
   return [Axis("attention", (Level("raven_native", native + recipe), Level("atma_raven_titans", titans + recipe))),
@@ -150,8 +152,9 @@ def _raven() -> list[Axis]:
 
 def _headline() -> list[Axis]:
   """Cores, memory, starts, and the bound on retention at twice the training length: 27 cells a seed."""
-  half_life = Axis("halflife", (Level("halflife-none", (("model.memory.max_half_life", None),)),
-                                Level("halflife-2x", (("model.memory.max_half_life", lambda base: 2.0 * base.data.sequence_length),))))
+  field = "model.memory.max_half_life"
+  half_life = Axis("halflife", (Level("halflife-none", ((field, None),)),
+                                Level("halflife-2x", ((field, lambda base: 2.0 * base.data.sequence_length),))))
   return [make_axis("model.attention", ("polar", "nope", "rope")),
           Axis("mem", tuple(reversed(_switch("mem", "model.memory.enabled", False, True).levels))), half_life,
           make_axis("model.init", ("mimetic", "default", "published"))]
