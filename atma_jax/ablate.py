@@ -5,7 +5,7 @@
     --output=DIR                      runs what nobody else runs, resumes, reports; without a grid: every cell in DIR
     --jobs=slurm --launch=--time=4:00:00 [--dry_run]    one job a cell instead
 
-Exit codes: 0 done, 1 cells failed (the others are done), 2 bad input, 75 pre-empted.
+Exit codes: 0 done, 1 cells failed (2 if all of those for bad input), the others being done, 2 bad input, 75 pre-empted.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def main() -> int:
     folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value).run()
   if outcome == PREEMPTED:
     return cli.EXIT_PREEMPTED
-  report.report(directory, sweep.find(directory))
-  return 1 if outcome == FAILED else 0
+  if _REPORT.value or any(cell.done for cell in sweep.find(directory)):
+    report.report(directory, sweep.find(directory))
+  return sweep.exit_code(folders) if outcome == FAILED else 0
 
 
 if __name__ == "__main__":
