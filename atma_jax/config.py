@@ -25,6 +25,7 @@ REMATS = ("none", "dots", "block")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
 CLIP_BASES = ("sum", "mean")
 MUON_VARIANTS = ("published", "quintic5")
+REGULARIZERS = ("baseline", "weak", "strong", "discrete", "zipfian")
 
 
 class UserError(Exception):
@@ -38,6 +39,7 @@ class MemoryConfig:
   enabled: bool = True
   gamma_bias: float = 3.9  # added to the decay gate's logit
   beta_bias: float = 0.0  # added to the write gate's logit
+  max_half_life: float | None = None  # tokens no head's half-life can exceed, in training too; None is no bound
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -109,6 +111,17 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass
+class AuxiliaryConfig:
+  """Auxiliary objectives: ``L = (1 - a) L_lm + a L_reg + d L_distractor``; what is off costs nothing."""
+
+  regularizer: str = "baseline"  # of every block's output; "baseline" is none
+  regularizer_weight: float = 0.01  # a
+  sketch: int = 64  # random directions that a regulariser looks at
+  distractors: int = 0  # R, random keys a query should not find; 0 is off, the sequence length is published
+  distractor_weight: float = 0.01  # d
+
+
+@dataclasses.dataclass
 class TrainConfig:
   """The loop."""
 
@@ -116,6 +129,7 @@ class TrainConfig:
   seed: int = 0
   accumulation: int = 1  # microbatches a step
   z_loss: float = 0.0
+  auxiliary: AuxiliaryConfig = dataclasses.field(default_factory=AuxiliaryConfig)
   ema_decay: float | None = None
   loss_chunk: int = 512  # time steps whose logits exist at once, per sequence
   max_bad_steps: int = 20  # consecutive non-finite steps before the run stops
@@ -206,6 +220,8 @@ def _validate_model(m: ModelConfig) -> None:
   _require(len(m.block_pattern) > 0, "model.block_pattern", m.block_pattern, "a non-empty tuple")
   for kind in m.block_pattern:
     _one_of("model.block_pattern", kind, MIXERS)
+  half_life = m.memory.max_half_life
+  _require(half_life is None or 0 < half_life < math.inf, "model.memory.max_half_life", half_life, "None or greater than 0")
   _require(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", m.num_kv_heads,
            f"a divisor of model.num_heads={m.num_heads}")
   _require(m.window is None or m.window > 0, "model.window", m.window, "None or at least 1")
@@ -237,8 +253,19 @@ def _validate_optimizer(o: OptimizerConfig) -> None:
   _require(o.clip_norm is None or o.clip_norm > 0, "optimizer.clip_norm", o.clip_norm, "None or greater than 0")
 
 
+def _validate_auxiliary(a: AuxiliaryConfig, m: ModelConfig) -> None:
+  _one_of("train.auxiliary.regularizer", a.regularizer, REGULARIZERS)
+  _positive(a, "train.auxiliary", "sketch")
+  _require(0 <= a.regularizer_weight <= 1, "train.auxiliary.regularizer_weight", a.regularizer_weight, "in [0, 1]")
+  _require(a.distractors >= 0, "train.auxiliary.distractors", a.distractors, "at least 0")
+  _require(a.distractors == 0 or "global" in m.block_pattern[:m.num_layers], "train.auxiliary.distractors", a.distractors,
+           "0 in a model without global blocks")
+  _require(a.distractor_weight >= 0, "train.auxiliary.distractor_weight", a.distractor_weight, "at least 0")
+
+
 def _validate_train(c: Config) -> None:
   t = c.train
+  _validate_auxiliary(t.auxiliary, c.model)
   _positive(t, "train", "steps", "accumulation", "loss_chunk", "max_bad_steps", "log_every", "checkpoint_every",
             "checkpoint_keep", "validation_batches", "profile_steps")
   _require(c.data.batch_size % t.accumulation == 0, "train.accumulation", t.accumulation,
@@ -252,8 +279,9 @@ def _validate_train(c: Config) -> None:
     _require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "-1 (what is left) or at least 1")
   free = [a.name for a in dataclasses.fields(c.mesh) if getattr(c.mesh, a.name) == -1]
   _require(len(free) <= 1, "mesh", {a: -1 for a in free}, "-1 on one axis at most")
-  _require(c.data.sequence_length % max(c.mesh.context, 1) == 0, "data.sequence_length", c.data.sequence_length,
-           f"a multiple of mesh.context={c.mesh.context}")
+  pieces = 2 * c.mesh.context if c.mesh.context > 1 else 1
+  _require(c.data.sequence_length % pieces == 0, "data.sequence_length", c.data.sequence_length,
+           f"a multiple of twice mesh.context={c.mesh.context}: causal attention deals out two pieces to every device")
 
 
 def _matches(value: Any, annotation: Any) -> bool:

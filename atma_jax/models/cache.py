@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from atma_jax.config import DTYPES, ModelConfig
+from atma_jax.models.parallel import short_conv as whole_short_conv
 from atma_jax.ops import short_conv
 from atma_jax.ops.cached_attention import quantise, slots_for
 
@@ -153,11 +154,14 @@ class Cache:
 
 
 def convolve(x: jax.Array, weight: jax.Array, history: jax.Array | None,
-             span: Span | None) -> tuple[jax.Array, jax.Array | None]:
-  """`short_conv` of x (B, T, C) after `history`, and the history after x: the last taps - 1 inputs that count."""
-  y = short_conv(x, weight, history=history)
+             span: Span | None, channels: str) -> tuple[jax.Array, jax.Array | None]:
+  """`short_conv` of x (B, T, C) after `history`, and the history after x: the last taps - 1 inputs that count.
+
+  `channels` is the logical axis of C. Without a span x is whole sequences.
+  """
   if span is None:
-    return y, None
+    return whole_short_conv(x, weight, channels=channels), None
+  y = short_conv(x, weight, history=history)
   joined = jnp.concatenate([history, x.astype(history.dtype)], axis=1)
   last = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, history.shape[1]))
   return y, last(joined, span.counts)

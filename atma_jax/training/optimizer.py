@@ -16,6 +16,7 @@ orthogonalisation does not see a scale.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from atma_jax.config import OptimizerConfig
+from atma_jax.training.distributed_muon import transform_matrices
 
 ADAM_GROUPS = ("embedding", "head", "vector")
 MUON_GROUPS = ("muon", "muon_out_in", "muon_depthwise")
@@ -55,7 +57,8 @@ def learning_rates(config: OptimizerConfig, steps: int, count: jax.typing.ArrayL
   return {group: rate * factor for group, rate in _base_rates(config).items()}
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_step: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_step: int,
+                   logical_axes: Mapping[str, tuple[str | None, ...]] | None = None) -> optax.GradientTransformation:
   """The whole update rule for gradients of the mean token loss.
 
   Args:
@@ -63,6 +66,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_
     steps: length of the schedule.
     groups: tree of group names with the structure of the parameters.
     tokens_per_step: target tokens behind one gradient; ``clip_basis="sum"`` clips the gradient of the summed loss.
+    logical_axes: of each parameter, when they are a dict by name: then a mesh that is set shares out Muon's work.
 
   Returns:
     A transformation whose updates are added to the parameters (`optax.apply_updates`).
@@ -78,7 +82,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_
   def muon(group: str) -> optax.GradientTransformation:
     return optax.chain(
         optax.trace(config.muon_momentum, nesterov=True),
-        orthogonalize_updates(group, config.muon_variant),
+        orthogonalize_updates(group, config.muon_variant, logical_axes),
         optax.add_decayed_weights(config.muon_weight_decay),
         optax.scale_by_learning_rate(rate("muon")),
     )
@@ -90,12 +94,20 @@ def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_
   return optax.chain(*_clipping(config, tokens_per_step), optax.partition(transforms, groups))
 
 
-def orthogonalize_updates(group: str, variant: str = "published") -> optax.GradientTransformation:
+def orthogonalize_updates(group: str, variant: str = "published",
+                          logical_axes: Mapping[str, tuple[str | None, ...]] | None = None) -> optax.GradientTransformation:
   """Stateless transformation: each update becomes its orthogonal factor, scaled for its shape, in the layout of `group`."""
   transform = functools.partial(
       {"muon": _kernel_update, "muon_out_in": _matrix_update, "muon_depthwise": _depthwise_update}[group],
       coefficients=NEWTON_SCHULZ[variant])
-  return optax.stateless(lambda updates, _: jax.tree.map(transform, updates))
+
+  def update(updates: Any, _: Any) -> Any:
+    if logical_axes is None or group == "muon_depthwise":  # a filter's taps are short and on one device
+      return jax.tree.map(transform, updates)
+    own = {name: x for name, x in updates.items() if not isinstance(x, optax.MaskedNode)}
+    return updates | transform_matrices(own, logical_axes, transform)
+
+  return optax.stateless(update)
 
 
 def orthogonalize(x: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:

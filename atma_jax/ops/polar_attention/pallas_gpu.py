@@ -23,38 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from atma_jax.ops import dispatch
+from atma_jax.ops import tiles as table
 from atma_jax.ops.polar_attention import formula
+from atma_jax.ops.tiles import Tile, Tiles
 
 HEAD_SIZES = (64, 128)
 LOG2_E = math.log2(math.e)
 MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key makes no NaN, and exact under any scale
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-  """Queries x keys of one step of a kernel, and how the program runs it."""
-
-  q: int
-  k: int
-  warps: int
-  stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-  """One tile per kernel."""
-
-  forward: Tile
-  dq: Tile
-  dkv: Tile
-
-
-TILES = {  # by bytes of an element and head size
-  (2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
-  (2, 128): Tiles(Tile(128, 128, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
-  (4, 64): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-  (4, 128): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-}
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
@@ -64,8 +40,8 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | No
     return f"takes q, k and v all in bfloat16 or all in float32, not {q.dtype}, {k.dtype}, {v.dtype}"
   if q.shape[-1] not in HEAD_SIZES:
     return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
-  if jax.default_backend() != "gpu":
-    return f"needs a GPU, and the default backend is {jax.default_backend()}"
+  if dispatch.platform() != "gpu":
+    return f"needs a GPU, and this runs on {dispatch.platform()}"
   return None
 
 
@@ -74,7 +50,7 @@ def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Arr
                     tiles: Tiles | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """See `atma_jax.ops.polar_attention`; `tiles` overrides the table, `interpret` runs the kernels without a GPU."""
   (T, D), S = (q.shape[1], q.shape[3]), k.shape[1]
-  tiles = tiles or TILES[q.dtype.itemsize, D]
+  tiles = tiles or table.polar("gpu", q.dtype.itemsize, D, T)
   temp, null = formula.positional_logits(null_base, null_slope, len_gain, queries=T, keys=S, window=window)
   call = _Call(T, S, S if window is None else min(window, S), tiles, interpret)
   direction, lse, crowding = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32),
@@ -324,25 +300,11 @@ def _attend_forward(q, k, v, temp, null, v_null, call: _Call):
 
 
 def _attend_backward(call: _Call, residuals, cotangents):
-  """The attended vector is ``s = w_key o + w_null v_null`` with w_key = sigmoid(lse - null), and direction its unit vector.
-
-  With gs the cotangent of s, ``go = w_key gs`` and the log-sum-exp receives ``w_null (gs.s - gs.v_null)``; in delta =
-  go.o + 2 gc crowding - (cotangent of lse) the products with v_null cancel. gs.s is zero above the norm's floor.
-  """
   q, k, v, temp, null, v_null, direction, lse, crowding, norm = residuals
-  g_direction, g_lse, g_crowding = cotangents
-  norm, log_odds = _rows(norm), _rows(lse) / LOG2_E - null
-  w_key, w_null = jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
-  g, c = g_direction.astype(jnp.float32), direction.astype(jnp.float32)
-  along, above = jnp.sum(g * c, axis=-1), norm > formula.NORM_FLOOR
-  gs = (g - jnp.where(above, along, 0)[..., None] * c) / jnp.maximum(norm, formula.NORM_FLOOR)[..., None]
-  gs_s = jnp.where(above, 0, along)
-  twice = 2 * g_crowding
-  delta = w_key * gs_s + twice * _rows(crowding) - g_lse
-  go = (w_key[..., None] * gs).astype(q.dtype)
-  dq, dk, dv, dtemp = _backward(q, k, v, go, temp, lse, _rows(twice), _rows(delta), call)
-  d_null = w_null * (jnp.sum(gs * v_null, axis=-1) - gs_s)
-  return dq, dk, dv, _rows(jnp.sum(dtemp, axis=0)), jnp.sum(d_null, axis=0), jnp.sum(w_null[..., None] * gs, axis=(0, 1))
+  through = formula.through_null(cotangents, direction, _rows(lse) / LOG2_E - null, _rows(crowding), _rows(norm), v_null)
+  dq, dk, dv, dtemp = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, _rows(through.twice), _rows(through.delta),
+                                call)
+  return dq, dk, dv, _rows(jnp.sum(dtemp, axis=0)), through.d_null, through.d_v_null
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
