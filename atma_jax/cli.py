@@ -9,7 +9,7 @@ Exit codes: 0 done, 2 bad input (one line, no traceback), 75 pre-empted after sa
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import importlib.machinery
 import importlib.util
@@ -41,6 +41,11 @@ class ConfigFlag:
       parser = _FieldParser(hint)
       self._fields[name] = flags.DEFINE(parser, name, None, f"Overrides the recipe; {value!r} without one.",
                                         serializer=flags.ArgumentSerializer())
+
+  @property
+  def given(self) -> bool:
+    """Whether there is a recipe."""
+    return self._recipe.value is not None
 
   @property
   def value(self) -> Config:
@@ -177,3 +182,23 @@ def _parse_as(text: str, hint: Any) -> Any:
       raise ValueError(text)
     return text.lower() == "true"
   return hint(text)
+
+
+def parse_field(field: str, text: str) -> Any:
+  """The value of ``config.FIELD`` written as `text`, as its flag would take it."""
+  name = f"config.{field}"
+  hints = {leaf: hint for leaf, hint, _ in _leaves(Config(), "config")}
+  if name not in hints:
+    raise UserError(_unknown_field(name))
+  try:
+    return _FieldParser(hints[name]).parse(text)
+  except ValueError as error:
+    raise UserError(f"--{name}={text}: {error}") from error
+
+
+def whole_numbers(flag: str, texts: Sequence[str]) -> tuple[int, ...]:
+  """The values of a list flag of whole numbers."""
+  try:
+    return tuple(int(text) for text in texts)
+  except ValueError as error:
+    raise UserError(f"--{flag}={','.join(texts)}: must be whole numbers such as 1,2,4,8") from error

@@ -55,10 +55,11 @@ class Options:
   chunk: int = _option(512, "Time steps whose logits exist at once.")
   prefill_chunk: int = _option(65_536, "Most tokens of a row in one pass; longer rows are read piece by piece.")
   memory_gib: float | None = _option(None, "Most that a program may take on a device; default is what is free.")
+  context: int = _option(1, "Devices over which a sequence is split; a divisor of all.")
+  keep_window: bool = _option(False, "Keep the attention window of training; else every key is seen.")
   min_documents: int = _option(4, "Fewest documents as long as the longest length.")
   max_documents: int | None = _option(None, "Held-out documents read, the longest first; default is all.")
   stream_windows: int = _option(8, "Windows of the longest length that are read of the validation stream.")
-  context: int = _option(1, "Devices over which a sequence is split; a divisor of all.")
 
   def __post_init__(self):
     _require_positive(self, "", "trials", "retrieval_trials", "batch_tokens", "chunk", "prefill_chunk", "memory_gib",

@@ -32,7 +32,7 @@ _WORST = 12  # heads listed
 
 @dataclasses.dataclass
 class Run:
-  """What was measured of one checkpoint step, under one retention cap: the latest record of everything."""
+  """What was measured of one checkpoint step, in one way of running it: the latest record of everything."""
 
   label: str
   records: list[Record]
@@ -83,14 +83,15 @@ def group(records: Iterable[Record]) -> list[Run]:
   """Runs in the order of their first record. Of what was measured more than once, with whatever options, the latest counts."""
   grouped: dict[tuple, dict[tuple, Record]] = {}
   for record in records:
-    run = record["checkpoint"], record["step"], bool(record.get("ema")), _cap(record)
+    run = record["checkpoint"], record["step"], bool(record.get("ema")), record.get("window"), _cap(record)
     key = (record["suite"], record["measure"], record["length"], *(record.get(name) for name in _KEY),
            *(record["settings"].get(name) for name in _SETTINGS))
     grouped.setdefault(run, {}).pop(key, None)
     grouped[run][key] = record
   runs = []
-  for (checkpoint, step, ema, cap), latest in grouped.items():
-    label = f"{next(iter(latest.values()))['name']}, step {step}" + ", EMA" * ema + cap
+  for (checkpoint, step, ema, window, cap), latest in grouped.items():
+    window = "" if window is None else f", window {window}"
+    label = f"{next(iter(latest.values()))['name']}, step {step}" + ", EMA" * ema + window + cap
     if any(run.label == label for run in runs):
       label += f" ({pathlib.PurePath(checkpoint).name} {len(runs) + 1})"
     runs.append(Run(label, list(latest.values())))

@@ -26,8 +26,10 @@ from atma_jax.evaluation.records import ResultsFile
 from atma_jax.evaluation.resources import OutOfMemory, code_version, hardware
 from atma_jax.evaluation.retrieval import retrieval_cells
 from atma_jax.evaluation.scoring import Scorer
+from atma_jax.models import Atma
 from atma_jax.sharding import make_mesh
 from atma_jax.training.checkpointing import load_model
+from atma_jax.training.state import ModelDefinition, params_of
 
 SUITES = {"loss": loss_cells, "needle": needle_cells, "retrieval": retrieval_cells, "bpb": bits_per_byte_cells,
           "babilong": babilong_cells}
@@ -51,6 +53,7 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
   except ValueError as error:
     raise UserError(f"--context={options.context}: {error}") from error
   config, model, tokenizer, step = load_model(checkpoint, options.step, mesh, ema=options.ema)
+  model = model if options.keep_window else at_full_context(model)
   directory = pathlib.Path(options.data or config.data.directory)
   if not (directory / "manifest.json").is_file():
     raise UserError(f"--data={directory}: holds no prepared data (manifest.json); name the directory the model was trained on")
@@ -65,7 +68,10 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
                   tuple(depth / 100 for depth in options.depths), options.bpb_span, babilong)
   results = ResultsFile(pathlib.Path(output) / "results.jsonl")
   common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
-  common |= {"ema": True} if options.ema else {}
+  if options.ema:
+    common["ema"] = True
+  if model.config.window is not None:
+    common["window"] = model.config.window
   extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__, "code": code_version(),
            "hardware": hardware(), "limits": {"batch_tokens": options.batch_tokens, "chunk": options.chunk,
                                               "prefill_chunk": options.prefill_chunk, "memory_gib": options.memory_gib}}
@@ -77,6 +83,13 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
   print(table(records, length))
   _plot(records, pathlib.Path(output), f"{config.name}, step {step}", length)
   return records
+
+
+def at_full_context(model: Atma) -> Atma:
+  """The same parameters without an attention window, which is a matter of training."""
+  if model.config.window is None:
+    return model
+  return ModelDefinition(dataclasses.replace(model.config, window=None)).merge(params_of(model))
 
 
 def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: dict[str, Any], extra: dict[str, Any],

@@ -33,11 +33,12 @@ class Scorer:
 
   Args:
     model: an `Atma`, or, for rows within `prefill_chunk`, anything with ``hidden(tokens (B, T)) -> (B, T, C)`` and a ``head``.
-    mesh: devices to spread the rows over; a batch has as many rows for each. With context > 1 rows are split as well.
+    mesh: devices to spread the rows over; a batch has as many rows for each. With context > 1 rows are split as well,
+      and always take one pass.
     cap: soft cap of the logits.
     batch_tokens: most tokens of a device's batch, except that one row always fits.
     chunk: time steps whose logits exist at once.
-    prefill_chunk: most tokens of a row in one forward pass, on each of the devices that the row is split over.
+    prefill_chunk: most tokens of a row in one forward pass.
     memory_bytes: most that a program may take on a device, besides the parameters; None is what is free there.
   """
 
@@ -47,11 +48,12 @@ class Scorer:
     self._config = getattr(model, "config", None)
     self._mesh = mesh
     self._cap, self._chunk, self._batch_tokens = cap, chunk, batch_tokens
-    self._context, self._memory_bytes = mesh.shape["context"], memory_bytes
-    self._piece = self._whole(prefill_chunk * self._context)
+    self._context = mesh.shape["context"]
+    self._prefill_chunk = math.inf if self._context > 1 else prefill_chunk
+    self._memory_bytes = memory_bytes
     self._compiled: dict[tuple, tuple[jax.stages.Compiled, int]] = {}
     self._rows_sharding = named_sharding(mesh, ("batch", None))
-    self._rows_parts = math.prod(mesh.shape[axis] for axis in self._rows_sharding.spec[0])
+    self._parts = math.prod(mesh.shape[axis] for axis in self._rows_sharding.spec[0])
     self.compile_seconds = 0.0
     self.largest_program = 0  # bytes on a device, of those used since it was last set to 0
 
@@ -67,7 +69,7 @@ class Scorer:
       OutOfMemory: a device cannot hold what it takes.
     """
     length = rows.shape[1] - 1
-    score = self._losses if length <= self._piece else self._losses_in_pieces
+    score = self._losses if length <= self._prefill_chunk else self._losses_in_pieces
     with memory_errors():
       for keep, index in self._batches(length, len(rows)):
         yield score(rows[index])[:keep]
@@ -82,7 +84,7 @@ class Scorer:
     Raises:
       OutOfMemory: a device cannot hold what it takes.
     """
-    score = self._at_positions if rows.shape[1] <= self._piece else self._at_positions_in_pieces
+    score = self._at_positions if rows.shape[1] <= self._prefill_chunk else self._at_positions_in_pieces
     with memory_errors():
       for keep, index in self._batches(rows.shape[1], len(rows), batch_size):
         losses, predictions = score(rows[index], positions[index])
@@ -91,9 +93,8 @@ class Scorer:
   def _batches(self, length: int, count: int, size: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """Row indices of batches of one size, the last filled up with its last row, and how many of each count."""
     if size is None:
-      most = max(1, self._batch_tokens * self._context // length)
-      size = self._rows_parts * min(most, math.ceil(count / self._rows_parts))
-    size = math.ceil(size / self._rows_parts) * self._rows_parts
+      size = self._parts * min(max(1, self._batch_tokens * self._context // length), math.ceil(count / self._parts))
+    size = math.ceil(size / self._parts) * self._parts
     for start in range(0, count, size):
       yield min(size, count - start), np.minimum(np.arange(start, start + size), count - 1)
 
@@ -102,10 +103,9 @@ class Scorer:
   def _losses(self, rows: np.ndarray) -> np.ndarray:
 
     def losses(model, tokens):
-      return self._token_losses(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
+      return self._token_losses(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], parts("sequence"))
 
-    length = rows.shape[1] - 1
-    return np.asarray(self._call(losses, self._place(_filled(rows, self._whole(length) + 1))))[:, :length]
+    return np.asarray(self._call(losses, self._place(self._fill_up(rows, targets=1))))[:, : rows.shape[1] - 1]
 
   def _at_positions(self, rows: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
@@ -113,8 +113,12 @@ class Scorer:
       hidden = jnp.take_along_axis(model.hidden(tokens), positions[:, :, None] - 1, axis=1)
       return self._token_scores(model, hidden, jnp.take_along_axis(tokens, positions, axis=1))
 
-    rows = _filled(rows, self._whole(rows.shape[1]))
-    return tuple(map(np.asarray, self._call(at_positions, self._place(rows), self._place(positions))))
+    return tuple(map(np.asarray, self._call(at_positions, self._place(self._fill_up(rows)), self._place(positions))))
+
+  def _fill_up(self, rows: np.ndarray, targets: int = 0) -> np.ndarray:
+    """Rows padded on the right so that all but the last `targets` tokens divide over the context axis; the model is causal."""
+    padding = -(rows.shape[1] - targets) % (2 * self._context) if self._context > 1 else 0
+    return np.pad(rows, ((0, 0), (0, padding)))
 
   # --- Piece by piece, the state carried over -------------------------------------------------------------------------
 
@@ -127,8 +131,10 @@ class Scorer:
     length = rows.shape[1] - 1
     cache, losses = self._cache(len(rows), length), []
     for start, width in self._pieces(length):
-      piece = self._place(_filled(rows[:, start:start + width + 1], width + 1))
-      cache, found = self._call(piece_losses, cache, piece, donate=True)
+      piece = np.zeros((len(rows), width + 1), np.int32)
+      part = rows[:, start:start + width + 1]
+      piece[:, :part.shape[1]] = part
+      cache, found = self._call(piece_losses, cache, self._place(piece), donate=True)
       losses.append(found)
     return np.concatenate(list(map(np.asarray, losses)), axis=1)[:, :length]
 
@@ -149,16 +155,18 @@ class Scorer:
     found = jnp.zeros((*positions.shape, self._config.width), self._config.activation_dtype)
     carry = self._cache(len(rows), length), jax.device_put(found, named_sharding(self._mesh, ("batch", None, None)))
     for start, width in self._pieces(length):
-      piece = self._place(_filled(rows[:, start:start + width], width))
-      carry = self._call(piece_hidden, carry, piece, at, donate=True)
+      piece = np.zeros((len(rows), width), np.int32)
+      part = rows[:, start:start + width]
+      piece[:, :part.shape[1]] = part
+      carry = self._call(piece_hidden, carry, self._place(piece), at, donate=True)
     targets = self._place(np.take_along_axis(rows, positions, axis=1))
     return tuple(map(np.asarray, self._call(scores, carry[1], targets, donate=True)[1]))
 
   def _pieces(self, length: int) -> Iterator[tuple[int, int]]:
     """Start and width of each piece: whole ones, and a rest whose width is the next power of two."""
-    for start in range(0, length, self._piece):
-      rest = min(self._piece, length - start)
-      yield start, min(self._piece, self._whole(max(_SMALLEST_PIECE, 1 << (rest - 1).bit_length())))
+    for start in range(0, length, self._prefill_chunk):
+      rest = min(self._prefill_chunk, length - start)
+      yield start, min(self._prefill_chunk, max(_SMALLEST_PIECE, 1 << (rest - 1).bit_length()))
 
   def _cache(self, rows: int, length: int) -> Cache:
     """An empty cache for rows of this length, padding included, in one of eight sizes an octave."""
@@ -171,19 +179,14 @@ class Scorer:
 
   # --- Programs -------------------------------------------------------------------------------------------------------
 
-  def _token_losses(self, model: Any, hidden: jax.Array, targets: jax.Array, whole: bool = True) -> jax.Array:
-    """Losses of all positions of rows, or of some."""
+  def _token_losses(self, model: Any, hidden: jax.Array, targets: jax.Array, pieces: int = 1) -> jax.Array:
+    """Losses (B, T) of hidden (B, T, C); `pieces` is how many the time axis is split into over the mesh."""
     return token_losses(hidden, model.head.kernel[...], model.head.bias[...], targets, cap=self._cap, chunk=self._chunk,
-                        parts=parts("sequence") if whole else 1)
+                        parts=pieces)
 
   def _token_scores(self, model: Any, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     predictions = token_predictions(hidden, model.head.kernel[...], model.head.bias[...], cap=self._cap, chunk=self._chunk)
-    return self._token_losses(model, hidden, targets, whole=False), predictions
-
-  def _whole(self, length: int) -> int:
-    """The next length that divides over the devices that rows are split over; the model is causal, so padding changes nothing."""
-    unit = 2 * self._context if self._context > 1 else 1
-    return -(-length // unit) * unit
+    return self._token_losses(model, hidden, targets), predictions
 
   def _sharding(self, stacked: bool) -> NamedSharding:
     """Of arrays (repetition, B, ...) or (B, ...): rows over the mesh."""
@@ -230,8 +233,3 @@ class Scorer:
     """What a call takes on a device besides its arguments."""
     sizes = compiled.memory_analysis()
     return sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-
-
-def _filled(rows: np.ndarray, width: int) -> np.ndarray:
-  """Rows padded on the right."""
-  return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))

@@ -16,6 +16,8 @@ from atma_jax.models.memory import Memory
 from atma_jax.models.parallel import polar_attention, softmax_attention
 from atma_jax.ops import rotary_embedding
 from atma_jax.ops.cached_attention import cached_polar_attention, cached_softmax_attention
+from atma_jax.ops.distractors import polar_distractor_loss, softmax_distractor_loss
+from atma_jax.ops.polar_attention.formula import positional_logits
 
 ROPE_SCALE = 0.12
 
@@ -51,6 +53,14 @@ class PolarCore(nnx.Module):
                                                   scales=past.scales, reach=reach)
     return direction, self.mu_proj(magnitude), k
 
+  def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Mean softmax mass that random keys (R, K, D) take from the null."""
+    del values
+    T, D = trace["q"].shape[1], self.config.head_dim
+    temperature, null = positional_logits(self.null_base[...], self.null_slope[...], self.len_gain[...], queries=T, keys=T,
+                                          window=self.config.window)
+    return polar_distractor_loss(trace["q"], keys, temperature / math.sqrt(D), null)
+
   def _parameters(self) -> dict[str, Any]:
     return {"v_null": self.v_null[...], "null_base": self.null_base[...], "null_slope": self.null_slope[...],
             "len_gain": self.len_gain[...], "mag_beta": self.mag_beta[...], "window": self.config.window}
@@ -81,6 +91,11 @@ class SoftmaxCore(nnx.Module):
     heads = cached_softmax_attention(q, k, v, past.keys, past.values, span.lengths, scale=scale,
                                      window=self.config.window, scales=past.scales, reach=reach)
     return heads, None, k
+
+  def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Mean squared change of the heads when random keys and values (R, K, D), which have no position, are added."""
+    q, k, scale = self._positioned(trace["q"], trace["k"], jnp.arange(trace["q"].shape[1]))
+    return softmax_distractor_loss(q, k, trace["v"], keys, values, scale=scale, window=self.config.window)
 
   def _positioned(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, float]:
     """Queries and keys, rotated to their positions for rope, and the scale of their products."""
@@ -167,6 +182,11 @@ class GlobalMixer(nnx.Module):
     if span is None:
       return out, past
     return out, GlobalPast(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(v, 1, 2), *histories, state)
+
+  def distractor_loss(self, trace: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
+    """The core's loss for keys and values of random inputs (R, C), normed as keys are, without canon convolutions."""
+    shape = (inputs.shape[0], self.config.num_kv_heads, self.config.head_dim)
+    return self.core.distractor_loss(trace, layers.head_norm(self.k(inputs).reshape(shape)), self.v(inputs).reshape(shape))
 
 
 def _canon(z: jax.Array, conv: layers.DepthwiseFilter, history: jax.Array | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import http.client
 import json
 import os
@@ -20,11 +19,13 @@ import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import jax
 import numpy as np
 import openai
 import pytest
 
-from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.config import UserError
+from atma_jax.data.tokenizers import END_OF_TEXT, ByteTokenizer
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.openai_protocol import Limits
 from atma_jax.inference.sampling import Sampling
@@ -170,7 +171,7 @@ def test_log_probabilities(serving, engine):
   prompt = list(range(40, 90))
   free = client.completions.create(model="lively", prompt=prompt, logprobs=0, temperature=0, max_tokens=20,
                                    extra_body={"ignore_end": True}).choices[0]
-  drawn = [int(t[9:]) if t.startswith("token_id:") else ord(t) for t in free.logprobs.tokens]
+  drawn = [256 if t == END_OF_TEXT else int(t[9:]) if t.startswith("token_id:") else ord(t) for t in free.logprobs.tokens]
   scored = client.completions.create(model="lively", prompt=prompt + drawn, logprobs=1, echo=True, max_tokens=0).choices[0]
   assert scored.logprobs.token_logprobs[0] is None and scored.logprobs.top_logprobs[0] is None
   assert len(scored.logprobs.tokens) == 70 and scored.finish_reason == "length"
@@ -364,10 +365,11 @@ def soak(serving: Serving, cases: list, count: int, concurrency: int, seed: int)
 def test_soak(serving, alone):
   """Requests in any company get what they get alone, each once; those left half way free their rows; nothing compiles."""
   count = int(os.environ.get("ATMA_SOAK_REQUESTS", "200"))
-  programs = compilations()
+  programs, arrays = compilations(), len(jax.live_arrays())
   ends = soak(serving, alone, count, concurrency=48, seed=0)
   assert sum(ends.values()) == count and ends["left"] > count / 10
   assert serving.idle() and compilations() == programs
+  assert len(jax.live_arrays()) < arrays + 2 * len(jax.tree.leaves(serving.server.engine._rows))  # a kept prefix, a stride
   assert serving.metric('atma_sequences{state="decoding"}') == serving.metric("atma_outstanding") == 0
 
 
@@ -385,9 +387,10 @@ def start(checkpoint: pathlib.Path, *flags: str) -> tuple[subprocess.Popen, int]
 
 def test_sigterm_drains(checkpoint):
   """What runs is finished, what comes is refused with 503, and the exit code is 0."""
-  process, port = start(checkpoint, "--capacity=1024", "--chunk=16", "--rows=1", "--noprompt_logprobs", "--prefixes=0")
+  process, port = start(checkpoint, "--capacity=256", "--chunk=16", "--rows=1", "--stride=1", "--noprompt_logprobs",
+                        "--prefixes=0")
   client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-  events = client.completions.create(model="lively", prompt="a", max_tokens=1000, stream=True, seed=1,
+  events = client.completions.create(model="lively", prompt="a", max_tokens=250, stream=True, seed=1, n=8,
                                      extra_body={"ignore_end": True})
   next(iter(events))
   process.send_signal(signal.SIGTERM)
@@ -398,24 +401,11 @@ def test_sigterm_drains(checkpoint):
     except openai.InternalServerError as error:
       refused = error
   assert refused.status_code == 503 and refused.code == "draining"
-  assert [event.choices[0].finish_reason for event in events][-1] == "length"
+  assert sum(event.choices[0].finish_reason == "length" for event in events) == 8
   assert process.wait(timeout=30) == 0
   assert "Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-  ([], ["--checkpoint"]), (["--checkpoint=/nowhere"], ["/nowhere"]), (["--checkpoint=x", "--grace_s=-1"], ["grace_s=-1"]),
-  (["--checkpoint=x", "--cache_dtype=int4"], ["int8", "bfloat16"]),
-  (["--checkpoint=x", "--tensor=3"], ["--tensor=3", "1 device"])])
-def test_bad_flags(arguments, words):
-  result = subprocess.run([sys.executable, "-m", "atma_jax.serve", "--port=0", *arguments], stdin=subprocess.DEVNULL,
-                          cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-  last = result.stderr.splitlines()[-1]
-  assert result.returncode == 2 and last.startswith("error:") and "Traceback" not in result.stderr
-  assert [word for word in words if word not in last] == []
-
-
 def test_illegal_limits():
-  with pytest.raises(Exception, match="queue=-1: must be"):
+  with pytest.raises(UserError, match="queue=-1: must be"):
     Limits(queue=-1)
-  assert {field.name for field in dataclasses.fields(Limits)} == {"queue", "request_timeout_s", "body_mib", "grace_s"}
