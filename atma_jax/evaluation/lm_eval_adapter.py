@@ -51,7 +51,7 @@ class AtmaLM(TemplateLM):
     fsdp, tensor: devices along these axes of the mesh; the others take rows.
     keep_window: keep the attention window of training; else every token is seen.
     tokenizer: not read here: tasks that make their own text to a length (RULER) take the name of a tokenizer from it.
-    device, max_batch_size: passed by the harness; must be left alone.
+    device, max_batch_size: passed by the harness, which has PyTorch in mind; jax takes the devices that it sees.
   """
 
   def __init__(self, checkpoint: str | None = None, step: int | None = None, batch_size: int | str = 1,
@@ -65,8 +65,7 @@ class AtmaLM(TemplateLM):
       raise UserError(unknown_name("--model_args field", name, legal))
     if not checkpoint:
       raise UserError("--model_args: checkpoint=DIR is required")
-    if device is not None or max_batch_size is not None:
-      raise UserError("--device, --max_batch_size: not used here; jax takes all devices it sees (JAX_PLATFORMS chooses the kind)")
+    del device, max_batch_size, tokenizer
     self._batch_size = _batch_size(batch_size)
     for name, value in (("max_length", max_length), ("max_gen_toks", max_gen_toks), ("batch_tokens", batch_tokens),
                         ("chunk", chunk), ("prefill_chunk", prefill_chunk), ("fsdp", fsdp), ("tensor", tensor)):

@@ -53,7 +53,7 @@ class Options:
   seed: int = _option(0, "Of needles and fine-tuning.")
   batch_tokens: int = _option(8192, "Tokens in a device's batch.")
   chunk: int = _option(512, "Time steps whose logits exist at once.")
-  prefill_chunk: int = _option(65_536, "Most tokens of a row in one pass; longer rows are read piece by piece.")
+  prefill_chunk: int = _option(65_536, "Most tokens of a row in one pass; longer rows are read in pieces of up to 16384.")
   memory_gib: float | None = _option(None, "Most that a program may take on a device; default is what is free.")
   context: int = _option(1, "Devices over which a sequence is split; a divisor of all.")
   keep_window: bool = _option(False, "Keep the attention window of training; else every key is seen.")

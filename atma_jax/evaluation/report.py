@@ -27,6 +27,8 @@ _NEEDLE = {"needle_accuracy": "digits right", "needle_exact": "all five right", 
 _GRID = {"retrieval_accuracy": "token accuracy", "retrieval_exact": "all five right"}
 _KEY = ("layer", "head")  # fields that tell records of one measure and length apart, besides these settings
 _SETTINGS = ("task", "haystack", "depth")
+_NEEDED = {"checkpoint": str, "step": int, "name": str, "suite": str, "settings": dict, "measure": str, "length": int, "n": int,
+           "config": dict, "hardware": str, "jax": str, "training_length": int}
 _WORST = 12  # heads listed
 
 
@@ -57,6 +59,10 @@ def write_report(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
       raise UserError(f"--report: cannot read {path}: {error.strerror or error}") from error
     if not found:
       raise UserError(f"--report: {path} holds no results")
+    for record in found:
+      wrong = [name for name, kind in _NEEDED.items() if not isinstance(record.get(name), kind)]
+      if wrong or not isinstance(record.get("value", ""), int | float | None):
+        raise UserError(f"--report: {path}: a record of {record.get('measure')!r} has no legal {(wrong or ['value'])[0]}")
     records += found
   try:
     target.write_text(render(records), encoding="utf-8")

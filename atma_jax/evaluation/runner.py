@@ -111,10 +111,10 @@ def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: d
         measured = [dataclasses.asdict(m) | {"status": "ok"} for m in cell.run(bar.update)]
       except OutOfMemory as error:
         logging.warning("%s: out of memory: %s", cell.label, error)
-        gc.collect()  # what the cell held
         measured = [{**dict(zip(("measure", "length", "layer", "head"), where)), "value": None, "n": 0,
                      "status": "out_of_memory", "reason": str(error)} for where in cell.expected]
         bar.update(cell.tokens - (bar.n - done))
+      gc.collect()  # what a failed cell held
       seconds = max(time.perf_counter() - started - (scorer.compile_seconds - compiled), 1e-9)
       rate = {"tokens_per_second": round(cell.tokens / seconds, 1)} if measured[0]["status"] == "ok" else {}
       results.append([{**identity, **m, **extra, "seconds": round(seconds, 3), **rate,
@@ -136,6 +136,7 @@ def table(records: Sequence[dict[str, Any]], training_length: int) -> str:
                          "absent_accuracy", "retrieval_accuracy", "retrieval_exact", "babilong_exact")
              if any(r["measure"] == m for r in records)]
   values: dict[tuple[str, int], list[float | None]] = {}
+  failed = {(r["measure"], r["length"]) for r in records if r.get("status", "ok") == "out_of_memory"}
   for record in records:
     values.setdefault((record["measure"], record["length"]), []).append(record["value"])
   lines = ["  ".join(["  length", "     x", *(f"{c:>18}" for c in columns)])]
@@ -143,7 +144,7 @@ def table(records: Sequence[dict[str, Any]], training_length: int) -> str:
     cells = []
     for column in columns:
       found = values.get((column, length), [])
-      missing = "no memory" if found else ""
+      missing = "no memory" if (column, length) in failed else "not finite" if found else ""
       cells.append(missing if not found or None in found else f"{sum(found) / len(found):.4f}")
     lines.append("  ".join([f"{length:>8}", f"{length / training_length:>6g}", *(f"{c:>18}" for c in cells)]))
   return "\n".join(lines)
