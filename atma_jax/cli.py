@@ -9,7 +9,7 @@ Exit codes: 0 done, 2 bad input (one line, no traceback), 75 pre-empted after sa
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import importlib.machinery
 import importlib.util
@@ -41,6 +41,11 @@ class ConfigFlag:
       parser = _FieldParser(hint)
       self._fields[name] = flags.DEFINE(parser, name, None, f"Overrides the recipe; {value!r} without one.",
                                         serializer=flags.ArgumentSerializer())
+
+  @property
+  def given(self) -> bool:
+    """Whether there is a recipe."""
+    return self._recipe.value is not None
 
   @property
   def value(self) -> Config:
@@ -88,7 +93,7 @@ def run(main: Callable[[], int | None]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: options start with -- (see --help)")
       code = main() or 0
     except UserError as error:
-      _bad_input(error)
+      bad_input(error)
     sys.exit(code)
 
   app.run(guarded, flags_parser=_parse)
@@ -108,9 +113,9 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    _bad_input(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error)
+    bad_input(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error)
   except flags.Error as error:
-    _bad_input(error)
+    bad_input(error)
 
 
 def _unknown_field(name: str) -> str:
@@ -126,7 +131,8 @@ def _unknown_field(name: str) -> str:
   return f"--{path}: a group of options; legal: " + ", ".join(f"--{leaf}" for leaf, _, _ in _leaves(owner, path))
 
 
-def _bad_input(error: Exception | str) -> typing.NoReturn:
+def bad_input(error: Exception | str) -> typing.NoReturn:
+  """Says what is wrong in one line and ends with exit code 2."""
   print("error:", " ".join(str(error).split()), file=sys.stderr)
   sys.exit(EXIT_BAD_INPUT)
 
@@ -176,3 +182,23 @@ def _parse_as(text: str, hint: Any) -> Any:
       raise ValueError(text)
     return text.lower() == "true"
   return hint(text)
+
+
+def parse_field(field: str, text: str) -> Any:
+  """The value of ``config.FIELD`` written as `text`, as its flag would take it."""
+  name = f"config.{field}"
+  hints = {leaf: hint for leaf, hint, _ in _leaves(Config(), "config")}
+  if name not in hints:
+    raise UserError(_unknown_field(name))
+  try:
+    return _FieldParser(hints[name]).parse(text)
+  except ValueError as error:
+    raise UserError(f"--{name}={text}: {error}") from error
+
+
+def whole_numbers(flag: str, texts: Sequence[str]) -> tuple[int, ...]:
+  """The values of a list flag of whole numbers."""
+  try:
+    return tuple(int(text) for text in texts)
+  except ValueError as error:
+    raise UserError(f"--{flag}={','.join(texts)}: must be whole numbers such as 1,2,4,8") from error

@@ -8,6 +8,7 @@ position-dependent checksum of every array: a truncated or altered step is repor
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 import os
 import pathlib
 import re
@@ -22,12 +23,20 @@ import orbax.checkpoint as ocp
 from atma_jax.config import Config, UserError
 from atma_jax.data.tokenizers import Tokenizer, tokenizer_from_dict
 from atma_jax.models import Atma
+from atma_jax.pytorch import is_published, read_published
 from atma_jax.sharding import make_mesh
-from atma_jax.training.state import ModelDefinition
+from atma_jax.training.state import ModelDefinition, Params, params_of
 
 FOLDER = "checkpoints"
 SCHEMA = 1
 _HOW_IT_IS_COMPUTED = ("remat", "scan", "implementation")  # fields of the model that a resumed run may change
+
+
+@dataclasses.dataclass
+class Weights:
+  """A state of which only parameters are known."""
+
+  params: Params
 
 
 class Checkpointer:
@@ -88,20 +97,28 @@ class Checkpointer:
     self._manager.close()
 
 
-def load_model(directory: str | os.PathLike, step: int | None = None,
-               mesh: Mesh | None = None) -> tuple[Config, Atma, Tokenizer, int]:
-  """Configuration, model, tokenizer and step number from a workdir (or its ``checkpoints``) alone.
+def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None, *,
+               ema: bool = False) -> tuple[Config, Atma, Tokenizer, int]:
+  """Configuration, model, tokenizer and step number from a workdir (or its ``checkpoints``) or a published checkpoint alone.
 
-  Only parameters are read. `step` None is the newest good one; `mesh` None is every device along ``data``.
+  Only parameters are read, or, with `ema`, their exponential moving average. `step` None is the newest good one; `mesh` None
+  is every device along ``data``. A published checkpoint (see `atma_jax.pytorch`) counts as step 0.
 
   Raises:
-    UserError: no such directory or step, or no good step.
+    UserError: no such directory or step, no good step, no average in it, or a malformed published checkpoint.
   """
   folder = pathlib.Path(directory).absolute()
   folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
   if not folder.is_dir():
     raise UserError(f"--checkpoint={directory}: no such directory")
   mesh = make_mesh() if mesh is None else mesh
+  if is_published(folder):
+    if step:
+      raise UserError(f"--step={step}: {directory} is a published checkpoint, which has one step, 0")
+    if ema:
+      raise UserError(f"--ema: {directory} is a published checkpoint, which holds no average")
+    config, model, tokenizer = read_published(folder)
+    return config, place(model, mesh), tokenizer, 0
   manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, read_only=True))
   steps = sorted(manager.all_steps(), reverse=True)
   if not steps:
@@ -113,14 +130,37 @@ def load_model(directory: str | os.PathLike, step: int | None = None,
     meta = _read_meta(manager, step)
     config = Config.from_dict(meta["config"])
     definition = ModelDefinition(config.model)
-    target = {"params": definition.abstract_params(mesh)}
+    if ema and config.train.ema_decay is None:
+      raise UserError(f"--ema: step {step} of {folder} holds no average; it was trained with config.train.ema_decay=None")
+    weights = "ema" if ema else "params"
+    target = {weights: definition.abstract_params(mesh)}
     restored = manager.restore(step, args=ocp.args.Composite(state=_restore_args(target, partial_restore=True)))
     _verify(restored.state, meta["checksums"])
-    return config, definition.merge(restored.state["params"]), tokenizer_from_dict(meta["tokenizer"])
+    return config, definition.merge(restored.state[weights]), tokenizer_from_dict(meta["tokenizer"])
 
   chosen, (config, model, tokenizer) = _first_good(folder, steps if step is None else [step], load)
   manager.close()
   return config, model, tokenizer, chosen
+
+
+def save_model(workdir: str | os.PathLike, config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> None:
+  """Writes a step of parameters alone, as `load_model` reads it; a run cannot be resumed from it.
+
+  Raises:
+    UserError: there are checkpoints already, or the directory cannot be written.
+  """
+  if (pathlib.Path(workdir) / FOLDER).exists():
+    raise UserError(f"--output={workdir}: holds checkpoints already; name another directory")
+  checkpointer = Checkpointer(workdir, keep=1)
+  checkpointer.save(step, Weights(params_of(model)), config=config, tokenizer=tokenizer, data_state={})
+  checkpointer.close()
+
+
+def place(model: Atma, mesh: Mesh) -> Atma:
+  """The model on the devices of a mesh, as a restored one is."""
+  definition = ModelDefinition(model.config)
+  shardings = {name: leaf.sharding for name, leaf in definition.abstract_params(mesh).items()}
+  return definition.merge(jax.device_put(params_of(model), shardings))
 
 
 def checksums(tree: Any) -> dict[str, int]:
