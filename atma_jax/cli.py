@@ -3,7 +3,7 @@
 ``--config=FILE`` names a recipe, whose ``get_config()`` returns a `Config`; every field of `Config` is a flag of its
 own (``--config.model.attention=nope``) that overrides the recipe.
 
-Exit codes: 0 done, 2 bad input (one line, no traceback), 75 pre-empted after saving.
+Exit codes: 0 done, 1 something outside failed, 2 bad input (both one line, no traceback), 75 pre-empted after saving.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from atma_jax.config import Config, UserError, unknown_name
+from atma_jax.config import Config, RunError, UserError, unknown_name
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
 
@@ -80,7 +81,10 @@ def load_recipe(path: str) -> Config:
 
 
 def run(main: Callable[[], int | None]) -> None:
-  """Parses flags, calls `main` and exits with its code; bad flags and `UserError` become one line and exit code 2."""
+  """Parses flags, calls `main` and exits with its code.
+
+  Bad flags and `UserError` become one line and exit code 2, `RunError` one line and exit code 1.
+  """
 
   def guarded(argv: list[str]) -> None:
     try:
@@ -88,7 +92,9 @@ def run(main: Callable[[], int | None]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: options start with -- (see --help)")
       code = main() or 0
     except UserError as error:
-      _bad_input(error)
+      _end(error, EXIT_BAD_INPUT)
+    except RunError as error:
+      _end(error, EXIT_FAILED)
     sys.exit(code)
 
   app.run(guarded, flags_parser=_parse)
@@ -108,9 +114,9 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    _bad_input(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error)
+    _end(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error, EXIT_BAD_INPUT)
   except flags.Error as error:
-    _bad_input(error)
+    _end(error, EXIT_BAD_INPUT)
 
 
 def _unknown_field(name: str) -> str:
@@ -126,9 +132,9 @@ def _unknown_field(name: str) -> str:
   return f"--{path}: a group of options; legal: " + ", ".join(f"--{leaf}" for leaf, _, _ in _leaves(owner, path))
 
 
-def _bad_input(error: Exception | str) -> typing.NoReturn:
+def _end(error: Exception | str, code: int) -> typing.NoReturn:
   print("error:", " ".join(str(error).split()), file=sys.stderr)
-  sys.exit(EXIT_BAD_INPUT)
+  sys.exit(code)
 
 
 def _leaves(owner: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

@@ -17,8 +17,8 @@ import time
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from atma_jax.config import Config, UserError
 from atma_jax.ops import token_losses
