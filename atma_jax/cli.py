@@ -9,7 +9,7 @@ Exit codes: 0 done, 1 something outside failed, 2 bad input (both one line, no t
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import importlib.machinery
 import importlib.util
@@ -42,6 +42,11 @@ class ConfigFlag:
       parser = _FieldParser(hint)
       self._fields[name] = flags.DEFINE(parser, name, None, f"Overrides the recipe; {value!r} without one.",
                                         serializer=flags.ArgumentSerializer())
+
+  @property
+  def given(self) -> bool:
+    """Whether there is a recipe."""
+    return self._recipe.value is not None
 
   @property
   def value(self) -> Config:
@@ -92,7 +97,7 @@ def run(main: Callable[[], int | None]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: options start with -- (see --help)")
       code = main() or 0
     except UserError as error:
-      _end(error, EXIT_BAD_INPUT)
+      bad_input(error)
     except RunError as error:
       _end(error, EXIT_FAILED)
     sys.exit(code)
@@ -114,9 +119,9 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    _end(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error, EXIT_BAD_INPUT)
+    bad_input(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error)
   except flags.Error as error:
-    _end(error, EXIT_BAD_INPUT)
+    bad_input(error)
 
 
 def _unknown_field(name: str) -> str:
@@ -130,6 +135,11 @@ def _unknown_field(name: str) -> str:
       return unknown_name(f"--{name}: {path} field", part, legal)
     owner, path = getattr(owner, part), f"{path}.{part}"
   return f"--{path}: a group of options; legal: " + ", ".join(f"--{leaf}" for leaf, _, _ in _leaves(owner, path))
+
+
+def bad_input(error: Exception | str) -> typing.NoReturn:
+  """Says what is wrong in one line and ends with exit code 2."""
+  _end(error, EXIT_BAD_INPUT)
 
 
 def _end(error: Exception | str, code: int) -> typing.NoReturn:
@@ -182,3 +192,23 @@ def _parse_as(text: str, hint: Any) -> Any:
       raise ValueError(text)
     return text.lower() == "true"
   return hint(text)
+
+
+def parse_field(field: str, text: str) -> Any:
+  """The value of ``config.FIELD`` written as `text`, as its flag would take it."""
+  name = f"config.{field}"
+  hints = {leaf: hint for leaf, hint, _ in _leaves(Config(), "config")}
+  if name not in hints:
+    raise UserError(_unknown_field(name))
+  try:
+    return _FieldParser(hints[name]).parse(text)
+  except ValueError as error:
+    raise UserError(f"--{name}={text}: {error}") from error
+
+
+def whole_numbers(flag: str, texts: Sequence[str]) -> tuple[int, ...]:
+  """The values of a list flag of whole numbers."""
+  try:
+    return tuple(int(text) for text in texts)
+  except ValueError as error:
+    raise UserError(f"--{flag}={','.join(texts)}: must be whole numbers such as 1,2,4,8") from error

@@ -26,6 +26,7 @@ _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEF
            tuple: flags.DEFINE_multi_string}
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
+_EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; empty starts a document.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A prompt a line.")
 _SAMPLING = {field.name: _DEFINE[type(field.default)](field.name, field.default, field.metadata["help"])
@@ -50,7 +51,7 @@ def main() -> None:
       raise UserError(f"--prompts_file={_PROMPTS_FILE.value}: {error}") from error
     if not prompts:
       raise UserError(f"--prompts_file={_PROMPTS_FILE.value}: holds no line; a prompt a line is needed")
-  _, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value)
+  _, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value)
   longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
   engine = Engine(model, tokenizer, rows=min(_ROWS.value, len(prompts)), chunk=_CHUNK.value,
                   capacity=1 << (longest + sampling.max_tokens).bit_length(), stride=_STRIDE.value,

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "atma_jax"
 
-MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generate", "prepare_data", "serve", "train")
+MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generate", "lm_eval", "prepare_data", "serve", "train")
 LAYERS = {
   "__init__": 0,
   "config": 0,
@@ -21,14 +21,14 @@ LAYERS = {
   "sharding": 1,
   "data": 2,
   "models": 2,
-  "inference": 3,
   "pytorch": 3,
-  "training": 3,
-  "evaluation": 4,
-  "ablation": 5,
-  "benchmarks": 5,
-  "cli": 6,
-  **dict.fromkeys(MAINS, 7),
+  "inference": 4,
+  "training": 4,
+  "evaluation": 5,
+  "ablation": 6,
+  "benchmarks": 6,
+  "cli": 7,
+  **dict.fromkeys(MAINS, 8),
 }
 STANDARD_LIBRARY_ONLY = ("__init__", "config")
 OPS_THIRD_PARTY = {"jax", "jaxlib", "numpy"}

@@ -23,6 +23,7 @@ from atma_jax.config import ModelConfig, UserError
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_KNOWN_VOCABULARIES = {"gpt2": (50_257, 50_256)}  # size and end-of-text
 _SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
 
 
@@ -131,10 +132,10 @@ class HuggingFaceTokenizer(Tokenizer):
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    ids = [self._tokenizer.token_to_id(token) for token in _END_OF_TEXT_NAMES]
-    self.eot_id = next((i for i in ids if i is not None), None)
-    if self.eot_id is None:
+    self.end_of_text = next((t for t in _END_OF_TEXT_NAMES if self._tokenizer.token_to_id(t) is not None), None)
+    if self.end_of_text is None:
       raise UserError(f"{name} has no end-of-text token: one of {', '.join(_END_OF_TEXT_NAMES)} is needed")
+    self.eot_id = self._tokenizer.token_to_id(self.end_of_text)
 
   def encode(self, text: str) -> np.ndarray:
     return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -144,6 +145,36 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def to_bytes(self) -> bytes:
     return self._text.encode()
+
+
+class NamedTokenizer(Tokenizer):
+  """One that a published checkpoint only names: its vocabulary is somewhere else, so it can neither encode nor decode."""
+
+  kind = "named"
+
+  def __init__(self, name: str):
+    self.name = name
+    self.vocab_size, self._eot_id = _KNOWN_VOCABULARIES.get(name, (0, None))
+
+  @property
+  def eot_id(self) -> int:
+    """Of a name that is known here."""
+    if self._eot_id is None:
+      raise self._error()
+    return self._eot_id
+
+  def encode(self, text: str) -> np.ndarray:
+    raise self._error()
+
+  def decode(self, ids: Sequence[int]) -> str:
+    raise self._error()
+
+  def to_bytes(self) -> bytes:
+    return self.name.encode()
+
+  def _error(self) -> UserError:
+    return UserError(f"the checkpoint only names its tokenizer, {self.name!r}, and holds no vocabulary: convert it with "
+                     "python -m atma_jax.convert --tokenizer=FILE, a full tokenizer.json of that name")
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -180,7 +211,10 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 def tokenizer_from_dict(values: dict[str, Any], name: str = "stored tokenizer") -> Tokenizer:
   """Inverse of `Tokenizer.to_dict`."""
-  content = base64.b64decode(values["base64"])
+  try:
+    content = base64.b64decode(values["base64"])
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f"{name}: no tokenizer: base64 is missing or malformed") from error
   match values["kind"]:
     case ByteTokenizer.kind:
       return ByteTokenizer()
@@ -188,7 +222,10 @@ def tokenizer_from_dict(values: dict[str, Any], name: str = "stored tokenizer") 
       return SentencePieceTokenizer(content, name)
     case HuggingFaceTokenizer.kind:
       return HuggingFaceTokenizer(content.decode(), name)
-  raise UserError(f"{name}: tokenizer kind {values['kind']!r} does not exist; legal: bytes, huggingface, sentencepiece")
+    case NamedTokenizer.kind:
+      return NamedTokenizer(content.decode())
+  raise UserError(f"{name}: tokenizer kind {values['kind']!r} does not exist; legal: bytes, huggingface, named, "
+                  "sentencepiece")
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:

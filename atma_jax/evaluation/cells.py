@@ -7,9 +7,13 @@ import dataclasses
 import hashlib
 from typing import Any
 
+from flax import nnx
+from jax.sharding import Mesh
 import numpy as np
 
+from atma_jax.config import Config
 from atma_jax.data.tokenizers import Tokenizer
+from atma_jax.evaluation.options import BabilongOptions
 from atma_jax.evaluation.records import Measurement
 from atma_jax.evaluation.scoring import Scorer
 
@@ -43,6 +47,11 @@ class Inputs:
     documents: held-out documents, each (n,) int32 without end-of-text, the longest first.
     stream: the validation stream, (n,) int32.
     lengths: in tokens, ascending.
+    config, model: of the checkpoint, for suites that do more than score rows.
+    mesh: the devices that `model` lies on.
+    depths: of needles in a haystack, from 0 to 1.
+    bpb_span: tokens whose bits per byte are measured; 0 chooses.
+    babilong: None unless that suite runs.
   """
 
   scorer: Scorer
@@ -54,6 +63,12 @@ class Inputs:
   seed: int
   min_documents: int
   stream_windows: int
+  config: Config | None = None
+  model: nnx.Module | None = None
+  mesh: Mesh | None = None
+  depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+  bpb_span: int = 0
+  babilong: BabilongOptions | None = None
 
 
 def fingerprint(tokens: np.ndarray) -> str:

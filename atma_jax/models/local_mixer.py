@@ -19,11 +19,14 @@ class LocalMixer(nnx.Module):
     self.conv = layers.DepthwiseFilter(config, config.conv_taps, width, rngs=rngs)
     self.out_proj = layers.Linear(config, width, width, ("mlp", "embed"), output=True, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> jax.Array:
+    del trace  # nothing inside is of interest beyond the block's own arrays
     return self.extend(x, LocalPast(), None)[0]
 
-  def extend(self, x: jax.Array, past: LocalPast, span: Span | None) -> tuple[jax.Array, LocalPast]:
-    """The output for tokens that follow `past`, and the update of the past."""
+  def extend(self, x: jax.Array, past: LocalPast, span: Span | None,
+             reach: int | None = None) -> tuple[jax.Array, LocalPast]:
+    """The output for tokens that follow `past`, and the update of the past; it has no slots for `reach` to limit."""
+    del reach
     b, c, h = self.in_proj.split(x, 3)
-    y, history = convolve(b * h, self.conv.weight[...], past.history, span)
+    y, history = convolve(b * h, self.conv.weight[...], past.history, span, "mlp")
     return self.out_proj(c * y), LocalPast(history)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,12 @@ import jax.numpy as jnp
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import Span, counted
-from atma_jax.ops import gated_delta
+from atma_jax.models.parallel import gated_delta
+from atma_jax.ops.gated_delta.step import gated_delta_step
+
+
+class RetentionCap(nnx.Variable):
+  """Largest log-decay of each head (H,), 0 for no cap. A module has one only where one was set; it is no parameter."""
 
 
 class Memory(nnx.Module):
@@ -27,20 +34,44 @@ class Memory(nnx.Module):
     self.out_proj = layers.Linear(config, inner, config.width, ("heads", "embed"), output=True, rngs=rngs)
 
   def __call__(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array | None = None,
-               span: Span | None = None) -> tuple[jax.Array, jax.Array]:
-    """x (B, T, C); q (B, T, H, D); k, v (B, T, K, D); state (B, H, D, D) -> (B, T, C) and the state after."""
+               span: Span | None = None, trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
+    """x (B, T, C); q (B, T, H, D); k, v (B, T, K, D); state (B, H, D, D) -> (B, T, C) and the state after.
+
+    A `trace` receives ``log_gamma`` and ``beta`` (B, T, H), the ``readout`` before its norm (B, T, H, D) and ``memory``, the
+    state after the last token (B, H, D, D).
+    """
     config, wide = self.config, jnp.promote_types(jnp.float32, x.dtype)
     group = config.num_heads // config.num_kv_heads
     q, k = layers.unit_length(q), layers.unit_length(k)
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    log_gamma = jax.nn.log_sigmoid(self.gamma(x).astype(wide) + config.memory.gamma_bias)
+    log_gamma = self.log_gamma(self.gamma(x))
     beta = jax.nn.sigmoid(self.beta(x).astype(wide) + config.memory.beta_bias)
-    implementation = config.implementation
     if span is not None:
       real = counted(x.shape[:2], span)[..., None]
       log_gamma, beta = jnp.where(real, log_gamma, 0), jnp.where(real, beta, 0)  # padding leaves the state alone
-      implementation = "reference" if x.shape[1] == 1 else implementation  # a single step has no chunk to build
-    readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
-                                 implementation=implementation)
+    if span is not None and x.shape[1] == 1:
+      readout, state = gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state)
+    else:
+      readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
+                                   implementation=config.implementation)
+    if trace is not None:
+      trace |= {"log_gamma": log_gamma, "beta": beta, "readout": readout, "memory": state}
     readout = layers.head_norm(readout).reshape(*x.shape[:2], -1)
     return self.out_proj(readout * jax.nn.sigmoid(self.gate(x))), state
+
+  def log_gamma(self, gate: jax.Array) -> jax.Array:
+    """Log-decay of the decay gate's output (..., H), in float32 or wider.
+
+    As published, ``gamma = sigmoid(z)`` with ``z = gate + gamma_bias``. With `max_half_life` h, ``gamma = 2^(-1/h) sigmoid(z)``:
+    decay rates add, so that half-lives combine as ``1/t = 1/t_published + 1/h`` and none exceeds h. It is smooth and
+    monotone in z, its log has the gradient of the published form everywhere, and for t_published << h (34 tokens at the
+    start) it is the published form; near the bound z no longer matters, so nothing drives it on. Ours: the paper bounds
+    nothing in training. An inference-time cap (`models.retention`) bounds it from above on top of that.
+    """
+    memory, wide = self.config.memory, jnp.promote_types(jnp.float32, gate.dtype)
+    log_gamma = jax.nn.log_sigmoid(gate.astype(wide) + memory.gamma_bias)
+    if memory.max_half_life is not None:
+      log_gamma = log_gamma - math.log(2) / memory.max_half_life
+    if hasattr(self, "cap"):
+      log_gamma = jnp.minimum(log_gamma, self.cap[...])
+    return log_gamma

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
-from atma_jax.models.cache import GlobalPast, LocalPast, Span
+from atma_jax.models.cache import Past, Span
 from atma_jax.models.global_mixer import GlobalMixer
 from atma_jax.models.local_mixer import LocalMixer
+from atma_jax.models.raven import RavenMixer
 from atma_jax.sharding import constrain
 
-MIXERS = {"local": LocalMixer, "global": GlobalMixer}
+MIXERS = {"local": LocalMixer, "global": GlobalMixer, "raven": RavenMixer}
+
+Trace = dict[str, jax.Array]
+"""Arrays of one block by name: ``input`` and ``output`` (B, T, C) of the block, ``mixer_input`` (its normed input, B, T, C) and,
+of a global mixer, what `GlobalMixer.extend` and `Memory` put there."""
+
+Tap = Callable[["Block", Trace, jax.Array], Any]
+"""``tap(block, trace, layer) -> pytree``: called in every block of a forward pass, `layer` being its 0-based index (int32).
+
+Results must have one structure for all blocks of the same kind. Only what a tap reads is computed; without one, nothing is.
+"""
 
 
 class MLP(nnx.Module):
@@ -37,13 +51,16 @@ class Block(nnx.Module):
     self.norm2 = layers.RMSNorm(config, rngs=rngs)
     self.mlp = MLP(config, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self._finish(x + self.mixer(self.norm1(x)))
+  def __call__(self, x: jax.Array, trace: Trace | None = None) -> jax.Array:
+    normed = self.norm1(x)
+    output = self._finish(x + self.mixer(normed, trace))
+    if trace is not None:
+      trace |= {"input": x, "mixer_input": normed, "output": output}
+    return output
 
-  def extend(self, x: jax.Array, past: LocalPast | GlobalPast,
-             span: Span) -> tuple[jax.Array, LocalPast | GlobalPast]:
+  def extend(self, x: jax.Array, past: Past, span: Span, reach: int | None) -> tuple[jax.Array, Past]:
     """The output for tokens that follow `past`, and the update of the past."""
-    y, update = self.mixer.extend(self.norm1(x), past, span)
+    y, update = self.mixer.extend(self.norm1(x), past, span, reach)
     return self._finish(x + y), update
 
   def _finish(self, x: jax.Array) -> jax.Array:
@@ -57,16 +74,20 @@ class Group(nnx.Module):
   def __init__(self, config: ModelConfig, pattern: tuple[str, ...], *, rngs: nnx.Rngs):
     self.blocks = nnx.List([Block(config, kind, rngs=rngs) for kind in pattern])
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    for block in self.blocks:
-      x = block(x)
-    return x
+  def __call__(self, x: jax.Array, tap: Tap | None = None, first: jax.Array | int = 0) -> tuple[jax.Array, list[Any]]:
+    """The output and, with a tap, its result for each block; `first` is the index of the group's first layer."""
+    results = []
+    for index, block in enumerate(self.blocks):
+      trace = None if tap is None else {}
+      x = block(x, trace)
+      if tap is not None:
+        results.append(tap(block, trace, first + index))
+    return x, results
 
-  def extend(self, x: jax.Array, pasts: list[LocalPast | GlobalPast],
-             span: Span) -> tuple[jax.Array, list[LocalPast | GlobalPast]]:
+  def extend(self, x: jax.Array, pasts: list[Past], span: Span, reach: int | None) -> tuple[jax.Array, list[Past]]:
     """The output for tokens that follow `pasts`, one a block, and the updates of the pasts."""
     updates = []
     for block, past in zip(self.blocks, pasts, strict=True):
-      x, update = block.extend(x, past, span)
+      x, update = block.extend(x, past, span, reach)
       updates.append(update)
     return x, updates

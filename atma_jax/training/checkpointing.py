@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -29,14 +30,22 @@ from atma_jax import distributed
 from atma_jax.config import Config, RunError, UserError
 from atma_jax.data.tokenizers import Tokenizer, tokenizer_from_dict
 from atma_jax.models import Atma
+from atma_jax.pytorch import is_published, read_published
 from atma_jax.sharding import make_mesh
-from atma_jax.training.state import ModelDefinition
+from atma_jax.training.state import ModelDefinition, Params, params_of
 
 FOLDER = "checkpoints"
 SCHEMA = 1
 WRITE_SECONDS = 1200  # a step not written by all processes within this time has failed
 FINAL_PAUSES = (0, 2, 5)  # seconds before each attempt to write the last step
 _HOW_IT_IS_COMPUTED = ("remat", "scan", "implementation")  # fields of the model that a resumed run may change
+
+
+@dataclasses.dataclass
+class Weights:
+  """A state of which only parameters are known."""
+
+  params: Params
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -179,20 +188,28 @@ class Checkpointer:
       self._manager.close()
 
 
-def load_model(directory: str | os.PathLike, step: int | None = None,
-               mesh: Mesh | None = None) -> tuple[Config, Atma, Tokenizer, int]:
-  """Configuration, model, tokenizer and step number from a workdir (or its ``checkpoints``) alone.
+def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None, *,
+               ema: bool = False) -> tuple[Config, Atma, Tokenizer, int]:
+  """Configuration, model, tokenizer and step number from a workdir (or its ``checkpoints``) or a published checkpoint alone.
 
-  Only parameters are read. `step` None is the newest good one; `mesh` None is every device along ``data``.
+  Only parameters are read, or, with `ema`, their exponential moving average. `step` None is the newest good one; `mesh` None
+  is every device along ``data``. A published checkpoint (see `atma_jax.pytorch`) counts as step 0.
 
   Raises:
-    UserError: no such directory or step, or no good step.
+    UserError: no such directory or step, no good step, no average in it, or a malformed published checkpoint.
   """
   folder = absolute(directory)
   folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
   if not folder.is_dir():
     raise UserError(f"--checkpoint={directory}: no such directory")
   mesh = make_mesh() if mesh is None else mesh
+  if not is_remote(folder) and is_published(folder):
+    if step:
+      raise UserError(f"--step={step}: {directory} is a published checkpoint, which has one step, 0")
+    if ema:
+      raise UserError(f"--ema: {directory} is a published checkpoint, which holds no average")
+    config, model, tokenizer = read_published(folder)
+    return config, place(model, mesh), tokenizer, 0
   manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, read_only=True))
   steps = sorted(manager.all_steps(), reverse=True)
   manager.close()
@@ -201,15 +218,40 @@ def load_model(directory: str | os.PathLike, step: int | None = None,
   if step is not None and step not in steps:
     raise UserError(f"--step={step}: not in {folder}; legal: {', '.join(map(str, reversed(steps)))}")
 
+  weights = "ema" if ema else "params"
+
   def load(folder: epath.Path) -> tuple[dict[str, Any], tuple[Config, ModelDefinition, Tokenizer], dict[str, int]]:
     meta = _read_json(folder / "meta")
     config = Config.from_dict(meta["config"])
     definition = ModelDefinition(config.model)
-    tree = _read_arrays(folder, {"params": definition.abstract_params(mesh)}, partial_restore=True)
+    if ema and config.train.ema_decay is None:
+      raise UserError(f"--ema: step {folder.name} of {folder.parent} holds no average; it was trained with "
+                      "config.train.ema_decay=None")
+    tree = _read_arrays(folder, {weights: definition.abstract_params(mesh)}, partial_restore=True)
     return tree, (config, definition, tokenizer_from_dict(meta["tokenizer"])), meta["checksums"]
 
   chosen, (tree, (config, definition, tokenizer), _) = _first_good(folder, steps if step is None else [step], load)
-  return config, definition.merge(tree["params"]), tokenizer, chosen
+  return config, definition.merge(tree[weights]), tokenizer, chosen
+
+
+def save_model(workdir: str | os.PathLike, config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> None:
+  """Writes a step of parameters alone, as `load_model` reads it; a run cannot be resumed from it.
+
+  Raises:
+    UserError: there are checkpoints already, or the directory cannot be written.
+  """
+  if (absolute(workdir) / FOLDER).exists():
+    raise UserError(f"--output={workdir}: holds checkpoints already; name another directory")
+  checkpointer = Checkpointer(workdir, keep=1)
+  checkpointer.save_last(step, Weights(params_of(model)), config=config, tokenizer=tokenizer, data_state={})
+  checkpointer.close()
+
+
+def place(model: Atma, mesh: Mesh) -> Atma:
+  """The model on the devices of a mesh, as a restored one is."""
+  definition = ModelDefinition(model.config)
+  shardings = {name: leaf.sharding for name, leaf in definition.abstract_params(mesh).items()}
+  return definition.merge(jax.device_put(params_of(model), shardings))
 
 
 def checksums(tree: Any) -> dict[str, int]:

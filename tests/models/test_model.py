@@ -53,7 +53,7 @@ def test_causal_by_gradient(attention, window):
 
   def output_at(x, t):
     groups, stacked = nnx.split(model.groups)
-    y, _ = jax.lax.scan(lambda x, p: (nnx.merge(groups, p)(x), None), x, stacked)
+    y, _ = jax.lax.scan(lambda x, p: nnx.merge(groups, p)(x), x, stacked)
     return jnp.sum(y[:, t] ** 2)
 
   gradient = jax.grad(output_at)(embedded, 12)
@@ -79,6 +79,28 @@ def test_rematerialisation_and_inlining_change_nothing(remat, scan):
 
   for a, b in zip(gradients(TINY), gradients(tiny(remat=remat, scan=scan)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "block")])
+def test_tap_sees_every_layer_in_order_and_changes_nothing(scan, remat):
+  """6 layers: one scanned group of four and a tail of two."""
+  model = Atma(tiny(num_layers=6, scan=scan, remat=remat), rngs=nnx.Rngs(0))
+
+  def tap(block, trace, layer):
+    norm = jnp.sum(jnp.square(trace["output"]))
+    return {"layer": layer, "output": norm} | ({"gamma": jnp.max(trace["log_gamma"])} if "log_gamma" in trace else {})
+
+  def total(model, tapped):
+    hidden, results = model.tapped(TOKENS, tap) if tapped else (model.hidden(TOKENS), [])
+    return jnp.sum(hidden**2), (hidden, results)
+
+  compute = nnx.jit(nnx.grad(total, has_aux=True), static_argnums=1)
+  (gradient, (hidden, results)), (plain_gradient, (plain, _)) = compute(model, True), compute(model, False)
+  np.testing.assert_allclose(hidden, plain, rtol=1e-5, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, plain_gradient)
+  assert [int(r["layer"]) for r in results] == list(range(6))
+  assert [("gamma" in r) for r in results] == [False, False, True, False, False, False]
+  assert all(float(r["output"]) > 0 for r in results)
 
 
 def dead_after_two_steps(init: str) -> set[str]:

@@ -1,0 +1,52 @@
+"""Converts checkpoints: published PyTorch format, safetensors for transformers, and ours, each into the others.
+
+    python -m atma_jax.convert --input=PUBLISHED --output=WORKDIR [--tokenizer=tokenizer.json]
+    python -m atma_jax.convert --input=WORKDIR --output=DIR --format=pytorch|safetensors [--step=N]
+
+The input is recognised by its files. Weights keep their bits. PyTorch is not needed.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+from absl import flags, logging
+
+from atma_jax import cli
+from atma_jax.config import UserError
+from atma_jax.pytorch import FORMATS, is_published, read_published, write_published
+from atma_jax.training.checkpointing import load_model, save_model
+
+_INPUT = flags.DEFINE_string("input", None, "A published checkpoint (weights.pt or *.safetensors), or a training workdir.")
+_OUTPUT = flags.DEFINE_string("output", None, "A new directory.")
+_FORMAT = flags.DEFINE_enum("format", None, ("atma", *FORMATS), "Default: atma for a published input, pytorch for ours.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json or SentencePiece .model; default is the input's own.")
+_STEP = flags.DEFINE_integer("step", None, "Step of a training workdir; default is the newest good one.")
+
+
+def main() -> None:
+  for flag in (_INPUT, _OUTPUT):
+    if not flag.value:
+      raise UserError(f"--{flag.name}=DIR is required")
+  if not pathlib.Path(_INPUT.value).is_dir():
+    raise UserError(f"--input={_INPUT.value}: no such directory")
+  started = time.perf_counter()
+  if is_published(_INPUT.value):
+    if _STEP.value:
+      raise UserError(f"--step={_STEP.value}: a published checkpoint has one step, 0")
+    (config, model, tokenizer), step = read_published(_INPUT.value, _TOKENIZER.value), 0
+  else:
+    if _TOKENIZER.value is not None:
+      raise UserError("--tokenizer: a training workdir holds the tokenizer it was trained with; leave it out")
+    config, model, tokenizer, step = load_model(_INPUT.value, _STEP.value)
+  kind = _FORMAT.value or ("atma" if is_published(_INPUT.value) else "pytorch")
+  if kind == "atma":
+    save_model(_OUTPUT.value, config, model, tokenizer, step)
+  else:
+    write_published(_OUTPUT.value, kind, config, model, tokenizer, step)
+  logging.info("%s: written as %s in %.1f s", _OUTPUT.value, kind, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,86 @@
+"""What `transformers` needs besides weights to describe a model: fields, a configuration class, a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from atma_jax.config import Config
+from atma_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from atma_jax.models import Atma
+from atma_jax.pytorch.layout import to_state_dict
+
+_CONFIGURATION = '''"""Configuration of an Atma model, for AutoConfig.from_pretrained(..., trust_remote_code=True)."""
+
+from transformers import PretrainedConfig
+
+
+class AtmaConfig(PretrainedConfig):
+  """Holds the fields of config.json."""
+
+  model_type = "atma"
+'''
+
+_CARD = """---
+library_name: atma_jax
+pipeline_tag: text-generation
+tags:
+- atma
+- polar-attention
+- gated-delta
+---
+
+# {name}
+
+A decoder of [Polar Attention](https://arxiv.org/abs/2606.25156): {kind}, {millions:.2f}M parameters, trained at {length} tokens
+(step {step}).
+
+| | |
+|---|---|
+{rows}
+
+`config.json` is the configuration of the published PyTorch code with the fields that `transformers` describes a model by;
+tensors have the names of that code. There is no modelling code for `transformers` here. To use it:
+
+    python -m atma_jax.generate --checkpoint=THIS_DIRECTORY --prompt="..."
+    python -m atma_jax.evaluate --checkpoint=THIS_DIRECTORY --data=PREPARED_DATA --output=RESULTS
+
+`AutoConfig.from_pretrained(THIS_DIRECTORY, trust_remote_code=True)` describes it; the code it trusts is `configuration_atma.py`.
+"""
+
+
+def describe(folder: pathlib.Path, config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
+  """Writes the configuration class, the tokenizer's configuration and the model card; returns further fields of config.json."""
+  (folder / "configuration_atma.py").write_text(_CONFIGURATION)
+  if isinstance(tokenizer, HuggingFaceTokenizer):
+    end = tokenizer.end_of_text
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+      {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "clean_up_tokenization_spaces": False,
+       "model_max_length": config.data.sequence_length}, indent=1))
+  (folder / "README.md").write_text(_card(config, model, tokenizer, step))
+  m = config.model
+  fields = {"architectures": ["AtmaForCausalLM"], "model_type": "atma",
+            "auto_map": {"AutoConfig": "configuration_atma.AtmaConfig"}, "num_attention_heads": m.num_heads,
+            "num_key_value_heads": m.num_kv_heads, "intermediate_size": m.mlp_width}
+  if 0 < tokenizer.vocab_size <= m.vocab_size:
+    fields |= {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+  return fields
+
+
+def _card(config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> str:
+  m = config.model
+  core = {"polar": "polar attention", "nope": "softmax attention without positions", "rope": "softmax attention with rotary "
+          "positions"}[m.attention]
+  kind = core + (" and gated-delta memory" if m.memory.enabled else "")
+  shapes, _ = to_state_dict(model)
+  parameters = sum(math.prod(shape) for _, shape, _ in shapes)
+  rows = {"layers": m.num_layers, "width": m.width, "heads (keys and values)": f"{m.num_heads} ({m.num_kv_heads})",
+          "head size": m.head_dim, "vocabulary": m.vocab_size, "tokenizer": tokenizer.kind,
+          "window": "none" if m.window is None else m.window,
+          "weights": ", ".join(sorted({np.dtype(dtype).name for _, _, dtype in shapes}))}
+  return _CARD.format(name=config.name, kind=kind, millions=parameters / 1e6, length=config.data.sequence_length, step=step,
+                      rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()))

@@ -1,0 +1,123 @@
+"""Checkpoint directories in the published format: tensors, ``config.json`` and ``tokenizer.json``.
+
+Tensors are in ``weights.pt`` or, as `transformers` has them, in ``*.safetensors``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+
+from atma_jax.config import Config, DataConfig, UserError
+from atma_jax.data.tokenizers import HuggingFaceTokenizer, NamedTokenizer, Tokenizer, load_tokenizer
+from atma_jax.models import Atma
+from atma_jax.pytorch.archive import Tensors, open_safetensors, open_state_dict, write_safetensors, write_state_dict
+from atma_jax.pytorch.description import describe
+from atma_jax.pytorch.layout import from_published, from_state_dict, model_config, read_config, to_published, to_state_dict
+
+FORMATS = {"pytorch": "weights.pt", "safetensors": "model.safetensors"}  # the file of weights of each
+
+
+def is_published(directory: str | os.PathLike) -> bool:
+  """Whether a directory is a published checkpoint rather than one of ours."""
+  folder = pathlib.Path(directory)
+  return (folder / FORMATS["pytorch"]).is_file() or any(folder.glob("*.safetensors"))
+
+
+def load_pytorch(directory: str | os.PathLike) -> Atma:
+  """The model of a published checkpoint directory, its weights in the dtype they are stored in.
+
+  Raises:
+    UserError: a file is missing or malformed, or a tensor is missing, unexpected or of the wrong shape (named).
+  """
+  tensors = _open_tensors(pathlib.Path(directory))
+  return from_state_dict(tensors, model_config(pathlib.Path(directory) / "config.json", tensors), str(directory))
+
+
+def read_published(directory: str | os.PathLike, tokenizer: str | None = None) -> tuple[Config, Atma, Tokenizer]:
+  """Configuration, model and tokenizer of a published checkpoint directory.
+
+  Args:
+    directory: the checkpoint.
+    tokenizer: as `load_tokenizer` takes it; None is the directory's own, which may only be named there.
+
+  Raises:
+    UserError: as `load_pytorch`, or the tokenizer is malformed.
+  """
+  folder = pathlib.Path(directory)
+  if tokenizer not in (None, "bytes") and not pathlib.Path(tokenizer).is_file():
+    raise UserError(f"--tokenizer={tokenizer}: no such file; legal: a tokenizer.json, a SentencePiece .model, or bytes")
+  tensors = _open_tensors(folder)
+  fields = read_config(folder / "config.json")
+  model = from_published(fields, tensors, folder / "config.json")
+  text = _read_tokenizer(folder) if tokenizer is None else load_tokenizer(tokenizer)
+  length = fields.get("max_position_embeddings")
+  data = DataConfig() if length is None else DataConfig(sequence_length=length)
+  config = Config(name=folder.absolute().name, model=model, data=data)
+  try:
+    config.validate()
+  except UserError as error:
+    raise UserError(f"{folder / 'config.json'}: max_position_embeddings: {error}") from error
+  return config, from_state_dict(tensors, model, str(directory)), text
+
+
+def write_published(directory: str | os.PathLike, kind: str, config: Config, model: Atma, tokenizer: Tokenizer,
+                    step: int) -> None:
+  """Writes a directory, new or empty, in one of `FORMATS`; it appears as a whole or not at all.
+
+  Kind "safetensors" is for `transformers`: it adds a model card and what ``AutoConfig`` needs to describe the model.
+
+  Raises:
+    UserError: there is something in the directory already, or it cannot be written.
+  """
+  target = pathlib.Path(directory).absolute()
+  partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise UserError(f"--output={directory}: there is something already; name a new or empty directory")
+  write = {"pytorch": write_state_dict, "safetensors": write_safetensors}[kind]
+  try:
+    partial.mkdir(parents=True)
+    fields = to_published(config)
+    if kind == "safetensors":
+      fields |= describe(partial, config, model, tokenizer, step)
+    (partial / "config.json").write_text(json.dumps(fields, indent=1))
+    _write_tokenizer(partial, kind, tokenizer)
+    write(partial / FORMATS[kind], *to_state_dict(model))
+    os.replace(partial, target)
+  except OSError as error:
+    raise UserError(f"--output={directory}: cannot write: {error.strerror or error}") from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_tensors(folder: pathlib.Path) -> Tensors:
+  weights, others = folder / FORMATS["pytorch"], sorted(folder.glob("*.safetensors"))
+  return open_safetensors(others) if others and not weights.is_file() else open_state_dict(weights)
+
+
+def _read_tokenizer(folder: pathlib.Path) -> Tokenizer:
+  path = folder / "tokenizer.json"
+  if (folder / "tokenizer.model").is_file():
+    return load_tokenizer(str(folder / "tokenizer.model"))
+  try:
+    values = json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise UserError(f"{path}: no such file; give --tokenizer=FILE, the one the model was trained with") from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"{path} is not valid JSON: {error}") from error
+  if isinstance(values, dict) and isinstance(values.get("tokenizer_name"), str):
+    return NamedTokenizer(values["tokenizer_name"])
+  return load_tokenizer(str(path))
+
+
+def _write_tokenizer(folder: pathlib.Path, kind: str, tokenizer: Tokenizer) -> None:
+  if isinstance(tokenizer, NamedTokenizer):
+    (folder / "tokenizer.json").write_text(json.dumps({"tokenizer_name": tokenizer.name}))
+  elif isinstance(tokenizer, HuggingFaceTokenizer):
+    (folder / "tokenizer.json").write_bytes(tokenizer.to_bytes())
+  elif kind == "safetensors" and tokenizer.kind == "sentencepiece":
+    (folder / "tokenizer.model").write_bytes(tokenizer.to_bytes())
+  else:
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()))
