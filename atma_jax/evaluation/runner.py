@@ -13,6 +13,7 @@ from absl import logging
 import jax
 import tqdm
 
+from atma_jax import distributed
 from atma_jax.config import UserError, unknown_name
 from atma_jax.data.pipeline import heldout_documents, validation_stream
 from atma_jax.evaluation import plots
@@ -65,7 +66,8 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
   inputs = Inputs(scorer, tokenizer, [document[1:] for document in heldout_documents(directory)], validation_stream(directory),
                   lengths, options.trials, options.seed, options.min_documents, options.stream_windows, config, model, mesh,
                   tuple(depth / 100 for depth in options.depths), options.bpb_span, babilong)
-  results = ResultsFile(pathlib.Path(output) / "results.jsonl")
+  with distributed.agreed():
+    results = ResultsFile(pathlib.Path(output) / "results.jsonl")
   common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
   if options.ema:
     common["ema"] = True
@@ -79,8 +81,9 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
     built = SUITES[suite](dataclasses.replace(inputs, trials=options.retrieval_trials) if suite == "retrieval" else inputs)
     cells += [(suite, cell) for cell in built]
   records = run_cells(cells, results, common, extra, scorer)
-  print(table(records, length))
-  _plot(records, pathlib.Path(output), f"{config.name}, step {step}", length)
+  if jax.process_index() == 0:
+    print(table(records, length))
+    _plot(records, pathlib.Path(output), f"{config.name}, step {step}", length)
   return records
 
 
@@ -95,13 +98,15 @@ def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: d
               scorer: Scorer) -> list[dict[str, Any]]:
   """The records of all cells, those found in the file and those measured now, each cell appended as soon as it is done."""
   records = []
-  with tqdm.tqdm(total=sum(cell.tokens for _, cell in cells), unit="tok", unit_scale=True, mininterval=1) as bar:
+  with tqdm.tqdm(total=sum(cell.tokens for _, cell in cells), unit="tok", unit_scale=True, mininterval=1,
+                 disable=jax.process_index() > 0) as bar:
     for suite, cell in cells:
       identity = {**common, "suite": suite, "settings": cell.settings}
       found = [results.find(identity, measure, length) for measure, length in cell.expected]
       bar.set_description(cell.label)
-      if all(record is not None and _is_final(record, extra) for record in found):
-        records += found
+      known = all(record is not None and _is_final(record, extra) for record in found)
+      if distributed.from_first(str(known)) == "True":  # only process 0 knows the file
+        records += filter(None, found)
         bar.update(cell.tokens)
         continue
       started, compiled, done = time.perf_counter(), scorer.compile_seconds, bar.n
