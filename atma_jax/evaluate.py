@@ -65,6 +65,8 @@ def main() -> None:
     raise UserError("--output=DIR is required")
   if not _CHECKPOINT.value and not _REPORT.value:
     raise UserError("--checkpoint=DIR is required")
+  if _COMPARE.value and not _REPORT.value:
+    raise UserError(f"--compare={','.join(_COMPARE.value)}: is for --report")
   options = Options(**{name: _value(*defined) for name, defined in _OPTIONS.items()})
   babilong = BabilongOptions(**{name: _value(*defined) for name, defined in _BABILONG.items()})
   _DISTRIBUTED.initialize()
