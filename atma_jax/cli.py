@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from atma_jax.config import Config, UserError, unknown_name
+from atma_jax.config import Config, RetentionCap, UserError, unknown_name
 
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
@@ -60,6 +60,35 @@ class ConfigFlag:
 def define_config_flag(default: str | None = None) -> ConfigFlag:
   """Defines ``--config`` and ``--config.FIELD`` for a main."""
   return ConfigFlag(default)
+
+
+class RetentionFlag:
+  """``--retention_cap`` and ``--retention_heads``: a bound on the half-lives of the memory; `value` is None without one."""
+
+  def __init__(self):
+    self._tokens = flags.DEFINE_float("retention_cap", None, "Half-life in tokens that the memory is held to; default is none.")
+    self._heads = flags.DEFINE_string("retention_heads", "all", "Heads held to it: all, worst, or LAYER:HEAD such as 6:3,10:1.")
+
+  @property
+  def value(self) -> RetentionCap | None:
+    if self._tokens.value is None and self._heads.present:
+      raise UserError(f"--retention_heads={self._heads.value}: says which heads --retention_cap=TOKENS holds; it is missing")
+    return None if self._tokens.value is None else RetentionCap(self._tokens.value, self._heads.value)
+
+  def sweep(self, texts: list[str]) -> tuple[RetentionCap | None, ...]:
+    """Caps written ``none,256,1024``, of the same heads."""
+    if self._tokens.value is not None:
+      raise UserError("--retention_cap and --retention_cap_sweep: only one of them can be given")
+    try:
+      return tuple(None if text == "none" else RetentionCap(float(text), self._heads.value) for text in texts)
+    except ValueError as error:
+      raise UserError(f"--retention_cap_sweep={','.join(texts)}: must be half-lives in tokens or none, such as "
+                      "none,256,1024") from error
+
+
+def define_retention_flags() -> RetentionFlag:
+  """Defines ``--retention_cap`` and ``--retention_heads`` for a main."""
+  return RetentionFlag()
 
 
 def load_recipe(path: str) -> Config:

@@ -31,6 +31,31 @@ class UserError(Exception):
   """Bad input, told in one line that names the flag, field or file and what is legal. Mains exit with code 2."""
 
 
+@dataclasses.dataclass(frozen=True)
+class RetentionCap:
+  """A bound of `tokens` on the half-lives of `heads` at inference (`models.retention`); no part of a model's configuration.
+
+  `heads` is "all", "worst" (the head with the longest zero-input half-life) or ``LAYER:HEAD,...``, counted from 0.
+  """
+
+  tokens: float
+  heads: str = "all"
+
+  def __post_init__(self):
+    if not 0 < self.tokens < math.inf:
+      raise UserError(f"--retention_cap={self.tokens}: must be a half-life in tokens, greater than 0")
+    self.pairs()
+
+  def pairs(self) -> tuple[tuple[int, int], ...] | None:
+    """The (layer, head) pairs of a list of heads, or None where `heads` is a word."""
+    if self.heads in ("all", "worst"):
+      return None
+    try:
+      return tuple((int(layer), int(head)) for layer, head in (part.split(":") for part in self.heads.split(",")))
+    except ValueError as error:
+      raise UserError(f"--retention_heads={self.heads}: must be all, worst or LAYER:HEAD pairs such as 6:3,10:1") from error
+
+
 @dataclasses.dataclass(unsafe_hash=True)  # modules keep it as a static attribute
 class MemoryConfig:
   """Gated-delta memory."""

@@ -11,10 +11,10 @@ from absl import flags
 
 from atma_jax import cli
 from atma_jax.config import UserError
-from atma_jax.evaluation.runner import Options, evaluate
+from atma_jax.evaluation.runner import SUITES, Options, evaluate
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
-_SUITE = flags.DEFINE_list("suite", ["loss", "needle"], "Suites to run: loss, needle.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
+_SUITE = flags.DEFINE_list("suite", ["loss", "needle"], f"Suites to run: {', '.join(SUITES)}.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where results.jsonl and the plots go.")
 _MULTIPLES = flags.DEFINE_list("multiples", ["1", "2", "4", "8"], "Context lengths, in multiples of the training length.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
@@ -23,6 +23,8 @@ _TRIALS = flags.DEFINE_integer("trials", 24, "Needles a distance.", lower_bound=
 _SEED = flags.DEFINE_integer("seed", 0, "Of the needles.", lower_bound=0)
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens in a device's batch.", lower_bound=1)
 _MIN_DOCUMENTS = flags.DEFINE_integer("min_documents", 4, "Fewest documents as long as the longest length.", lower_bound=1)
+_RETENTION = cli.define_retention_flags()
+_SWEEP = flags.DEFINE_list("retention_cap_sweep", None, "Caps to compare, each by itself: none,256,1024.")
 
 
 def main() -> None:
@@ -34,6 +36,7 @@ def main() -> None:
   except ValueError as error:
     raise UserError(f"--multiples={','.join(_MULTIPLES.value)}: must be whole numbers such as 1,2,4,8") from error
   options = Options(suites=tuple(_SUITE.value), multiples=multiples, step=_STEP.value, data=_DATA.value, trials=_TRIALS.value,
+                    retention_caps=(_RETENTION.value,) if _SWEEP.value is None else _RETENTION.sweep(_SWEEP.value),
                     seed=_SEED.value, batch_tokens=_BATCH_TOKENS.value, min_documents=_MIN_DOCUMENTS.value)
   evaluate(_CHECKPOINT.value, _OUTPUT.value, options)
 

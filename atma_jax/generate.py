@@ -20,11 +20,12 @@ from atma_jax import cli
 from atma_jax.config import DTYPES, UserError
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
+from atma_jax.models.retention import with_retention_cap
 from atma_jax.training.checkpointing import load_model
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean,
            tuple: flags.DEFINE_multi_string}
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; empty starts a document.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A prompt a line.")
@@ -33,6 +34,7 @@ _SAMPLING = {field.name: _DEFINE[type(field.default)](field.name, field.default,
 _ROWS = flags.DEFINE_integer("rows", 8, "Prompts of a file decoded at once.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
 _STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at the text.", lower_bound=1)
+_RETENTION = cli.define_retention_flags()
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, DTYPES, "Of keys and values; default is the model's.")
 
 
@@ -51,6 +53,7 @@ def main() -> None:
     if not prompts:
       raise UserError(f"--prompts_file={_PROMPTS_FILE.value}: holds no line; a prompt a line is needed")
   _, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value)
+  model = with_retention_cap(model, _RETENTION.value)
   longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
   engine = Engine(model, tokenizer, rows=min(_ROWS.value, len(prompts)), chunk=_CHUNK.value,
                   capacity=1 << (longest + sampling.max_tokens).bit_length(), stride=_STRIDE.value,

@@ -7,8 +7,11 @@ import dataclasses
 import hashlib
 from typing import Any
 
+from flax import nnx
+from jax.sharding import Mesh
 import numpy as np
 
+from atma_jax.config import Config
 from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.evaluation.records import Measurement
 from atma_jax.evaluation.scoring import Scorer
@@ -22,14 +25,14 @@ class Cell:
 
   Attributes:
     label: for the progress bar.
-    expected: the (measure, length) of everything that `run` measures.
+    expected: the (measure, length), or (measure, length, layer, head), of everything that `run` measures.
     settings: what the numbers depend on besides the checkpoint; JSON-ready. Equal settings mean equal cells.
     tokens: processed by `run`.
     run: computes the cell.
   """
 
   label: str
-  expected: tuple[tuple[str, int], ...]
+  expected: tuple[tuple[Any, ...], ...]
   settings: dict[str, Any]
   tokens: int
   run: Callable[[Progress], list[Measurement]]
@@ -43,6 +46,8 @@ class Inputs:
     documents: held-out documents, each (n,) int32 without end-of-text, the longest first.
     stream: the validation stream, (n,) int32.
     lengths: in tokens, ascending.
+    config, model: of the checkpoint, for suites that do more than score rows.
+    mesh: the devices that `model` lies on.
   """
 
   scorer: Scorer
@@ -54,6 +59,9 @@ class Inputs:
   seed: int
   min_documents: int
   stream_windows: int
+  config: Config | None = None
+  model: nnx.Module | None = None
+  mesh: Mesh | None = None
 
 
 def fingerprint(tokens: np.ndarray) -> str:

@@ -12,18 +12,23 @@ from absl import logging
 import jax
 import tqdm
 
-from atma_jax.config import UserError, unknown_name
+from atma_jax.config import RetentionCap, UserError, unknown_name
 from atma_jax.data.pipeline import heldout_documents, validation_stream
 from atma_jax.evaluation import plots
 from atma_jax.evaluation.cells import Cell, Inputs
+from atma_jax.evaluation.diagnostics import diagnostics_cells, diagnostics_table
 from atma_jax.evaluation.losses import loss_cells
 from atma_jax.evaluation.needle import needle_cells
 from atma_jax.evaluation.records import ResultsFile
+from atma_jax.evaluation.retention import retention_cells, retention_table
 from atma_jax.evaluation.scoring import Scorer
+from atma_jax.models.retention import capped_heads, with_retention_cap
 from atma_jax.sharding import make_mesh
 from atma_jax.training.checkpointing import load_model
 
-SUITES = {"loss": loss_cells, "needle": needle_cells}
+SUITES = {"loss": loss_cells, "needle": needle_cells, "retention": retention_cells, "diagnostics": diagnostics_cells}
+
+COLUMNS = ("document_loss", "stream_loss", "needle_accuracy", "needle_exact", "needle_loss", "absent_accuracy")  # of tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Options:
   chunk: int = 512
   min_documents: int = 4
   stream_windows: int = 8
+  retention_caps: tuple[RetentionCap | None, ...] = (None,)  # each evaluated by itself; None leaves the memory as it is
 
 
 def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, Any]]:
@@ -65,16 +71,26 @@ def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, A
   length = config.data.sequence_length
   inputs = Inputs(scorer, tokenizer, [document[1:] for document in heldout_documents(directory)],
                   validation_stream(directory), tuple(sorted({m * length for m in options.multiples})), options.trials,
-                  options.seed, options.min_documents, options.stream_windows)
+                  options.seed, options.min_documents, options.stream_windows, config, model, mesh)
   results = ResultsFile(pathlib.Path(output) / "results.jsonl")
   common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
   extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__,
            "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
-  cells = [(suite, cell) for suite in options.suites for cell in SUITES[suite](inputs)]
-  records = _run(cells, results, common, extra, scorer)
-  print(table(records, length))
-  _plot(records, pathlib.Path(output), f"{config.name}, step {step}", length)
-  return records
+  found = []
+  for cap in options.retention_caps:
+    settings = {} if cap is None else {"retention_cap": {"tokens": cap.tokens, "heads": cap.heads,
+                                                         "chosen": [list(pair) for pair in capped_heads(model, cap)]}}
+    capped = model if cap is None else with_retention_cap(model, cap)
+    of_cap = dataclasses.replace(inputs, model=capped, scorer=scorer if cap is None else scorer.of(capped))
+    cells = [(suite, dataclasses.replace(cell, settings=cell.settings | settings))
+             for suite in options.suites for cell in SUITES[suite](of_cap)]
+    found.append(_run(cells, results, common, extra, of_cap.scorer))
+    print(report(found[-1], length, "" if cap is None else f"retention cap {cap.tokens:g} tokens, heads {cap.heads}"))
+  if len(found) > 1:
+    print(sweep_table([("none" if cap is None else f"{cap.tokens:g}", records)
+                       for cap, records in zip(options.retention_caps, found)]))
+  _plot(found[0], pathlib.Path(output), f"{config.name}, step {step}", length)
+  return [record for records in found for record in records]
 
 
 def _run(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: dict[str, Any], extra: dict[str, Any],
@@ -83,7 +99,7 @@ def _run(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: dict[s
   with tqdm.tqdm(total=sum(cell.tokens for _, cell in cells), unit="tok", unit_scale=True, mininterval=1) as bar:
     for suite, cell in cells:
       identity = {**common, "suite": suite, "settings": cell.settings}
-      found = [results.find(identity, measure, length) for measure, length in cell.expected]
+      found = [results.find(identity, *number) for number in cell.expected]
       bar.set_description(cell.label)
       if None not in found:
         records += found
@@ -93,19 +109,44 @@ def _run(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: dict[s
       measurements = cell.run(bar.update)
       seconds = time.perf_counter() - started - (scorer.compile_seconds - compiled)
       new = [{**identity, **dataclasses.asdict(m), **extra, "seconds": round(seconds, 3),
-              "tokens_per_second": round(cell.tokens / seconds, 1)} for m in measurements]
+              "tokens_per_second": round(cell.tokens / max(seconds, 1e-9), 1)} for m in measurements]
       results.append(new)
       records += results.records[-len(new):]
   return records
 
 
+def report(records: Sequence[dict[str, Any]], training_length: int, title: str = "") -> str:
+  """The tables of the suites that were run."""
+  measures = {record["measure"] for record in records}
+  parts = [title] if title else []
+  if measures & set(COLUMNS):
+    parts.append(table(records, training_length))
+  if any(measure.startswith("half_life") for measure in measures):
+    parts.append(retention_table(records))
+  if any(measure.startswith("residual") for measure in measures):
+    parts.append(diagnostics_table(records))
+  return "\n\n".join(parts)
+
+
+def sweep_table(results: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
+  """A block a measure: one line a length, one column a retention cap."""
+  lines = []
+  for measure in COLUMNS:
+    values = {(name, r["length"]): r["value"] for name, records in results for r in records if r["measure"] == measure}
+    if values:
+      lines.append("  ".join([f"{measure:>16}", *(f"{f'cap {name}':>12}" for name, _ in results)]))
+      for length in sorted({length for _, length in values}):
+        cells = [values.get((name, length)) for name, _ in results]
+        lines.append("  ".join([f"{length:>16}", *(f"{'' if v is None else format(v, '.4f'):>12}" for v in cells)]))
+  return "\n".join(lines)
+
+
 def table(records: Sequence[dict[str, Any]], training_length: int) -> str:
   """One line a length, one column a measure."""
-  columns = [m for m in ("document_loss", "stream_loss", "needle_accuracy", "needle_exact", "needle_loss", "absent_accuracy")
-             if any(r["measure"] == m for r in records)]
+  columns = [m for m in COLUMNS if any(r["measure"] == m for r in records)]
   value = {(r["measure"], r["length"]): r["value"] for r in records}
   lines = ["  ".join(["  length", "     x", *(f"{c:>15}" for c in columns)])]
-  for length in sorted({length for _, length in value}):
+  for length in sorted({length for measure, length in value if measure in columns}):
     cells = [value.get((c, length)) for c in columns]
     lines.append("  ".join([f"{length:>8}", f"{length / training_length:>6g}",
                             *(f"{'' if v is None else format(v, '.4f'):>15}" for v in cells)]))

@@ -7,6 +7,7 @@ exist for `chunk` time steps a sequence at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import copy
 import math
 import time
 
@@ -38,6 +39,12 @@ class Scorer:
     self._compiled: dict[tuple, jax.stages.Compiled] = {}
     self._rows_sharding = named_sharding(mesh, ("batch", None))
     self.compile_seconds = 0.0
+
+  def of(self, model: nnx.Module) -> Scorer:
+    """A scorer of another model; programs are shared with those of models of the same structure."""
+    other = copy.copy(self)
+    other._graph, other._state = nnx.split(model)
+    return other
 
   @property
   def compilations(self) -> int:
@@ -87,7 +94,7 @@ class Scorer:
     return jax.make_array_from_callback(array.shape, self._rows_sharding, lambda index: array[index])
 
   def _program(self, function: Callable, batch: list[jax.Array]) -> jax.stages.Compiled:
-    key = (function.__name__, *(array.shape for array in batch))
+    key = (self._graph, function.__name__, *(array.shape for array in batch))
     if key not in self._compiled:
       started = time.perf_counter()
       everywhere = NamedSharding(self._mesh, PartitionSpec())

@@ -36,7 +36,7 @@ class PolarCore(nnx.Module):
   def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array,
                trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
     """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and an addend (B, T, C)."""
-    direction, magnitude = polar_attention(q, k, v, **self._parameters(), implementation=self.config.implementation)
+    direction, magnitude = polar_attention(q, k, v, **self.parameters(), implementation=self.config.implementation)
     if trace is not None:
       trace |= {"heads": direction, "magnitude": magnitude}
     return direction, self.mu_proj(magnitude)
@@ -44,10 +44,11 @@ class PolarCore(nnx.Module):
   def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
              span: Span) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same after `past`, and the keys to remember."""
-    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self._parameters())
+    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self.parameters())
     return direction, self.mu_proj(magnitude), k
 
-  def _parameters(self) -> dict[str, Any]:
+  def parameters(self) -> dict[str, Any]:
+    """Keyword arguments of `polar_attention` and `polar_statistics`."""
     return {"v_null": self.v_null[...], "null_base": self.null_base[...], "null_slope": self.null_slope[...],
             "len_gain": self.len_gain[...], "mag_beta": self.mag_beta[...], "window": self.config.window}
 

@@ -14,7 +14,7 @@ from atma_jax.models.cache import Span, counted
 from atma_jax.ops import gated_delta
 
 
-class RetentionCap(nnx.Variable):
+class LogGammaCap(nnx.Variable):
   """Largest log-decay of each head (H,), 0 for no cap. A module has one only where one was set; it is no parameter."""
 
 
