@@ -87,7 +87,7 @@ def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, A
     found.append(_run(cells, results, common, extra, of_cap.scorer))
     print(report(found[-1], length, "" if cap is None else f"retention cap {cap.tokens:g} tokens, heads {cap.heads}"))
   if len(found) > 1:
-    print(sweep_table([("none" if cap is None else f"{cap.tokens:g}", records)
+    print("\n" + sweep_table([("none" if cap is None else f"{cap.tokens:g}", records)
                        for cap, records in zip(options.retention_caps, found)]))
   _plot(found[0], pathlib.Path(output), f"{config.name}, step {step}", length)
   return [record for records in found for record in records]
