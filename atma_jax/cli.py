@@ -9,7 +9,7 @@ Exit codes: 0 done, 2 bad input (one line, no traceback), 75 pre-empted after sa
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import importlib.machinery
 import importlib.util
@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from atma_jax.config import Config, RetentionCap, UserError, unknown_name
+from atma_jax.config import Config, RetentionCap, UserError, retention_cap, unknown_name
 
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
@@ -41,6 +41,11 @@ class ConfigFlag:
       parser = _FieldParser(hint)
       self._fields[name] = flags.DEFINE(parser, name, None, f"Overrides the recipe; {value!r} without one.",
                                         serializer=flags.ArgumentSerializer())
+
+  @property
+  def given(self) -> bool:
+    """Whether there is a recipe."""
+    return self._recipe.value is not None
 
   @property
   def value(self) -> Config:
@@ -62,33 +67,11 @@ def define_config_flag(default: str | None = None) -> ConfigFlag:
   return ConfigFlag(default)
 
 
-class RetentionFlag:
-  """``--retention_cap`` and ``--retention_heads``: a bound on the half-lives of the memory; `value` is None without one."""
-
-  def __init__(self):
-    self._tokens = flags.DEFINE_float("retention_cap", None, "Half-life in tokens that the memory is held to; default is none.")
-    self._heads = flags.DEFINE_string("retention_heads", "all", "Heads held to it: all, worst, or LAYER:HEAD such as 6:3,10:1.")
-
-  @property
-  def value(self) -> RetentionCap | None:
-    if self._tokens.value is None and self._heads.present:
-      raise UserError(f"--retention_heads={self._heads.value}: says which heads --retention_cap=TOKENS holds; it is missing")
-    return None if self._tokens.value is None else RetentionCap(self._tokens.value, self._heads.value)
-
-  def sweep(self, texts: list[str]) -> tuple[RetentionCap | None, ...]:
-    """Caps written ``none,256,1024``, of the same heads."""
-    if self._tokens.value is not None:
-      raise UserError("--retention_cap and --retention_cap_sweep: only one of them can be given")
-    try:
-      return tuple(None if text == "none" else RetentionCap(float(text), self._heads.value) for text in texts)
-    except ValueError as error:
-      raise UserError(f"--retention_cap_sweep={','.join(texts)}: must be half-lives in tokens or none, such as "
-                      "none,256,1024") from error
-
-
-def define_retention_flags() -> RetentionFlag:
-  """Defines ``--retention_cap`` and ``--retention_heads`` for a main."""
-  return RetentionFlag()
+def define_retention_flags() -> Callable[[], RetentionCap | None]:
+  """Defines ``--retention_cap`` and ``--retention_heads`` for a main; what is returned gives the cap they ask for."""
+  tokens = flags.DEFINE_float("retention_cap", None, "Half-life in tokens that the memory is held to; default is none.")
+  heads = flags.DEFINE_string("retention_heads", "all", "Heads held to it: all, worst, or LAYER:HEAD pairs such as 6:3,10:1.")
+  return lambda: retention_cap(tokens.value, heads.value)
 
 
 def load_recipe(path: str) -> Config:
@@ -117,7 +100,7 @@ def run(main: Callable[[], int | None]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: options start with -- (see --help)")
       code = main() or 0
     except UserError as error:
-      _bad_input(error)
+      bad_input(error)
     sys.exit(code)
 
   app.run(guarded, flags_parser=_parse)
@@ -137,9 +120,9 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    _bad_input(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error)
+    bad_input(_unknown_field(error.flagname) if error.flagname.startswith("config.") else error)
   except flags.Error as error:
-    _bad_input(error)
+    bad_input(error)
 
 
 def _unknown_field(name: str) -> str:
@@ -155,7 +138,8 @@ def _unknown_field(name: str) -> str:
   return f"--{path}: a group of options; legal: " + ", ".join(f"--{leaf}" for leaf, _, _ in _leaves(owner, path))
 
 
-def _bad_input(error: Exception | str) -> typing.NoReturn:
+def bad_input(error: Exception | str) -> typing.NoReturn:
+  """Says what is wrong in one line and ends with exit code 2."""
   print("error:", " ".join(str(error).split()), file=sys.stderr)
   sys.exit(EXIT_BAD_INPUT)
 
@@ -205,3 +189,23 @@ def _parse_as(text: str, hint: Any) -> Any:
       raise ValueError(text)
     return text.lower() == "true"
   return hint(text)
+
+
+def parse_field(field: str, text: str) -> Any:
+  """The value of ``config.FIELD`` written as `text`, as its flag would take it."""
+  name = f"config.{field}"
+  hints = {leaf: hint for leaf, hint, _ in _leaves(Config(), "config")}
+  if name not in hints:
+    raise UserError(_unknown_field(name))
+  try:
+    return _FieldParser(hints[name]).parse(text)
+  except ValueError as error:
+    raise UserError(f"--{name}={text}: {error}") from error
+
+
+def whole_numbers(flag: str, texts: Sequence[str]) -> tuple[int, ...]:
+  """The values of a list flag of whole numbers."""
+  try:
+    return tuple(int(text) for text in texts)
+  except ValueError as error:
+    raise UserError(f"--{flag}={','.join(texts)}: must be whole numbers such as 1,2,4,8") from error

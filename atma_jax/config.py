@@ -18,42 +18,20 @@ import typing
 from typing import Any
 
 ATTENTIONS = ("polar", "nope", "rope")
-MIXERS = ("local", "global")
+MIXERS = ("local", "global", "raven")
 INITS = ("default", "published", "mimetic")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMATS = ("none", "dots", "block")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
 CLIP_BASES = ("sum", "mean")
 MUON_VARIANTS = ("published", "quintic5")
+OPTIMIZERS = ("muon", "adamw")
+SCHEDULES = ("linear", "cosine")
+REGULARIZERS = ("baseline", "weak", "strong", "discrete", "zipfian")
 
 
 class UserError(Exception):
   """Bad input, told in one line that names the flag, field or file and what is legal. Mains exit with code 2."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RetentionCap:
-  """A bound of `tokens` on the half-lives of `heads` at inference (`models.retention`); no part of a model's configuration.
-
-  `heads` is "all", "worst" (the head with the longest zero-input half-life) or ``LAYER:HEAD,...``, counted from 0.
-  """
-
-  tokens: float
-  heads: str = "all"
-
-  def __post_init__(self):
-    if not 0 < self.tokens < math.inf:
-      raise UserError(f"--retention_cap={self.tokens}: must be a half-life in tokens, greater than 0")
-    self.pairs()
-
-  def pairs(self) -> tuple[tuple[int, int], ...] | None:
-    """The (layer, head) pairs of a list of heads, or None where `heads` is a word."""
-    if self.heads in ("all", "worst"):
-      return None
-    try:
-      return tuple((int(layer), int(head)) for layer, head in (part.split(":") for part in self.heads.split(",")))
-    except ValueError as error:
-      raise UserError(f"--retention_heads={self.heads}: must be all, worst or LAYER:HEAD pairs such as 6:3,10:1") from error
 
 
 @dataclasses.dataclass(unsafe_hash=True)  # modules keep it as a static attribute
@@ -64,6 +42,14 @@ class MemoryConfig:
   gamma_bias: float = 3.9  # added to the decay gate's logit
   beta_bias: float = 0.0  # added to the write gate's logit
   max_half_life: float | None = None  # tokens no head's half-life can exceed, in training too; None is no bound
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class RavenConfig:
+  """Slots of a Raven mixer; heads, head size and memory are the model's."""
+
+  slots: int = 256
+  top_k: int = 32  # slots that a token writes to
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -81,6 +67,7 @@ class ModelConfig:
   attention: str = "polar"
   window: int | None = None  # keys each query may see; None is full causal attention
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+  raven: RavenConfig = dataclasses.field(default_factory=RavenConfig)
   conv_taps: int = 3  # gated short convolution
   canon_taps: int = 4  # convolutions on q, k, v of the polar and nope cores
   logit_cap: float = 15.0
@@ -116,8 +103,13 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-  """Muon for matrices inside blocks, AdamW for the rest."""
+  """Muon for matrices inside blocks, AdamW for the rest; or AdamW for everything."""
 
+  kind: str = "muon"  # "adamw": one rate and decay for every parameter
+  adamw_learning_rate: float = 3e-4  # of kind "adamw"
+  adamw_weight_decay: float = 0.1  # times the learning rate, of kind "adamw"
+  schedule: str = "linear"  # constant, then linear to zero; "cosine": from the warmup's end to a floor
+  cosine_floor: float = 0.1  # share of the rate at the end of "cosine"
   muon_learning_rate: float = 0.02
   muon_weight_decay: float = 0.01  # times the learning rate
   muon_momentum: float = 0.95
@@ -135,6 +127,17 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass
+class AuxiliaryConfig:
+  """Auxiliary objectives: ``L = (1 - a) L_lm + a L_reg + d L_distractor``; what is off costs nothing."""
+
+  regularizer: str = "baseline"  # of every block's output; "baseline" is none
+  regularizer_weight: float = 0.01  # a
+  sketch: int = 64  # random directions that a regulariser looks at
+  distractors: int = 0  # R, random keys a query should not find; 0 is off, the sequence length is published
+  distractor_weight: float = 0.01  # d
+
+
+@dataclasses.dataclass
 class TrainConfig:
   """The loop."""
 
@@ -142,6 +145,7 @@ class TrainConfig:
   seed: int = 0
   accumulation: int = 1  # microbatches a step
   z_loss: float = 0.0
+  auxiliary: AuxiliaryConfig = dataclasses.field(default_factory=AuxiliaryConfig)
   ema_decay: float | None = None
   loss_chunk: int = 512  # time steps whose logits exist at once, per sequence
   max_bad_steps: int = 20  # consecutive non-finite steps before the run stops
@@ -197,6 +201,41 @@ class Config:
     return _from_dict(cls, values, "config")
 
 
+@dataclasses.dataclass(frozen=True)
+class RetentionCap:
+  """A bound of `tokens` on the half-lives of `heads` at inference (`models.retention`); no part of a model's configuration.
+
+  `heads` is "all", "worst" (the head with the longest zero-input half-life) or ``LAYER:HEAD,...``, counted from 0.
+  """
+
+  tokens: float
+  heads: str = "all"
+
+  def __post_init__(self):
+    if not 0 < self.tokens < math.inf:
+      raise UserError(f"--retention_cap={self.tokens}: must be a half-life in tokens, greater than 0")
+    self.pairs()
+
+  def pairs(self) -> tuple[tuple[int, int], ...] | None:
+    """The (layer, head) pairs of a list of heads, or None where `heads` is a word."""
+    if self.heads in ("all", "worst"):
+      return None
+    try:
+      return tuple((int(layer), int(head)) for layer, head in (part.split(":") for part in self.heads.split(",")))
+    except ValueError as error:
+      raise UserError(f"--retention_heads={self.heads}: must be all, worst or LAYER:HEAD pairs such as 6:3,10:1") from error
+
+  def __str__(self) -> str:
+    return f"{self.tokens:g} ({self.heads})"
+
+
+def retention_cap(tokens: float | None, heads: str) -> RetentionCap | None:
+  """The cap that ``--retention_cap`` and ``--retention_heads`` ask for; None for no tokens."""
+  if tokens is None and heads != "all":
+    raise UserError(f"--retention_heads={heads}: says which heads --retention_cap=TOKENS holds; it is missing")
+  return None if tokens is None else RetentionCap(tokens, heads)
+
+
 def unknown_name(kind: str, name: str, legal: typing.Iterable[str]) -> str:
   """The one line said about a misspelt name: what it was, the nearest legal one, all legal ones."""
   legal = sorted(legal)
@@ -234,6 +273,8 @@ def _validate_model(m: ModelConfig) -> None:
     _one_of("model.block_pattern", kind, MIXERS)
   half_life = m.memory.max_half_life
   _require(half_life is None or 0 < half_life < math.inf, "model.memory.max_half_life", half_life, "None or greater than 0")
+  _positive(m.raven, "model.raven", "slots", "top_k")
+  _require(m.raven.top_k <= m.raven.slots, "model.raven.top_k", m.raven.top_k, f"at most model.raven.slots={m.raven.slots}")
   _require(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", m.num_kv_heads,
            f"a divisor of model.num_heads={m.num_heads}")
   _require(m.window is None or m.window > 0, "model.window", m.window, "None or at least 1")
@@ -255,8 +296,12 @@ def _validate_data(d: DataConfig) -> None:
 def _validate_optimizer(o: OptimizerConfig) -> None:
   _one_of("optimizer.clip_basis", o.clip_basis, CLIP_BASES)
   _one_of("optimizer.muon_variant", o.muon_variant, MUON_VARIANTS)
+  _one_of("optimizer.kind", o.kind, OPTIMIZERS)
+  _one_of("optimizer.schedule", o.schedule, SCHEDULES)
+  _require(0 <= o.cosine_floor <= 1, "optimizer.cosine_floor", o.cosine_floor, "in [0, 1]")
+  _require(o.adamw_weight_decay >= 0, "optimizer.adamw_weight_decay", o.adamw_weight_decay, "at least 0")
   _positive(o, "optimizer", "muon_learning_rate", "embedding_learning_rate", "head_learning_rate",
-            "vector_learning_rate", "adam_eps")
+            "vector_learning_rate", "adamw_learning_rate", "adam_eps")
   for name in ("muon_momentum", "adam_b1", "adam_b2"):
     _require(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "in [0, 1)")
   _require(0 <= o.decay_fraction <= 1, "optimizer.decay_fraction", o.decay_fraction, "in [0, 1]")
@@ -265,8 +310,19 @@ def _validate_optimizer(o: OptimizerConfig) -> None:
   _require(o.clip_norm is None or o.clip_norm > 0, "optimizer.clip_norm", o.clip_norm, "None or greater than 0")
 
 
+def _validate_auxiliary(a: AuxiliaryConfig, m: ModelConfig) -> None:
+  _one_of("train.auxiliary.regularizer", a.regularizer, REGULARIZERS)
+  _positive(a, "train.auxiliary", "sketch")
+  _require(0 <= a.regularizer_weight <= 1, "train.auxiliary.regularizer_weight", a.regularizer_weight, "in [0, 1]")
+  _require(a.distractors >= 0, "train.auxiliary.distractors", a.distractors, "at least 0")
+  _require(a.distractors == 0 or "global" in m.block_pattern[:m.num_layers], "train.auxiliary.distractors", a.distractors,
+           "0 in a model without global blocks")
+  _require(a.distractor_weight >= 0, "train.auxiliary.distractor_weight", a.distractor_weight, "at least 0")
+
+
 def _validate_train(c: Config) -> None:
   t = c.train
+  _validate_auxiliary(t.auxiliary, c.model)
   _positive(t, "train", "steps", "accumulation", "loss_chunk", "max_bad_steps", "log_every", "checkpoint_every",
             "checkpoint_keep", "validation_batches", "profile_steps")
   _require(c.data.batch_size % t.accumulation == 0, "train.accumulation", t.accumulation,
@@ -280,8 +336,9 @@ def _validate_train(c: Config) -> None:
     _require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "-1 (what is left) or at least 1")
   free = [a.name for a in dataclasses.fields(c.mesh) if getattr(c.mesh, a.name) == -1]
   _require(len(free) <= 1, "mesh", {a: -1 for a in free}, "-1 on one axis at most")
-  _require(c.data.sequence_length % max(c.mesh.context, 1) == 0, "data.sequence_length", c.data.sequence_length,
-           f"a multiple of mesh.context={c.mesh.context}")
+  pieces = 2 * c.mesh.context if c.mesh.context > 1 else 1
+  _require(c.data.sequence_length % pieces == 0, "data.sequence_length", c.data.sequence_length,
+           f"a multiple of twice mesh.context={c.mesh.context}: causal attention deals out two pieces to every device")
 
 
 def _matches(value: Any, annotation: Any) -> bool:

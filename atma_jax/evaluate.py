@@ -1,44 +1,75 @@
 """Evaluates a checkpoint from its directory alone, past the training length.
 
-    python -m atma_jax.evaluate --checkpoint=DIR --suite=loss,needle --output=DIR [--multiples=1,2,4,8]
+    python -m atma_jax.evaluate --checkpoint=DIR --suite=loss,needle --output=DIR [--multiples=1,2,4,8] [--report]
 
-Appends ``results.jsonl``, prints a table, draws PNG plots. Run again, it computes only what is not recorded yet.
+Appends ``results.jsonl``, prints a table, draws PNG plots. Run again, it computes only what is not recorded yet. With
+``--report`` it also writes ``report.html``, of everything in ``results.jsonl`` and in the files of ``--compare``; without a
+``--checkpoint`` it only does that.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import pathlib
+import typing
+from typing import Any
 
 from absl import flags
 
 from atma_jax import cli
 from atma_jax.config import UserError
-from atma_jax.evaluation.runner import SUITES, Options, evaluate
+from atma_jax.evaluation.options import BabilongOptions, Options
+from atma_jax.evaluation.report import write_report
+from atma_jax.evaluation.runner import evaluate
+
+_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_boolean}
+
+
+def _define(owner: type, prefix: str) -> dict[str, tuple[Any, flags.FlagHolder]]:
+  """A flag for each field; of a tuple, its elements' type and the flag of a list."""
+  defined = {}
+  for field in dataclasses.fields(owner):
+    hint, description = typing.get_type_hints(owner)[field.name], field.metadata["help"]
+    if typing.get_origin(hint) is tuple:
+      kind = typing.get_args(hint)[0]
+      default = [format(v, "g") if kind is float else str(v) for v in field.default]
+      flag = flags.DEFINE_list(prefix + field.name, default, description)
+    else:
+      kind, inner = None, hint if hint in _DEFINE else typing.get_args(hint)[0]
+      flag = _DEFINE[inner](prefix + field.name, field.default, description)
+    defined[field.name] = kind, flag
+  return defined
+
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
-_SUITE = flags.DEFINE_list("suite", ["loss", "needle"], f"Suites to run: {', '.join(SUITES)}.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where results.jsonl and the plots go.")
-_MULTIPLES = flags.DEFINE_list("multiples", ["1", "2", "4", "8"], "Context lengths, in multiples of the training length.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
-_DATA = flags.DEFINE_string("data", "", "Prepared data; default is what the checkpoint was trained on.")
-_TRIALS = flags.DEFINE_integer("trials", 24, "Needles a distance.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the needles.", lower_bound=0)
-_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens in a device's batch.", lower_bound=1)
-_MIN_DOCUMENTS = flags.DEFINE_integer("min_documents", 4, "Fewest documents as long as the longest length.", lower_bound=1)
-_RETENTION = cli.define_retention_flags()
-_SWEEP = flags.DEFINE_list("retention_cap_sweep", None, "Caps to compare, each by itself: none,256,1024.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where results.jsonl, the plots and the report go.")
+_REPORT = flags.DEFINE_boolean("report", False, "Write OUTPUT/report.html.")
+_COMPARE = flags.DEFINE_list("compare", [], "More results.jsonl files, for the report.")
+_OPTIONS = _define(Options, "")
+_BABILONG = _define(BabilongOptions, "babilong_")
+
+
+def _value(kind: type | None, flag: flags.FlagHolder) -> Any:
+  if kind is None:
+    return flag.value
+  try:
+    return tuple(kind(item) for item in flag.value)
+  except ValueError as error:
+    raise UserError(f"--{flag.name}={','.join(flag.value)}: must be {kind.__name__}s such as {flag.default}") from error
 
 
 def main() -> None:
-  for flag in (_CHECKPOINT, _OUTPUT):
-    if not flag.value:
-      raise UserError(f"--{flag.name}=DIR is required")
-  try:
-    multiples = tuple(int(m) for m in _MULTIPLES.value)
-  except ValueError as error:
-    raise UserError(f"--multiples={','.join(_MULTIPLES.value)}: must be whole numbers such as 1,2,4,8") from error
-  options = Options(suites=tuple(_SUITE.value), multiples=multiples, step=_STEP.value, data=_DATA.value, trials=_TRIALS.value,
-                    retention_caps=(_RETENTION.value,) if _SWEEP.value is None else _RETENTION.sweep(_SWEEP.value),
-                    seed=_SEED.value, batch_tokens=_BATCH_TOKENS.value, min_documents=_MIN_DOCUMENTS.value)
-  evaluate(_CHECKPOINT.value, _OUTPUT.value, options)
+  if not _OUTPUT.value:
+    raise UserError("--output=DIR is required")
+  if not _CHECKPOINT.value and not _REPORT.value:
+    raise UserError("--checkpoint=DIR is required")
+  options = Options(**{name: _value(*defined) for name, defined in _OPTIONS.items()})
+  babilong = BabilongOptions(**{name: _value(*defined) for name, defined in _BABILONG.items()})
+  if _CHECKPOINT.value:
+    evaluate(_CHECKPOINT.value, _OUTPUT.value, options, babilong)
+  if _REPORT.value:
+    write_report([pathlib.Path(_OUTPUT.value) / "results.jsonl", *map(pathlib.Path, _COMPARE.value)],
+                 pathlib.Path(_OUTPUT.value) / "report.html")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEF
            tuple: flags.DEFINE_multi_string}
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
+_EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; empty starts a document.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A prompt a line.")
 _SAMPLING = {field.name: _DEFINE[type(field.default)](field.name, field.default, field.metadata["help"])
@@ -34,7 +35,7 @@ _SAMPLING = {field.name: _DEFINE[type(field.default)](field.name, field.default,
 _ROWS = flags.DEFINE_integer("rows", 8, "Prompts of a file decoded at once.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
 _STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at the text.", lower_bound=1)
-_RETENTION = cli.define_retention_flags()
+_CAP = cli.define_retention_flags()
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, DTYPES, "Of keys and values; default is the model's.")
 
 
@@ -52,12 +53,10 @@ def main() -> None:
       raise UserError(f"--prompts_file={_PROMPTS_FILE.value}: {error}") from error
     if not prompts:
       raise UserError(f"--prompts_file={_PROMPTS_FILE.value}: holds no line; a prompt a line is needed")
-  _, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value)
-  model = with_retention_cap(model, _RETENTION.value)
-  longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
-  engine = Engine(model, tokenizer, rows=min(_ROWS.value, len(prompts)), chunk=_CHUNK.value,
-                  capacity=1 << (longest + sampling.max_tokens).bit_length(), stride=_STRIDE.value,
-                  cache_dtype=_CACHE_DTYPE.value)
+  _, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value)
+  capacity = 1 << (max(len(tokenizer.encode(prompt)) for prompt in prompts) + sampling.max_tokens).bit_length()
+  engine = Engine(with_retention_cap(model, _CAP()), tokenizer, rows=min(_ROWS.value, len(prompts)), capacity=capacity,
+                  chunk=_CHUNK.value, stride=_STRIDE.value, cache_dtype=_CACHE_DTYPE.value)
   times = [time.perf_counter()]
   if _PROMPTS_FILE.value is None:
     for piece in engine.stream(prompts, sampling):

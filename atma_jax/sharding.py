@@ -94,9 +94,20 @@ def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequen
   return NamedSharding(mesh, partition)
 
 
+def active_mesh() -> jax.sharding.AbstractMesh | None:
+  """The mesh that is set (`jax.set_mesh`), or None where there is none or only one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def parts(logical_axis: str) -> int:
+  """Over how many devices of the mesh that is set the logical axis is split."""
+  mesh = active_mesh()
+  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES[logical_axis])
+
+
 def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
   """Pins the sharding of `x` inside jit; does nothing where no mesh is set (`jax.set_mesh`)."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if active_mesh() is None:
     return x
   return jax.lax.with_sharding_constraint(x, spec(logical_axes))

@@ -22,6 +22,7 @@ options of submit
   --cpus-per-task=N        (8)
   --partition=NAME, --account=NAME, --qos=NAME, --constraint=LIST    passed to sbatch
   --python=PATH            interpreter of the environment, seen by all nodes (python)
+  --module=MODULE          of atma_jax that takes the arguments (atma_jax.train)
   --max-restarts=N         requeues after crashes (10); pre-emption and the time limit requeue without a limit
   --grace=SECONDS          SIGTERM this long before the time limit, for the last checkpoint (300)
   --dry-run                prints the commands, runs none
@@ -41,6 +42,7 @@ time_limit=
 cpus=8
 passed=()
 python=python
+module=atma_jax.train
 max_restarts=10
 grace=300
 while [[ $# -gt 0 && $1 != -- ]]; do
@@ -57,13 +59,14 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --cpus-per-task=?*) cpus=${1#*=} ;;
     --partition=?* | --account=?* | --qos=?* | --constraint=?*) passed+=("$1") ;;
     --python=?*) python=${1#*=} ;;
+    --module=?*) module=${1#*=} ;;
     --max-restarts=?*) max_restarts=${1#*=} ;;
     --grace=?*) grace=${1#*=} ;;
     --help | -h) usage && exit 0 ;;
     *)
       usage_error "unknown argument '$1': legal are a command ($commands), --name=, --nodes=, --gpus-per-node=, --time=," \
-        "--cpus-per-task=, --partition=, --account=, --qos=, --constraint=, --python=, --max-restarts=, --grace=," \
-        "--dry-run, --help, then -- TRAINING ARGUMENT"
+        "--cpus-per-task=, --partition=, --account=, --qos=, --constraint=, --python=, --module=, --max-restarts=," \
+        "--grace=, --dry-run, --help, then -- TRAINING ARGUMENT"
       ;;
   esac
   shift
@@ -88,12 +91,13 @@ case $command in
     whole --grace "$grace" 1
     [[ $time_limit =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
       usage_error "--time=$time_limit: must be minutes, HH:MM:SS or D-HH:MM:SS"
+    one_of --module "$module" atma_jax.train atma_jax.ablate atma_jax.evaluate
     [[ $# -gt 0 ]] || usage_error "TRAINING ARGUMENT is required: -- --config=FILE --workdir=DIR"
     run mkdir -p "$root/runs/logs"
     run sbatch "--job-name=$name" "--nodes=$nodes" "--gpus-per-node=$gpus" "--ntasks-per-node=$gpus" \
       "--cpus-per-task=$cpus" "--time=$time_limit" "--signal=TERM@$grace" --requeue --open-mode=append \
       "--output=$root/runs/logs/$name.log" "--chdir=$root" ${passed[@]+"${passed[@]}"} \
-      "$root/launch/slurm.sbatch" "--max-restarts=$max_restarts" -- "$python" -m atma_jax.train "$@"
+      "$root/launch/slurm.sbatch" "--max-restarts=$max_restarts" -- "$python" -m "$module" "$@"
     ;;
   status) run squeue --me "--name=$name" ;;
   logs) run tail -n 100 -F "$root/runs/logs/$name.log" ;;

@@ -17,9 +17,11 @@ def benchmark(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_table_on_small_shapes():
-  result = benchmark("--config=configs/debug.py", "--shapes=1x40", "--step_tokens=128", "--forward_lengths=64", "--repeats=1")
+  result = benchmark("--config=configs/debug.py", "--shapes=1x40", "--step_tokens=128", "--forward_lengths=64", "--repeats=1",
+                     "--contexts=40", "--batches=2", "--batch_context=20", "--chunk=16", "--stride=2")
   assert result.returncode == 0, result.stderr
-  for expected in ("| polar | 1 x 40 | 2 |", "| gated delta | 1 x 40 |", "| step, optimizer included |", "| 64 |"):
+  for expected in ("| polar | 1 x 40 | 2 |", "| gated delta | 1 x 40 |", "| step, optimizer included |", "| 64 |",
+                   "| prefill | 40 | 1 |", "| decode | 40 | 1 |", "| decode | 20 | 2 |"):
     assert expected in result.stdout
 
 

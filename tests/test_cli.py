@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -191,7 +192,30 @@ def test_evaluate_flags(main, trained, tmp_path):
   assert_one_line(main("evaluate", checkpoint, "--suite=loss", "--multiples=long", output), "multiples", "long")
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "prepare_data"])
+@pytest.mark.parametrize(("arguments", "words"), [
+  ([], ["--checkpoint"]), (["--checkpoint=/nowhere", "--port=0"], ["/nowhere"]), (["--checkpoint=x", "--port=99999"], ["65535"]),
+  (["--checkpoint=x", "--queue=-1"], ["queue=-1", "at least 0"]), (["--checkpoint=x", "--grace_s=nan"], ["grace_s=nan"]),
+  (["--checkpoint=x", "--cache_dtype=int4"], ["int4", "int8", "bfloat16"]),
+  (["--checkpoint=x", "--tensor=3"], ["--tensor=3", "1 device"]),
+  (["--checkpoint=x", "--host=nowhere.invalid", "--port=0"], ["--host=nowhere.invalid"]),
+], ids=lambda value: value[-1] if value and value[-1].startswith("--") else None)
+def test_serve_flags(main, arguments, words):
+  """Refused before a model is read."""
+  assert_one_line(main("serve", *arguments), *words)
+
+
+def test_serve_sizes(main, trained):
+  """What does not fit the checkpoint's model, or the port that somebody has."""
+  checkpoint = [f"--checkpoint={trained}", "--port=0"]
+  assert_one_line(main("serve", *checkpoint, "--cache_gib=0.00001"), "cache_gib=1e-05", "at least")
+  assert_one_line(main("serve", *checkpoint, "--chunk=100"), "chunk=100", "power of two")
+  assert_one_line(main("serve", *checkpoint, "--step=7"), "--step=7", "1")
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    port = taken.getsockname()[1]
+    assert_one_line(main("serve", f"--checkpoint={trained}", f"--port={port}"), f"--port={port}", "in use")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "prepare_data", "serve"])
 def test_help(main, name):
   """--help lists the main's own flags."""
   _, stdout, stderr = main(name, "--help")

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "atma_jax"
 
-MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generate", "prepare_data", "serve", "train")
+MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generate", "lm_eval", "prepare_data", "serve", "train")
 LAYERS = {
   "__init__": 0,
   "config": 0,

@@ -15,11 +15,15 @@ from atma_jax.config import UserError
 from atma_jax.data.tokenizers import Tokenizer
 
 CUE = " The access code for record {key} is"
+MAGIC_CUE = " The special magic {word} number is"
 VALUE_DIGITS = 5
 _KEYS = (1_000_000, 10_000_000)
 _VALUES = (0, 10**VALUE_DIGITS)
 _EVALUATION_DIVISOR = 7
 _EVALUATION_SEED = 0x6E65
+_EVALUATION_WORDS = ("anchor", "basil", "copper", "dahlia", "elm", "fennel", "granite", "heron", "iris", "juniper", "kelp",
+                     "lilac", "marble", "nutmeg", "olive", "poplar", "quail", "rosemary", "sage", "thistle", "urchin", "violet",
+                     "walnut", "yew", "zinnia", "bramble", "clover", "dune", "estuary", "flint", "gorse", "hazel")
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
@@ -30,6 +34,11 @@ def draw_needle(trial: int, seed: int = 0) -> tuple[str, str]:
   key, value = (_EVALUATION_DIVISOR * rng.integers(*(-(-bound // _EVALUATION_DIVISOR) for bound in bounds))
                 for bounds in (_KEYS, _VALUES))
   return str(key), f"{value:0{VALUE_DIGITS}}"
+
+
+def draw_word(trial: int, seed: int = 0) -> str:
+  """The word of an evaluation trial whose cue names a word; training has others."""
+  return str(np.random.default_rng([_EVALUATION_SEED, seed, trial, 1]).choice(_EVALUATION_WORDS))
 
 
 def needle_length(tokenizer: Tokenizer, *, key: str, value: str) -> int:
@@ -58,11 +67,7 @@ def induction_needle(tokenizer: Tokenizer, filler_tokens: np.ndarray, *, distanc
     ``tokens[p]``. n is ``distance + needle_length(...)`` with or without the statement.
   """
   cue = tokenizer.encode(CUE.format(key=key))
-  digits = tokenizer.encode(_spaced(value))
-  offsets = [i for i, token in enumerate(digits) if tokenizer.decode([token]).strip() in set("0123456789")]
-  if "".join(tokenizer.decode([digits[i]]).strip() for i in offsets) != value or len(value) != VALUE_DIGITS:
-    raise UserError(f"the {tokenizer.kind} tokenizer does not give each digit of {_spaced(value)!r} its own token: "
-                    "the needle needs five value tokens")
+  digits, offsets = _value_tokens(tokenizer, value)
   statement = np.concatenate([cue, digits])
   needed = len(statement) + distance
   if len(filler_tokens) < needed:
@@ -71,7 +76,43 @@ def induction_needle(tokenizer: Tokenizer, filler_tokens: np.ndarray, *, distanc
   filler = np.asarray(filler_tokens[:needed], np.int32)
   first = statement if present else filler[:len(statement)]
   tokens = np.concatenate([[tokenizer.eot_id], first, filler[len(statement):], cue, digits]).astype(np.int32)
-  return tokens, len(tokens) - len(digits) + np.asarray(offsets)
+  return tokens, len(tokens) - len(digits) + offsets
+
+
+def needle_in_haystack(tokenizer: Tokenizer, haystack: np.ndarray, *, length: int, depth: float, cue: str,
+                       value: str) -> tuple[np.ndarray, np.ndarray]:
+  """A row of `length` tokens: end-of-text, haystack with a statement at a depth, and at the end the question.
+
+  Args:
+    tokenizer: gives each digit a token of its own (a separate token for the space before it is fine).
+    haystack: tokens, at least `length` of them.
+    length: of the whole row.
+    depth: share of the haystack before the statement, from 0 to 1.
+    cue: what statement and question both begin with.
+    value: five digits, spaced, that end both.
+
+  Returns:
+    tokens (length,) int32 and positions (5,) of the value's digits, as `induction_needle` does.
+  """
+  digits, offsets = _value_tokens(tokenizer, value)
+  statement = np.concatenate([tokenizer.encode(cue), digits])
+  hay = length - 1 - 2 * len(statement)
+  if hay < 0 or len(haystack) < hay:
+    raise UserError(f"a needle in a haystack of {length} tokens needs at least {1 + 2 * len(statement)}, and {max(hay, 0)} of "
+                    f" haystack where there are {len(haystack)}: choose other --multiples")
+  before = round(depth * hay)
+  parts = [[tokenizer.eot_id], haystack[:before], statement, haystack[before:hay], statement]
+  return np.concatenate(parts).astype(np.int32), length - len(digits) + offsets
+
+
+def _value_tokens(tokenizer: Tokenizer, value: str) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens of the spaced digits, and which of them are the five digits."""
+  digits = tokenizer.encode(_spaced(value))
+  offsets = [i for i, token in enumerate(digits) if tokenizer.decode([token]).strip() in set("0123456789")]
+  if "".join(tokenizer.decode([digits[i]]).strip() for i in offsets) != value or len(value) != VALUE_DIGITS:
+    raise UserError(f"the {tokenizer.kind} tokenizer does not give each digit of {_spaced(value)!r} its own token: "
+                    "the needle needs five value tokens")
+  return digits, np.asarray(offsets)
 
 
 def _spaced(value: str) -> str:
@@ -84,7 +125,7 @@ _WORDS = ("amber", "birch", "cedar", "delta", "ember", "falcon", "garnet", "harb
           "lantern", "maple", "nectar", "onyx", "pepper", "quartz", "raven", "saffron", "timber", "umber", "velvet",
           "willow", "yarrow", "zephyr")
 # Half of the records are worded like the evaluation's needle; the others keep the skill from clinging to one sentence.
-_PHRASINGS = ((CUE, 0.5), (" The special magic {word} number is", 0.1), (" Locker {key} opens with", 0.1),
+_PHRASINGS = ((CUE, 0.5), (MAGIC_CUE, 0.1), (" Locker {key} opens with", 0.1),
               (" # pin of {word} {short}:", 0.1), (" The pass phrase of {word} {short} reads", 0.1),
               (" record[{key}] =", 0.1))
 _WORD_VALUES = 0.5  # share of records whose value is five words of the text instead of five digits

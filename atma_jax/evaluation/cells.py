@@ -13,6 +13,7 @@ import numpy as np
 
 from atma_jax.config import Config
 from atma_jax.data.tokenizers import Tokenizer
+from atma_jax.evaluation.options import BabilongOptions
 from atma_jax.evaluation.records import Measurement
 from atma_jax.evaluation.scoring import Scorer
 
@@ -48,6 +49,9 @@ class Inputs:
     lengths: in tokens, ascending.
     config, model: of the checkpoint, for suites that do more than score rows.
     mesh: the devices that `model` lies on.
+    depths: of needles in a haystack, from 0 to 1.
+    bpb_span: tokens whose bits per byte are measured; 0 chooses.
+    babilong: None unless that suite runs.
   """
 
   scorer: Scorer
@@ -62,6 +66,9 @@ class Inputs:
   config: Config | None = None
   model: nnx.Module | None = None
   mesh: Mesh | None = None
+  depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+  bpb_span: int = 0
+  babilong: BabilongOptions | None = None
 
 
 def fingerprint(tokens: np.ndarray) -> str:

@@ -67,6 +67,7 @@ def observe(inputs: Inputs, rows: np.ndarray) -> Layers:
   return tapped(inputs, rows, make_tap(rows.shape[1] // 2))
 
 
+@functools.cache  # equal taps share a compiled program
 def make_tap(start: int) -> Tap:
   """A tap for tokens from `start` on.
 

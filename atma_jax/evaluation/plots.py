@@ -38,7 +38,7 @@ def plot_loss_vs_length(path: pathlib.Path, title: str, training_length: int, *,
 
 def plot_loss_by_position(path: pathlib.Path, title: str, training_length: int, *, curve: Record) -> None:
   """L(t): the loss of the token at position t, averaged over documents, in bins of equal logarithmic width."""
-  figure, axes = _figure(title, f"Loss by position ({curve['n']} documents of {_tokens(curve['length'])} tokens)")
+  figure, axes = _figure(title, f"Loss by position ({curve['n']} documents of {short_tokens(curve['length'])} tokens)")
   bins = [b for b in curve["bins"] if b["value"] is not None]
   center = np.array([math.sqrt((b["start"] + 1) * b["stop"]) for b in bins])
   value = np.array([b["value"] for b in bins])
@@ -103,7 +103,7 @@ def _length_axis(axes: Axes, low: int, high: int, training_length: int, label: s
   powers = range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)
   stride = math.ceil(len(powers) / 9) or 1
   ticks = [training_length * 2.0**p for p in powers if p % stride == 0] or [low, high]
-  axes.set_xticks(ticks, [f"{_tokens(t)}\n{_multiple(t / training_length)}" for t in ticks])
+  axes.set_xticks(ticks, [f"{short_tokens(t)}\n{_multiple(t / training_length)}" for t in ticks])
   axes.set_xticks([], minor=True)
   axes.set_xlim(low / 1.25, high * 1.25)
   axes.set_xlabel(label)
@@ -113,7 +113,7 @@ def _length_axis(axes: Axes, low: int, high: int, training_length: int, label: s
                   textcoords="offset points", fontsize=8.5, color=GRAY, va="top")
 
 
-def _tokens(n: float) -> str:
+def short_tokens(n: float) -> str:
   """2048 -> 2K, 1000 -> 1000, 1.5 -> 1.5."""
   for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
     if n >= size and n % (size / 4) == 0:

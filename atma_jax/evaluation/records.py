@@ -1,7 +1,8 @@
 """Results on disk: JSON lines that are appended and never rewritten.
 
-One line is one measured number. Lines of a cell (what is computed together) are appended in one write; a line cut off
-by a kill is skipped when the file is read, so that its cell counts as not done.
+One line is one measured number, or, with a status other than "ok", one that could not be had. Lines of a cell (what is
+computed together) are appended in one write; a line cut off by a kill is skipped when the file is read, so that its cell
+counts as not done.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Measurement:
 
   measure: str
   length: int
-  value: float
+  value: float | None
   n: int
   standard_error: float | None = None
   interval: tuple[float, float] | None = None
@@ -41,12 +42,25 @@ class Measurement:
   outlier: bool | None = None
 
 
+def parse_records(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a file's content that are of this schema; damaged lines are reported and skipped."""
+  records = []
+  for number, line in enumerate(content.splitlines(), 1):
+    try:
+      record = json.loads(line) if line.strip() else None
+    except ValueError:
+      logging.warning("%s:%d is cut off or damaged: skipped", path, number)
+      continue
+    if isinstance(record, dict) and record.get("schema") == SCHEMA:
+      records.append(record)
+  return records
+
+
 class ResultsFile:
   """``results.jsonl``: the records of every run that named this file."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
-    self.records: list[dict[str, Any]] = []
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       with open(path, "a+b") as file:  # shows now, not after the first cell, whether it can be written
@@ -55,14 +69,7 @@ class ResultsFile:
     except OSError as error:
       raise UserError(f"--output: cannot write {path}: {error.strerror or error}") from error
     self._ends_in_newline = content.endswith(b"\n") or not content
-    for number, line in enumerate(content.splitlines(), 1):
-      try:
-        record = json.loads(line) if line.strip() else None
-      except ValueError:
-        logging.warning("%s:%d is cut off or damaged: skipped", path, number)
-        continue
-      if isinstance(record, dict) and record.get("schema") == SCHEMA:
-        self.records.append(record)
+    self.records = parse_records(content, path)
 
   def find(self, identity: dict[str, Any], measure: str, length: int, layer: int | None = None,
            head: int | None = None) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import itertools
 from typing import Any
 
+import jax
 import numpy as np
 
 from atma_jax.config import UserError
@@ -22,6 +23,7 @@ from atma_jax.evaluation.cells import Cell, Inputs, Progress, fingerprint
 from atma_jax.evaluation.records import Measurement
 from atma_jax.evaluation.tapping import document_rows, tapped
 from atma_jax.models.retention import half_life, zero_input_half_lives
+from atma_jax.models.transformer import Block, Trace
 
 ZERO_INPUT, MEASURED = "half_life_zero_input", "half_life_measured"
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -68,8 +70,14 @@ def _zero_input(inputs: Inputs) -> list[Measurement]:
           for (layer, head), value in values.items()]
 
 
+def _gates(block: Block, trace: Trace, layer: jax.Array) -> jax.Array | None:
+  """A tap: log-decays (B, T, H) of a block with a memory."""
+  del block, layer
+  return trace.get("log_gamma")
+
+
 def _measured(inputs: Inputs, rows: np.ndarray, progress: Progress) -> list[Measurement]:
-  traces = tapped(inputs, rows, lambda block, trace, layer: trace.get("log_gamma"))
+  traces = tapped(inputs, rows, _gates)
   progress(rows.size)
   layers = {layer: half_life(log_gamma) for layer, log_gamma in enumerate(traces) if log_gamma is not None}
   measurements = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import gc
 import pathlib
 import time
 from typing import Any
@@ -15,107 +16,137 @@ import tqdm
 from atma_jax.config import RetentionCap, UserError, unknown_name
 from atma_jax.data.pipeline import heldout_documents, validation_stream
 from atma_jax.evaluation import plots
+from atma_jax.evaluation.babilong import babilong_cells
+from atma_jax.evaluation.bits_per_byte import bits_per_byte_cells
 from atma_jax.evaluation.cells import Cell, Inputs
 from atma_jax.evaluation.diagnostics import diagnostics_cells, diagnostics_table
 from atma_jax.evaluation.losses import loss_cells
 from atma_jax.evaluation.needle import needle_cells
+from atma_jax.evaluation.options import BabilongOptions, Options
 from atma_jax.evaluation.records import ResultsFile
+from atma_jax.evaluation.resources import OutOfMemory, code_version, hardware
 from atma_jax.evaluation.retention import retention_cells, retention_table
+from atma_jax.evaluation.retrieval import retrieval_cells
 from atma_jax.evaluation.scoring import Scorer
+from atma_jax.models import Atma
 from atma_jax.models.retention import capped_heads, with_retention_cap
 from atma_jax.sharding import make_mesh
 from atma_jax.training.checkpointing import load_model
+from atma_jax.training.state import ModelDefinition, params_of
 
-SUITES = {"loss": loss_cells, "needle": needle_cells, "retention": retention_cells, "diagnostics": diagnostics_cells}
-
-COLUMNS = ("document_loss", "stream_loss", "needle_accuracy", "needle_exact", "needle_loss", "absent_accuracy")  # of tables
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """What to measure; `multiples` of the training length, `data` "" for the directory the checkpoint was trained on."""
-
-  suites: tuple[str, ...]
-  multiples: tuple[int, ...]
-  step: int | None = None
-  data: str = ""
-  trials: int = 24
-  seed: int = 0
-  batch_tokens: int = 8192
-  chunk: int = 512
-  min_documents: int = 4
-  stream_windows: int = 8
-  retention_caps: tuple[RetentionCap | None, ...] = (None,)  # each evaluated by itself; None leaves the memory as it is
+SUITES = {"loss": loss_cells, "needle": needle_cells, "retrieval": retrieval_cells, "bpb": bits_per_byte_cells,
+          "babilong": babilong_cells, "retention": retention_cells, "diagnostics": diagnostics_cells}
+COLUMNS = ("document_loss", "stream_loss", "bits_per_byte", "needle_accuracy", "needle_exact", "needle_loss", "absent_accuracy",
+           "retrieval_accuracy", "retrieval_exact", "babilong_exact")  # of tables
 
 
-def evaluate(checkpoint: str, output: str, options: Options) -> list[dict[str, Any]]:
+def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongOptions | None = None) -> list[dict[str, Any]]:
   """Runs the suites and returns their records, one a number.
 
   Appends to ``OUTPUT/results.jsonl`` after every cell; a cell already recorded for this step and these settings is not run
-  again. Prints a table and writes PNG plots beside the results.
+  again. One that runs out of memory is recorded with status "out_of_memory" and no value, and tried again only on other
+  hardware or with other limits. Prints a table and writes PNG plots beside the results.
 
   Raises:
     UserError: an unknown suite, no good checkpoint, data missing or too short.
   """
-  for name in options.suites:
+  for name in options.suite:
     if name not in SUITES:
       raise UserError(unknown_name("--suite", name, SUITES))
-  if not options.multiples or min(options.multiples) < 1:
-    raise UserError(f"--multiples={','.join(map(str, options.multiples))}: must be whole numbers, each at least 1")
-  mesh = make_mesh()
-  config, model, tokenizer, step = load_model(checkpoint, options.step, mesh)
+  try:
+    mesh = make_mesh(context=options.context)
+  except ValueError as error:
+    raise UserError(f"--context={options.context}: {error}") from error
+  config, model, tokenizer, step = load_model(checkpoint, options.step, mesh, ema=options.ema)
+  model = model if options.keep_window else at_full_context(model)
   directory = pathlib.Path(options.data or config.data.directory)
   if not (directory / "manifest.json").is_file():
     raise UserError(f"--data={directory}: holds no prepared data (manifest.json); name the directory the model was trained on")
-  scorer = Scorer(model, mesh, cap=config.model.logit_cap, batch_tokens=options.batch_tokens, chunk=options.chunk)
+  limit = None if options.memory_gib is None else int(options.memory_gib * 2**30)
+  scorer = Scorer(model, mesh, cap=config.model.logit_cap, batch_tokens=options.batch_tokens, chunk=options.chunk,
+                  prefill_chunk=options.prefill_chunk, memory_bytes=limit)
   length = config.data.sequence_length
-  inputs = Inputs(scorer, tokenizer, [document[1:] for document in heldout_documents(directory)],
-                  validation_stream(directory), tuple(sorted({m * length for m in options.multiples})), options.trials,
-                  options.seed, options.min_documents, options.stream_windows, config, model, mesh)
+  lengths = tuple(sorted({m * length for m in options.multiples}))
+  inputs = Inputs(scorer, tokenizer, [document[1:] for document in heldout_documents(directory)], validation_stream(directory),
+                  lengths, options.trials, options.seed, options.min_documents, options.stream_windows, config, model, mesh,
+                  tuple(depth / 100 for depth in options.depths), options.bpb_span, babilong)
   results = ResultsFile(pathlib.Path(output) / "results.jsonl")
   common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
-  extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__,
-           "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+  if options.ema:
+    common["ema"] = True
+  if model.config.window is not None:
+    common["window"] = model.config.window
+  extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__, "code": code_version(),
+           "hardware": hardware(), "limits": {"batch_tokens": options.batch_tokens, "chunk": options.chunk,
+                                              "prefill_chunk": options.prefill_chunk, "memory_gib": options.memory_gib}}
   found = []
-  for cap in options.retention_caps:
-    settings = {} if cap is None else {"retention_cap": {"tokens": cap.tokens, "heads": cap.heads,
-                                                         "chosen": [list(pair) for pair in capped_heads(model, cap)]}}
-    capped = model if cap is None else with_retention_cap(model, cap)
-    of_cap = dataclasses.replace(inputs, model=capped, scorer=scorer if cap is None else scorer.of(capped))
-    cells = [(suite, dataclasses.replace(cell, settings=cell.settings | settings))
-             for suite in options.suites for cell in SUITES[suite](of_cap)]
-    found.append(_run(cells, results, common, extra, of_cap.scorer))
-    print(report(found[-1], length, "" if cap is None else f"retention cap {cap.tokens:g} tokens, heads {cap.heads}"))
+  for cap in options.caps():
+    settings, capped = {}, inputs
+    if cap is not None:
+      chosen = capped_heads(model, cap)  # what "worst" stands for is part of what was measured
+      settings = {"retention_cap": str(cap if cap.heads == "all" else RetentionCap(
+        cap.tokens, ",".join(f"{layer}:{head}" for layer, head in chosen)))}
+      capped = dataclasses.replace(inputs, model=with_retention_cap(model, cap))
+      capped = dataclasses.replace(capped, scorer=scorer.of(capped.model))
+    cells = []
+    for suite in options.suite:
+      built = SUITES[suite](dataclasses.replace(capped, trials=options.retrieval_trials) if suite == "retrieval" else capped)
+      cells += [(suite, dataclasses.replace(cell, settings=cell.settings | settings)) for cell in built]
+    found.append((str(cap or "none"), run_cells(cells, results, common, extra, capped.scorer)))
+    print(tables(found[-1][1], length, "" if cap is None else f"retention cap {settings['retention_cap']}"))
   if len(found) > 1:
-    print("\n" + sweep_table([("none" if cap is None else f"{cap.tokens:g}", records)
-                       for cap, records in zip(options.retention_caps, found)]))
-  _plot(found[0], pathlib.Path(output), f"{config.name}, step {step}", length)
-  return [record for records in found for record in records]
+    print("\n" + sweep_table(found))
+  _plot(found[0][1], pathlib.Path(output), f"{config.name}, step {step}", length)
+  return [record for _, records in found for record in records]
 
 
-def _run(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: dict[str, Any], extra: dict[str, Any],
-         scorer: Scorer) -> list[dict[str, Any]]:
+def at_full_context(model: Atma) -> Atma:
+  """The same parameters without an attention window, which is a matter of training."""
+  if model.config.window is None:
+    return model
+  return ModelDefinition(dataclasses.replace(model.config, window=None)).merge(params_of(model))
+
+
+def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: dict[str, Any], extra: dict[str, Any],
+              scorer: Scorer) -> list[dict[str, Any]]:
+  """The records of all cells, those found in the file and those measured now, each cell appended as soon as it is done."""
   records = []
   with tqdm.tqdm(total=sum(cell.tokens for _, cell in cells), unit="tok", unit_scale=True, mininterval=1) as bar:
     for suite, cell in cells:
       identity = {**common, "suite": suite, "settings": cell.settings}
       found = [results.find(identity, *number) for number in cell.expected]
       bar.set_description(cell.label)
-      if None not in found:
+      if all(record is not None and _is_final(record, extra) for record in found):
         records += found
         bar.update(cell.tokens)
         continue
-      started, compiled = time.perf_counter(), scorer.compile_seconds
-      measurements = cell.run(bar.update)
-      seconds = time.perf_counter() - started - (scorer.compile_seconds - compiled)
-      new = [{**identity, **dataclasses.asdict(m), **extra, "seconds": round(seconds, 3),
-              "tokens_per_second": round(cell.tokens / max(seconds, 1e-9), 1)} for m in measurements]
-      results.append(new)
-      records += results.records[-len(new):]
+      started, compiled, done = time.perf_counter(), scorer.compile_seconds, bar.n
+      scorer.largest_program = 0
+      try:
+        measured = [dataclasses.asdict(m) | {"status": "ok"} for m in cell.run(bar.update)]
+      except OutOfMemory as error:
+        logging.warning("%s: out of memory: %s", cell.label, error)
+        gc.collect()  # what the cell held
+        names = ("measure", "length", "layer", "head")
+        measured = [dict(zip(names, number)) | {"value": None, "n": 0, "status": "out_of_memory", "reason": str(error)}
+                    for number in cell.expected]
+        bar.update(cell.tokens - (bar.n - done))
+      seconds = max(time.perf_counter() - started - (scorer.compile_seconds - compiled), 1e-9)
+      rate = {"tokens_per_second": round(cell.tokens / seconds, 1)} if measured[0]["status"] == "ok" else {}
+      results.append([{**identity, **m, **extra, "seconds": round(seconds, 3), **rate,
+                       "program_gib": round(scorer.largest_program / 2**30, 3)} for m in measured])
+      records += results.records[-len(measured):]
   return records
 
 
-def report(records: Sequence[dict[str, Any]], training_length: int, title: str = "") -> str:
+def _is_final(record: dict[str, Any], extra: dict[str, Any]) -> bool:
+  """Whether measuring again would do the same; records older than `status` have values."""
+  if record.get("status", "ok") == "ok":
+    return True
+  return record["hardware"] == extra["hardware"] and record["limits"] == extra["limits"]
+
+
+def tables(records: Sequence[dict[str, Any]], training_length: int, title: str = "") -> str:
   """The tables of the suites that were run."""
   measures = {record["measure"] for record in records}
   parts = [title] if title else []
@@ -129,33 +160,41 @@ def report(records: Sequence[dict[str, Any]], training_length: int, title: str =
 
 
 def sweep_table(results: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
-  """A block a measure: one line a length, one column a retention cap."""
+  """A block a measure: one line a length, one column a retention cap; means, as in `table`."""
   lines = []
   for measure in COLUMNS:
-    values = {(name, r["length"]): r["value"] for name, records in results for r in records if r["measure"] == measure}
+    values: dict[tuple[str, int], list[float | None]] = {}
+    for name, records in results:
+      for record in records:
+        if record["measure"] == measure:
+          values.setdefault((name, record["length"]), []).append(record["value"])
     if values:
-      lines.append("  ".join([f"{measure:>16}", *(f"{f'cap {name}':>12}" for name, _ in results)]))
+      lines.append("  ".join([f"{measure:>18}", *(f"{f'cap {name}':>16}" for name, _ in results)]))
       for length in sorted({length for _, length in values}):
-        cells = [values.get((name, length)) for name, _ in results]
-        lines.append("  ".join([f"{length:>16}", *(f"{'' if v is None else format(v, '.4f'):>12}" for v in cells)]))
+        lines.append("  ".join([f"{length:>18}", *(f"{_mean(values.get((name, length), [])):>16}" for name, _ in results)]))
   return "\n".join(lines)
 
 
+def _mean(values: Sequence[float | None]) -> str:
+  return "no memory" if None in values else f"{sum(values) / len(values):.4f}" if values else ""
+
+
 def table(records: Sequence[dict[str, Any]], training_length: int) -> str:
-  """One line a length, one column a measure."""
+  """One line a length, one column a measure; the retrieval grid as means over its depths and haystacks."""
   columns = [m for m in COLUMNS if any(r["measure"] == m for r in records)]
-  value = {(r["measure"], r["length"]): r["value"] for r in records}
-  lines = ["  ".join(["  length", "     x", *(f"{c:>15}" for c in columns)])]
-  for length in sorted({length for measure, length in value if measure in columns}):
-    cells = [value.get((c, length)) for c in columns]
-    lines.append("  ".join([f"{length:>8}", f"{length / training_length:>6g}",
-                            *(f"{'' if v is None else format(v, '.4f'):>15}" for v in cells)]))
+  values: dict[tuple[str, int], list[float | None]] = {}
+  for record in records:
+    values.setdefault((record["measure"], record["length"]), []).append(record["value"])
+  lines = ["  ".join(["  length", "     x", *(f"{c:>18}" for c in columns)])]
+  for length in sorted({length for measure, length in values if measure in columns}):
+    cells = [_mean(values.get((column, length), [])) for column in columns]
+    lines.append("  ".join([f"{length:>8}", f"{length / training_length:>6g}", *(f"{c:>18}" for c in cells)]))
   return "\n".join(lines)
 
 
 def _plot(records: Sequence[dict[str, Any]], folder: pathlib.Path, title: str, length: int) -> None:
   def of(measure: str) -> list[dict[str, Any]]:
-    return [r for r in records if r["measure"] == measure]
+    return [r for r in records if r["measure"] == measure and r.get("status", "ok") == "ok"]
 
   written = []
   if of("document_loss"):
@@ -167,4 +206,4 @@ def _plot(records: Sequence[dict[str, Any]], folder: pathlib.Path, title: str, l
     plots.plot_needle_vs_distance(folder / "needle_vs_distance.png", title, length, accuracy=of("needle_accuracy"),
                                   exact=of("needle_exact"), absent=of("absent_accuracy"))
     written += ["needle_vs_distance.png"]
-  logging.info("results: %s; plots: %s", folder / "results.jsonl", ", ".join(written))
+  logging.info("results: %s; plots: %s", folder / "results.jsonl", ", ".join(written) or "none")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 from flax import nnx
@@ -13,6 +12,7 @@ import numpy as np
 
 from atma_jax.config import UserError
 from atma_jax.evaluation.cells import Inputs
+from atma_jax.evaluation.resources import memory_errors
 from atma_jax.models.transformer import Tap
 from atma_jax.sharding import named_sharding
 
@@ -38,22 +38,34 @@ def document_rows(inputs: Inputs, suite: str) -> np.ndarray:
 def tapped(inputs: Inputs, rows: np.ndarray, tap: Tap) -> list[Any]:
   """What `tap` makes of every layer over rows (N, T): its results, arrays with a leading axis of rows, in numpy.
 
-  One normal forward pass; besides its activations, memory is what the results take.
+  One normal forward pass; besides its activations, memory is what the results take. Compiled once a tap and shape.
+
+  Raises:
+    OutOfMemory: a device cannot hold what it takes.
+    UserError: rows do not divide over a mesh that splits them.
   """
+  context = inputs.mesh.shape["context"]
+  if context > 1 and rows.shape[1] % (2 * context):
+    raise UserError(f"--context={context}: a length of {rows.shape[1]} tokens is no multiple of {2 * context}")
+  with memory_errors():
+    return _tapped(inputs, rows, tap)
+
+
+def _tapped(inputs: Inputs, rows: np.ndarray, tap: Tap) -> list[Any]:
   graphdef, state = nnx.split(inputs.model)
   sharding = named_sharding(inputs.mesh, ("batch", None))
   parts = math.prod(inputs.mesh.shape[axis] for axis in sharding.spec[0])
   size = min(max(1, _BATCH_TOKENS // rows.shape[1]), -(-len(rows) // parts)) * parts
-  started = time.perf_counter()
-  with jax.set_mesh(inputs.mesh):
+
+  def compile_() -> jax.stages.Compiled:
     run = jax.jit(lambda state, tokens: nnx.merge(graphdef, state).tapped(tokens, tap)[1],
                   out_shardings=NamedSharding(inputs.mesh, PartitionSpec()))
-    compiled = run.lower(state, jax.ShapeDtypeStruct((size, rows.shape[1]), np.int32, sharding=sharding)).compile()
-  inputs.scorer.compile_seconds += time.perf_counter() - started
+    return run.lower(state, jax.ShapeDtypeStruct((size, rows.shape[1]), np.int32, sharding=sharding)).compile()
+
   batches = []
   for start in range(0, len(rows), size):
     batch = np.ascontiguousarray(rows[np.minimum(np.arange(start, start + size), len(rows) - 1)])
     tokens = jax.make_array_from_callback(batch.shape, sharding, lambda index, batch=batch: batch[index])
-    keep = min(size, len(rows) - start)
-    batches.append(jax.tree.map(lambda leaf, keep=keep: np.asarray(leaf)[:keep], compiled(state, tokens)))
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+    results = inputs.scorer.run(("tapped", tap, graphdef, batch.shape), compile_, state, tokens)
+    batches.append(jax.tree.map(lambda leaf: np.asarray(leaf), results))
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:len(rows)], *batches)

@@ -1,21 +1,26 @@
 """Decodes many requests together: rows of one cache that are filled, stepped and freed independently.
 
-A prompt is prefilled by itself in chunks whose lengths are powers of two, and its state then put into a free row. All
-rows decode `stride` tokens in one program on the device, with donated buffers and no word from the host in between.
-Shapes never depend on a request, so a program is compiled once: one for decoding and one for each chunk length.
+A prompt is prefilled by itself in passes whose lengths are powers of two, between the strides of the rows that decode,
+and its state then put into a free row. All rows decode `stride` tokens in one program on the device, with donated
+buffers and no word from the host in between; it reads keys and values up to the smallest of a few fixed reaches that the
+longest row keeps within. The device decodes a stride while the host looks at the one before. Shapes never depend on a
+request: `Engine.warm_up` compiles every program there is.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from atma_jax.config import ModelConfig, UserError
@@ -23,9 +28,15 @@ from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.inference.sampling import Knobs, Sampling, sample
 from atma_jax.inference.text import TextStream
 from atma_jax.models import Atma
-from atma_jax.models.cache import Cache
+from atma_jax.models.cache import Cache, GlobalPast, nbytes
+from atma_jax.ops.cached_attention import BLOCK, slots_for
+from atma_jax.sharding import LOGICAL_AXES
 
 SMALLEST_CHUNK = 16
+SPARE_ROWS = 2  # a prompt on its way, and the row it is put into, exist twice for a moment
+CAST = ("muon", "embedding", "head")  # optimizer groups of the parameters that the model casts before it uses them
+
+Likeliest = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
 
 
 class Rows(NamedTuple):
@@ -61,14 +72,17 @@ class Piece:
     logprob: its log-probability under the model, before temperature and filters.
     alternatives: the likeliest tokens and their log-probabilities, as many as the engine was made for.
     finish_reason: "stop" (end-of-text or a stop string), "length" or "cancelled".
+    prompt_logprobs: in the first piece of a scored request, log-probability and likeliest tokens at each of the
+      prompt's tokens but the first.
   """
 
   request: int
   text: str
   token: int | None = None
   logprob: float | None = None
-  alternatives: tuple[tuple[int, float], ...] = ()
+  alternatives: Likeliest = ()
   finish_reason: str | None = None
+  prompt_logprobs: tuple[tuple[float, Likeliest], ...] | None = None
 
 
 @dataclasses.dataclass
@@ -79,7 +93,7 @@ class Completion:
   text: str = ""
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
-  alternatives: list[tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=list)
+  alternatives: list[Likeliest] = dataclasses.field(default_factory=list)
   finish_reason: str | None = None
 
 
@@ -89,7 +103,12 @@ class _Request:
   prompt: np.ndarray
   sampling: Sampling
   text: TextStream
-  count: int = 0
+  scored: bool
+  count: int = 0  # tokens of the text that the host has seen
+  started: int = 0  # that the device has been told to decode, or more
+  cache: Cache | None = None  # while its prompt is on its way
+  position: int = 0  # prompt tokens in the cache
+  scores: list[tuple[float, Likeliest]] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -100,55 +119,127 @@ class Engine:
     tokenizer: of the model; its end-of-text ends a text, and ids beyond its vocabulary never come.
     rows: requests decoded at once.
     capacity: most tokens of a request, prompt and text together. A model with a window takes any length at one size.
-    chunk: prompt tokens in one forward pass at most, a power of two.
+    chunk: prompt tokens in one forward pass at most, a power of two. While rows decode, prompts get as many tokens
+      between two strides for every free row.
+    first_chunk: the same for a pass over an empty cache, which the ops of the full forward pass serve: larger is faster
+      for long prompts and takes more memory. None is `chunk`.
     stride: tokens decoded between two looks of the host: more is faster, fewer stops and streams sooner.
     alternatives: likeliest tokens reported with every token.
     prefixes: prompts whose state is kept, the latest used, so that a prompt that goes on from one starts there.
-    cache_dtype: of keys and values; None is the model's activation dtype.
+    cache_dtype: of keys and values, one of `cache.CACHE_DTYPES`; None is the model's activation dtype.
+    reaches: decoding programs at most, each for twice the cached tokens of the one before it.
+    prompt_logprobs: whether `submit` takes scored requests.
+
+  The model's mesh, if it has more than one device, splits the rows over its ``data`` and ``fsdp`` axes.
   """
 
   def __init__(self, model: Atma, tokenizer: Tokenizer, *, rows: int = 8, capacity: int = 2048, chunk: int = 512,
-               stride: int = 8, alternatives: int = 0, prefixes: int = 0, cache_dtype: str | None = None):
-    if chunk < SMALLEST_CHUNK or chunk & (chunk - 1):
-      raise UserError(f"chunk={chunk}: must be a power of two of at least {SMALLEST_CHUNK}")
-    for name, value, least in (("rows", rows, 1), ("capacity", capacity, 2), ("stride", stride, 1)):
+               first_chunk: int | None = None, stride: int = 8, alternatives: int = 0, prefixes: int = 0,
+               cache_dtype: str | None = None, reaches: int = 8, prompt_logprobs: bool = False):
+    first_chunk = chunk if first_chunk is None else first_chunk
+    for name, value, least in (("chunk", chunk, SMALLEST_CHUNK), ("first_chunk", first_chunk, chunk)):
+      if value < least or value & (value - 1):
+        raise UserError(f"{name}={value}: must be a power of two of at least {least}")
+    mesh = _mesh_of(model)
+    parts = math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"]) if mesh is not None else 1
+    for name, value, least in (("rows", rows, 1), ("capacity", capacity, 2), ("stride", stride, 1), ("reaches", reaches, 1),
+                               ("prefixes", prefixes, 0), ("alternatives", alternatives, 0)):
       if value < least:
         raise UserError(f"{name}={value}: must be at least {least}")
+    if rows % parts:
+      raise UserError(f"rows={rows}: must be a multiple of the {parts} parts that the devices split them into")
     self.tokenizer, self.capacity, self.chunk, self.stride = tokenizer, capacity, chunk, stride
+    self.first_chunk, self.alternatives, self.scores_prompts = first_chunk, alternatives, prompt_logprobs
     self.config: ModelConfig = model.config
+    self._mesh = mesh
     self._graphdef, self._state = nnx.split(model)
+    self._state = _cast(self._state, self.config)
     self._create = functools.partial(Cache.create, self.config, capacity=capacity, dtype=cache_dtype)
-    self._compile(alternatives)
     self._prefixes, self._kept = prefixes, OrderedDict[bytes, Cache]()  # by the bytes of their int32 tokens
     self.prefilled = 0  # prompt tokens that went through the model
     self._names, self._waiting = 0, deque[_Request]()
+    self._filling: dict[int, _Request] = {}  # by the row that waits for it
+    self._pending: tuple[list[_Request | None], Drawn] | None = None  # the stride that the host has not looked at
     self._active: list[_Request | None] = [None] * rows
-    self._rows = Rows(self._create(rows), *(jnp.zeros(rows, jnp.int32) for _ in range(3)),
-                      jnp.zeros((rows, self.config.vocab_size), bool), jnp.zeros(rows, bool),
-                      Knobs.of(*[Sampling()] * rows))
+    rows_of = functools.partial(_empty_rows, self._create, rows, self.config.vocab_size)
+    slots = _slots(jax.eval_shape(rows_of).cache)
+    self._slots = slots or 0
+    self.reaches = sorted({slots_for(max(slots >> i, min(BLOCK, slots))) for i in range(reaches)}) if slots else [0]
+    shardings = None if mesh is None else _rows_sharding(mesh, jax.eval_shape(rows_of))
+    self._compile(shardings)
+    with self._on_mesh():
+      self._rows = jax.jit(rows_of, out_shardings=shardings)()
 
-  def submit(self, prompt: str | Sequence[int], sampling: Sampling) -> int:
-    """Queues a request and returns its name; an empty prompt stands for the start of a document.
+  @property
+  def rows(self) -> int:
+    """Requests decoded at once."""
+    return len(self._active)
+
+  @property
+  def counts(self) -> dict[str, int]:
+    """Requests that wait, that are prefilled and that decode, by those names."""
+    return {"waiting": len(self._waiting), "prefilling": len(self._filling), "decoding": sum(map(bool, self._active))}
+
+  def check(self, prompt: str | Sequence[int], sampling: Sampling) -> np.ndarray:
+    """The prompt's tokens (n,), of which there is at least one.
 
     Raises:
       UserError: prompt and text would not fit, or the prompt holds ids that the model has not.
     """
     tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    tokens = np.asarray(tokens, np.int32) if len(tokens) else np.array([self.tokenizer.eot_id], np.int32)
+    tokens = np.asarray(tokens, np.int64) if len(tokens) else np.array([self.tokenizer.eot_id])
     if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
       raise UserError(f"prompt: token ids must be from 0 to {self.config.vocab_size - 1}")
     if len(tokens) + sampling.max_tokens > self.capacity and self.config.window is None:
       raise UserError(f"max_tokens={sampling.max_tokens}: with a prompt of {len(tokens)} tokens more than the "
-                      f"{self.capacity} that fit; legal: at most {self.capacity - len(tokens)}")
+                      f"{self.capacity} that fit; legal: at most {max(self.capacity - len(tokens), 0)}")
+    return tokens.astype(np.int32)
+
+  def submit(self, prompt: str | Sequence[int], sampling: Sampling, *, scored: bool = False) -> int:
+    """Queues a request and returns its name; an empty prompt stands for the start of a document.
+
+    Args:
+      prompt: text or token ids.
+      sampling: how it goes on.
+      scored: whether to report `Piece.prompt_logprobs`; the engine must have been made for it.
+
+    Raises:
+      UserError: as `check` says.
+    """
+    if scored and not self.scores_prompts:
+      raise ValueError("a scored request needs Engine(prompt_logprobs=True)")
+    tokens = self.check(prompt, sampling)
     self._names += 1
-    self._waiting.append(_Request(self._names, tokens, sampling, TextStream(self.tokenizer, sampling.stop)))
+    self._waiting.append(_Request(self._names, tokens, sampling, TextStream(self.tokenizer, sampling.stop), scored))
     return self._names
+
+  def warm_up(self) -> None:
+    """Compiles every program that serving may need, so that none is compiled later. The engine must be idle."""
+    if self.busy:
+      raise ValueError("warm_up: requests are running")
+    kept, self._kept, prefilled = self._kept, OrderedDict(), self.prefilled
+    for width, first in [*((w, False) for w in _widths(SMALLEST_CHUNK, self.chunk)),
+                         *((w, True) for w in _widths(2 * self.chunk, self.first_chunk))]:
+      cache = self._pass(self._new(), np.zeros(1, np.int32), width, first)
+    if self.scores_prompts:
+      cache = self._score_pass(self._new(), np.zeros(2, np.int32))[0]
+    self._kept, self.prefilled = kept, prefilled
+    self._put(0, self._copy(cache), np.zeros(1, np.int32), Sampling(), 0)
+    for reach in self.reaches:
+      with self._on_mesh():
+        self._rows, drawn = self._decode(self._state, self._rows, reach=reach)
+    jax.device_get(drawn)
+    self._stop_row(0)
 
   def cancel(self, request: int) -> Piece | None:
     """Ends a request now and frees its row; None where it has already ended."""
     for waiting in self._waiting:
       if waiting.name == request:
         self._waiting.remove(waiting)
+        return Piece(request, "", finish_reason="cancelled")
+    for row, filling in self._filling.items():
+      if filling.name == request:
+        del self._filling[row]
         return Piece(request, "", finish_reason="cancelled")
     for row, active in enumerate(self._active):
       if active is not None and active.name == request:
@@ -157,21 +248,25 @@ class Engine:
 
   @property
   def busy(self) -> bool:
-    """Whether any request waits or decodes."""
-    return bool(self._waiting) or any(self._active)
+    """Whether any request waits, is prefilled or decodes."""
+    return bool(self._waiting) or bool(self._filling) or any(self._active)
 
   def step(self) -> list[Piece]:
-    """Fills free rows from the queue, decodes up to `stride` tokens of every row and returns what is new."""
-    for row in range(len(self._active)):
-      if self._active[row] is None and self._waiting:
-        self._admit(row, self._waiting.popleft())
-    if not any(self._active):
-      return []
-    self._rows, drawn = self._decode(self._state, self._rows)
-    drawn = jax.device_get(drawn)
-    pieces = []
-    for row in range(len(self._active)):
-      pieces += self._collect(row, drawn)
+    """Prefills for free rows, starts decoding `stride` tokens of every row and returns what the stride before has given."""
+    pieces, before = self._fill(), self._pending
+    self._pending = None
+    if any(self._active):
+      with self._on_mesh():
+        self._rows, drawn = self._decode(self._state, self._rows, reach=self._reach())
+      self._pending = list(self._active), drawn
+      for request in filter(None, self._active):
+        request.started += self.stride
+    if before is not None:
+      requests, drawn = before
+      drawn = Drawn(*(x.tolist() for x in jax.device_get(drawn)))
+      for row, request in enumerate(requests):
+        if request is not None and request is self._active[row]:  # or it has ended since
+          pieces += self._collect(row, request, drawn)
     return pieces
 
   def stream(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> Iterator[Piece]:
@@ -205,47 +300,118 @@ class Engine:
   def prefill(self, tokens: np.ndarray) -> Cache:
     """The state of one row after these tokens (n,), n of any size, from the longest prefix that is kept."""
     tokens = np.asarray(tokens, np.int32)
-    content = tokens.tobytes()
-    prefix = max((key for key in self._kept if content.startswith(key)), key=len, default=b"")
-    position = len(prefix) // tokens.itemsize
-    if position:
-      self._kept.move_to_end(prefix)
-      cache = jax.tree.map(jnp.copy, self._kept[prefix])  # what is kept must survive donation
-    else:
-      cache = self._create(1)
-    self.prefilled += len(tokens) - position
+    cache, position = self._start(tokens)
     while position < len(tokens):
-      part = tokens[position : position + self.chunk]
-      width = max(SMALLEST_CHUNK, 1 << (len(part) - 1).bit_length())
-      padded = np.zeros((1, width), np.int32)
-      padded[0, : len(part)] = part
-      cache = self._prefill(self._state, cache, padded, np.array([len(part)], np.int32))
-      position += len(part)
-    if self._prefixes and content and content not in self._kept:
-      self._kept[content] = jax.tree.map(jnp.copy, cache)
-      while len(self._kept) > self._prefixes:
-        self._kept.popitem(last=False)
+      cache, position = self._advance(tokens, cache, position)
+    self.keep(tokens, cache)
     return cache
 
-  def _admit(self, row: int, request: _Request) -> None:
-    prompt, sampling = request.prompt, request.sampling
+  def keep(self, tokens: np.ndarray, cache: Cache) -> None:
+    """Keeps a copy of the state of one row after these tokens, for prompts that go on from them."""
+    content = np.asarray(tokens, np.int32).tobytes()
+    if self._prefixes and content and content not in self._kept:
+      self._kept[content] = self._copy(cache)
+      while len(self._kept) > self._prefixes:
+        self._kept.popitem(last=False)
+
+  def _start(self, tokens: np.ndarray) -> tuple[Cache, int]:
+    """A state to go on from, and how many of the tokens it has seen."""
+    content = tokens.tobytes()
+    prefix = max((key for key in self._kept if content.startswith(key)), key=len, default=b"")
+    if not prefix:
+      return self._new(), 0
+    self._kept.move_to_end(prefix)
+    return self._copy(self._kept[prefix]), len(prefix) // tokens.itemsize  # what is kept must survive donation
+
+  def _advance(self, tokens: np.ndarray, cache: Cache, position: int) -> tuple[Cache, int]:
+    """One forward pass further."""
+    first = position == 0 and len(tokens) > self.chunk and self.first_chunk > self.chunk
+    part = tokens[position : position + (self.first_chunk if first else self.chunk)]
+    width = max(SMALLEST_CHUNK, 1 << (len(part) - 1).bit_length())
+    return self._pass(cache, part, width, first), position + len(part)
+
+  def _pass(self, cache: Cache, part: np.ndarray, width: int, first: bool) -> Cache:
+    padded = np.zeros((1, width), np.int32)
+    padded[0, : len(part)] = part
+    self.prefilled += len(part)
+    with self._on_mesh():
+      return self._prefill(self._state, cache, padded, np.array([len(part)], np.int32), reach=0 if first else None)
+
+  def _score_pass(self, cache: Cache, part: np.ndarray) -> tuple[Cache, list[tuple[float, Likeliest]]]:
+    """All but the last of these tokens, and what the model gives for all but the first."""
+    padded, count = np.zeros((2, 1, self.chunk), np.int32), len(part) - 1
+    padded[:, 0, :count] = part[:-1], part[1:]
+    self.prefilled += count
+    with self._on_mesh():
+      cache, scores = self._score(self._state, cache, *padded, np.array([count], np.int32))
+    own, top_logprobs, top_tokens = (x[:count].tolist() for x in jax.device_get(scores))
+    return cache, [(own[i], tuple(zip(top_tokens[i], top_logprobs[i]))) for i in range(count)]
+
+  def _fill(self) -> list[Piece]:
+    """Gives free rows to waiting requests and takes their prompts further, by `chunk` tokens a free row."""
+    free = [row for row, request in enumerate(self._active) if request is None]
+    budget, pieces = self.chunk * len(free), []
+    for row in free:
+      if row not in self._filling and self._waiting and budget > 0:
+        self._filling[row] = self._waiting.popleft()
+      while row in self._filling and budget > 0:
+        before = self.prefilled
+        pieces += self._take_further(row, self._filling[row])
+        budget -= max(self.prefilled - before, 1)
+    return pieces
+
+  def _take_further(self, row: int, request: _Request) -> list[Piece]:
+    """One pass of a request's prompt; once all of it has been seen, the request decodes in `row`."""
+    tokens = request.prompt[:-1]
+    if request.cache is None:
+      request.cache, request.position = (self._new(), 0) if request.scored else self._start(tokens)
+    if request.position < len(tokens):
+      if request.scored:
+        part = request.prompt[request.position : request.position + self.chunk + 1]
+        request.cache, scores = self._score_pass(request.cache, part)
+        request.scores += scores
+        request.position += len(part) - 1
+      else:
+        request.cache, request.position = self._advance(tokens, request.cache, request.position)
+    if request.position < len(tokens):
+      return []
+    self.keep(tokens, request.cache)
+    cache, request.cache = request.cache, None
+    self._put(row, cache, request.prompt, request.sampling, request.sampling.max_tokens)
+    del self._filling[row]
+    self._active[row] = request
+    return [Piece(request.name, "", prompt_logprobs=tuple(request.scores))] if request.scored else []
+
+  def _put(self, row: int, cache: Cache, prompt: np.ndarray, sampling: Sampling, remaining: int) -> None:
     seen = np.zeros(self.config.vocab_size, bool)
     seen[prompt] = True
-    self._rows = self._place(self._rows, np.int32(row), self.prefill(prompt[:-1]), prompt[-1],
-                             np.int32(sampling.max_tokens), seen, np.bool_(not sampling.ignore_end), Knobs.of(sampling))
-    self._active[row] = request
+    with self._on_mesh():
+      self._rows = self._place(self._rows, np.int32(row), cache, prompt[-1], np.int32(remaining), seen,
+                               np.bool_(not sampling.ignore_end), Knobs.of(sampling))
 
-  def _collect(self, row: int, drawn: Drawn) -> list[Piece]:
-    request, pieces = self._active[row], []
-    if request is None:
-      return pieces
+  def _reach(self) -> int:
+    """The smallest reach that every active row keeps within for a stride."""
+    longest = max(len(request.prompt) + min(request.started, request.sampling.max_tokens)
+                  for request in self._active if request) + self.stride
+    return next((reach for reach in self.reaches if longest <= reach), self._slots)
+
+  def _stop_row(self, row: int) -> None:
+    with self._on_mesh():
+      self._rows = self._rows._replace(remaining=self._rest(self._rows.remaining, np.int32(row)))
+
+  def _on_mesh(self) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+  def _collect(self, row: int, request: _Request, drawn: Drawn) -> list[Piece]:
+    """The news of a row; the arrays of `drawn` as lists."""
+    pieces = []
     for step in range(drawn.counts[row]):
-      token = int(drawn.tokens[step, row])
+      token = drawn.tokens[step][row]
       request.count += 1
       ended = token == self.tokenizer.eot_id and not request.sampling.ignore_end
       text = "" if ended else request.text.push(token)
-      likeliest = tuple(zip(drawn.top_tokens[step, row].tolist(), drawn.top_logprobs[step, row].tolist()))
-      pieces.append(Piece(request.name, text, token, float(drawn.logprobs[step, row]), likeliest))
+      likeliest = tuple(zip(drawn.top_tokens[step][row], drawn.top_logprobs[step][row]))
+      pieces.append(Piece(request.name, text, token, drawn.logprobs[step][row], likeliest))
       if ended or request.text.stopped:
         return [*pieces, self._finish(row, "stop")]
     if request.count == request.sampling.max_tokens:
@@ -254,20 +420,35 @@ class Engine:
 
   def _finish(self, row: int, reason: str) -> Piece:
     request, self._active[row] = self._active[row], None
-    self._rows = self._rows._replace(remaining=self._rest(self._rows.remaining, np.int32(row)))
+    self._stop_row(row)
     text = request.text.finish()
     stopped = request.text.stopped and reason == "length"  # by text that was held back to the end
     return Piece(request.name, text, finish_reason="stop" if stopped else reason)
 
-  def _compile(self, alternatives: int) -> None:
-    graphdef, stride, config = self._graphdef, self.stride, self.config
+  def _compile(self, shardings: Rows | None) -> None:
+    graphdef, stride, config, alternatives = self._graphdef, self.stride, self.config, self.alternatives
     eot, legal = self.tokenizer.eot_id, np.arange(config.vocab_size) < self.tokenizer.vocab_size
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def prefill(state: Any, cache: Cache, tokens: jax.Array, counts: jax.Array) -> Cache:
-      return nnx.merge(graphdef, state).extend(tokens, cache, counts)[1]
+    row_shardings = decode_shardings = drawn_shardings = one = None
+    if shardings is not None:
+      one = NamedSharding(self._mesh, PartitionSpec())
+      row_shardings, drawn_shardings = shardings, Drawn(*[one] * 5)
+      decode_shardings = (row_shardings, drawn_shardings)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=1, static_argnames="reach", out_shardings=one)
+    def prefill(state: Any, cache: Cache, tokens: jax.Array, counts: jax.Array, *, reach: int | None) -> Cache:
+      return nnx.merge(graphdef, state).extend(tokens, cache, counts, reach=reach)[1]
+
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=one)
+    def score(state: Any, cache: Cache, tokens: jax.Array, targets: jax.Array,
+              counts: jax.Array) -> tuple[Cache, tuple[jax.Array, ...]]:
+      model = nnx.merge(graphdef, state)
+      hidden, cache = model.extend(tokens, cache, counts)
+      logprobs = jax.nn.log_softmax(model.head(hidden)[0].astype(jnp.float32))
+      own = jnp.take_along_axis(logprobs, targets[0][:, None], axis=1)[:, 0]
+      return cache, (own, *_likeliest(logprobs, alternatives))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=row_shardings)
     def place(rows: Rows, row: jax.Array, cache: Cache, *values: Any) -> Rows:
       token, remaining, seen, ends, knobs = values
 
@@ -278,8 +459,8 @@ class Engine:
                   put(rows.drawn, 0), put(rows.seen, seen), put(rows.ends, ends),
                   jax.tree.map(lambda old, new: put(old, new[0]), rows.knobs, knobs))
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def decode(state: Any, rows: Rows) -> tuple[Rows, Drawn]:
+    @functools.partial(jax.jit, donate_argnums=1, static_argnames="reach", out_shardings=decode_shardings)
+    def decode(state: Any, rows: Rows, *, reach: int) -> tuple[Rows, Drawn]:
       model = nnx.merge(graphdef, state)
       B = rows.token.shape[0]
       drawn = Drawn(jnp.zeros((stride, B), jnp.int32), jnp.zeros((stride, B), jnp.float32),
@@ -289,11 +470,11 @@ class Engine:
       def step(carry: tuple[jax.Array, Rows, Drawn]) -> tuple[jax.Array, Rows, Drawn]:
         i, rows, drawn = carry
         active = rows.remaining > 0
-        hidden, cache = model.extend(rows.token[:, None], rows.cache, active.astype(jnp.int32))
+        hidden, cache = model.extend(rows.token[:, None], rows.cache, active.astype(jnp.int32), reach=reach or None)
         logits = model.head(hidden)[:, 0].astype(jnp.float32)
         token = sample(jnp.where(legal, logits, -jnp.inf), rows.knobs, rows.seen, rows.drawn)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
-        top = jax.lax.top_k(logprobs, alternatives) if alternatives else (drawn.top_logprobs[i], drawn.top_tokens[i])
+        top = _likeliest(logprobs, alternatives)
         ended = rows.ends & (token == eot)
         remaining = jnp.where(active, jnp.where(ended, 0, rows.remaining - 1), 0)
         rows = Rows(cache, jnp.where(active, token, rows.token), remaining, rows.drawn + active,
@@ -309,5 +490,72 @@ class Engine:
       _, rows, drawn = jax.lax.while_loop(go_on, step, (jnp.int32(0), rows, drawn))
       return rows, drawn
 
-    self._prefill, self._place, self._decode = prefill, place, decode
-    self._rest = jax.jit(lambda remaining, row: remaining.at[row].set(0))
+    self._prefill, self._score, self._place, self._decode = prefill, score, place, decode
+    self._rest = jax.jit(lambda remaining, row: remaining.at[row].set(0),
+                         out_shardings=None if shardings is None else shardings.remaining)
+    self._copy = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache), out_shardings=one)
+    self._new = jax.jit(functools.partial(self._create, 1), out_shardings=one)
+
+
+def rows_within(config: ModelConfig, memory_gib: float, *, capacity: int, prefixes: int = 0,
+                cache_dtype: str | None = None) -> int:
+  """How many rows a memory of caches holds, beside the states of kept prefixes and of prompts on their way.
+
+  Raises:
+    UserError: not even one.
+  """
+  row = nbytes(jax.eval_shape(lambda: Cache.create(config, 1, capacity, cache_dtype)))
+  rows = int(memory_gib * 2**30 / row) - prefixes - SPARE_ROWS
+  if rows < 1:
+    raise UserError(f"cache_gib={memory_gib}: a row of {capacity} tokens takes {row / 2**30:.4g} GiB, and {prefixes} kept "
+                    f"prefixes, {SPARE_ROWS} prompts on their way and one row must fit: at least "
+                    f"{(prefixes + SPARE_ROWS + 1) * row / 2**30:.4g}")
+  return rows
+
+
+def _empty_rows(create: Any, rows: int, vocab_size: int) -> Rows:
+  return Rows(create(rows), *(jnp.zeros(rows, jnp.int32) for _ in range(3)), jnp.zeros((rows, vocab_size), bool),
+              jnp.zeros(rows, bool), Knobs.of(*[Sampling()] * rows))
+
+
+def _likeliest(logprobs: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  """The `count` largest of (..., V) and their tokens."""
+  if not count:
+    empty = jnp.zeros((*logprobs.shape[:-1], 0))
+    return empty, empty.astype(jnp.int32)
+  return jax.lax.top_k(logprobs, count)
+
+
+def _widths(smallest: int, largest: int) -> list[int]:
+  """Powers of two from one to the other."""
+  return [1 << i for i in range(smallest.bit_length() - 1, largest.bit_length())]
+
+
+def _slots(cache: Cache) -> int | None:
+  """R of a cache; None for a model without global mixers."""
+  return next((past.slots for pasts in cache.layers.values() for past in pasts if isinstance(past, GlobalPast)), None)
+
+
+def _cast(state: nnx.State, config: ModelConfig) -> nnx.State:
+  """The parameters with those in the activation dtype that the model would cast to it in every call."""
+  dtype = jnp.dtype(config.activation_dtype)
+  return nnx.from_flat_state([
+    (path, p.replace(p[...].astype(dtype)) if p.get_metadata("optimizer") in CAST else p)
+    for path, p in nnx.to_flat_state(state)])
+
+
+def _mesh_of(model: Atma) -> Mesh | None:
+  """What the parameters are spread over; None where they simply lie on the default device."""
+  sharding = jax.tree.leaves(nnx.state(model, nnx.Param))[0].sharding
+  return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def _rows_sharding(mesh: Mesh, rows: Rows) -> Rows:
+  """Rows over the axes of the batch: axis 1 of the cache's stacked arrays, axis 0 of all others."""
+  batch = LOGICAL_AXES["batch"]
+
+  def along(axis: int, tree: Any) -> Any:
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, batch))
+    return jax.tree.map(lambda _: sharding, tree)
+
+  return along(0, rows)._replace(cache=Cache(along(0, rows.cache.lengths), along(1, rows.cache.layers)))

@@ -31,12 +31,12 @@ class Sampling:
 
   def __post_init__(self):
     legal = {
-      "max_tokens": (self.max_tokens >= 1, "at least 1"),
-      "temperature": (0 <= self.temperature < float("inf"), "finite and at least 0"),
+      "max_tokens": (1 <= self.max_tokens < 2**31, "between 1 and 2^31 - 1"),
+      "temperature": (self.temperature == 0 or 1e-4 <= self.temperature <= 1e4, "0, or from 1e-4 to 1e4"),
       "top_k": (0 <= self.top_k < 2**31, "at least 0"),
       "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
       "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-      "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "finite and above 0"),
+      "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
       "seed": (0 <= self.seed < 2**32, "between 0 and 2^32 - 1"),
       "stop": (all(self.stop), "non-empty strings"),
     }

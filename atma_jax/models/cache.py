@@ -12,9 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from atma_jax.config import ModelConfig
+from atma_jax.config import DTYPES, ModelConfig
+from atma_jax.models.parallel import short_conv as whole_short_conv
 from atma_jax.ops import short_conv
-from atma_jax.ops.cached_attention import slots_for
+from atma_jax.ops.cached_attention import quantise, slots_for
+
+CACHE_DTYPES = ("int8", *DTYPES)  # of keys and values
 
 
 @jax.tree_util.register_dataclass
@@ -50,10 +53,12 @@ class GlobalPast:
   canon_k: jax.Array | None = None  # (B, taps - 1, K D)
   canon_v: jax.Array | None = None  # (B, taps - 1, K D)
   memory: jax.Array | None = None  # (B, H, D, D) float32 or wider; none without memory
+  key_scale: jax.Array | None = None  # (B, K, R) float32 of int8 keys; none for others, and none in an update
+  value_scale: jax.Array | None = None  # (B, K, R)
 
   def after(self, update: GlobalPast, span: Span) -> GlobalPast:
     """As for `LocalPast`; padding is not written, and of more new tokens than slots only the last."""
-    slots, T = self.keys.shape[3], update.keys.shape[3]
+    slots, T = self.slots, update.keys.shape[3]
     index = jnp.arange(T)
     written = (index < span.counts[:, None]) & (index >= span.counts[:, None] - slots)
     slot = jnp.where(written, (span.lengths[:, None] + index) % slots, slots)  # past the end: dropped
@@ -61,13 +66,42 @@ class GlobalPast:
     row = jnp.arange(slot.shape[0])[:, None]
 
     def write(ring: jax.Array, new: jax.Array) -> jax.Array:
-      new = jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype)  # (B, T, repetition, K, D)
+      new = jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype)  # (B, T, repetition, K, ...)
       return ring.at[:, row, :, slot].set(new, mode="drop")
 
-    return dataclasses.replace(update, keys=write(self.keys, update.keys), values=write(self.values, update.values))
+    new = {"keys": update.keys, "values": update.values}
+    if self.key_scale is not None:
+      (new["keys"], new["key_scale"]), (new["values"], new["value_scale"]) = map(quantise, new.values())
+    return dataclasses.replace(update, **{name: write(getattr(self, name), x) for name, x in new.items()})
+
+  @property
+  def slots(self) -> int:
+    """R."""
+    return self.keys.shape[-2]
+
+  @property
+  def scales(self) -> tuple[jax.Array, jax.Array] | None:
+    """Of keys and of values, where they are int8."""
+    return None if self.key_scale is None else (self.key_scale, self.value_scale)
 
 
-Layers = dict[str, list[LocalPast | GlobalPast]]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RavenPast:
+  """What a Raven mixer remembers: slots, whatever the length."""
+
+  slot_keys: jax.Array | None = None  # (B, H, slots, D) float32 or wider
+  slot_values: jax.Array | None = None  # (B, H, slots, D)
+  memory: jax.Array | None = None  # (B, H, D, D) float32 or wider; none without memory
+
+  def after(self, update: RavenPast, span: Span) -> RavenPast:
+    """As for `LocalPast`."""
+    del span
+    return update
+
+
+Past = LocalPast | GlobalPast | RavenPast
+Layers = dict[str, list[Past]]
 
 
 @jax.tree_util.register_dataclass
@@ -89,24 +123,28 @@ class Cache:
       config: of the model.
       batch: B.
       capacity: most tokens a row will hold, rounded up to whole blocks; a window needs and gets no more than itself.
-      dtype: of keys and values; None is the activation dtype, in which decoding equals the full forward pass.
+      dtype: of keys and values, one of `CACHE_DTYPES`; None is the activation dtype, in which decoding equals the
+        full forward pass. int8 carries a float32 scale a token and head.
     """
     activation = jnp.dtype(config.activation_dtype)
     slots = slots_for(capacity if config.window is None else min(capacity, config.window))
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
 
-    def past(kind: str, repeats: int) -> LocalPast | GlobalPast:
+    def past(kind: str, repeats: int) -> Past:
       def zeros(*shape: int, dtype=activation) -> jax.Array:
         return jnp.zeros((repeats, batch, *shape), dtype)
 
       if kind == "local":
         return LocalPast(zeros(config.conv_taps - 1, config.width))
+      wide = jnp.promote_types(jnp.float32, activation)
+      memory = zeros(heads, dim, dim, dtype=wide) if config.memory.enabled else None
+      if kind == "raven":
+        return RavenPast(*(zeros(heads, config.raven.slots, dim, dtype=wide) for _ in range(2)), memory)
       keys, values = (zeros(kv_heads, slots, dim, dtype=dtype or activation) for _ in range(2))
       canon = [None] * 3 if config.attention == "rope" else [
         zeros(config.canon_taps - 1, n * dim) for n in (heads, kv_heads, kv_heads)]
-      wide = jnp.promote_types(jnp.float32, activation)
-      memory = zeros(heads, dim, dim, dtype=wide) if config.memory.enabled else None
-      return GlobalPast(keys, values, *canon, memory)
+      scales = [zeros(kv_heads, slots, dtype=jnp.float32) for _ in range(2)] if dtype == "int8" else [None] * 2
+      return GlobalPast(keys, values, *canon, memory, *scales)
 
     pattern = config.block_pattern
     repeats, rest = divmod(config.num_layers, len(pattern))
@@ -134,11 +172,14 @@ class Cache:
 
 
 def convolve(x: jax.Array, weight: jax.Array, history: jax.Array | None,
-             span: Span | None) -> tuple[jax.Array, jax.Array | None]:
-  """`short_conv` of x (B, T, C) after `history`, and the history after x: the last taps - 1 inputs that count."""
-  y = short_conv(x, weight, history=history)
+             span: Span | None, channels: str) -> tuple[jax.Array, jax.Array | None]:
+  """`short_conv` of x (B, T, C) after `history`, and the history after x: the last taps - 1 inputs that count.
+
+  `channels` is the logical axis of C. Without a span x is whole sequences.
+  """
   if span is None:
-    return y, None
+    return whole_short_conv(x, weight, channels=channels), None
+  y = short_conv(x, weight, history=history)
   joined = jnp.concatenate([history, x.astype(history.dtype)], axis=1)
   last = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, history.shape[1]))
   return y, last(joined, span.counts)

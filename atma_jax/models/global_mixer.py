@@ -13,8 +13,11 @@ from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import GlobalPast, Span, convolve
 from atma_jax.models.memory import Memory
-from atma_jax.ops import polar_attention, rotary_embedding, softmax_attention
+from atma_jax.models.parallel import polar_attention, softmax_attention
+from atma_jax.ops import rotary_embedding
 from atma_jax.ops.cached_attention import cached_polar_attention, cached_softmax_attention
+from atma_jax.ops.distractors import polar_distractor_loss, softmax_distractor_loss
+from atma_jax.ops.polar_attention.formula import positional_logits
 
 ROPE_SCALE = 0.12
 
@@ -41,11 +44,22 @@ class PolarCore(nnx.Module):
       trace |= {"heads": direction, "magnitude": magnitude}
     return direction, self.mu_proj(magnitude)
 
-  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
-             span: Span) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast, span: Span,
+             reach: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same after `past`, and the keys to remember."""
-    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self.parameters())
+    if reach == 0:
+      return *self(q, k, v), k
+    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self.parameters(),
+                                                  scales=past.scales, reach=reach)
     return direction, self.mu_proj(magnitude), k
+
+  def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Mean softmax mass that random keys (R, K, D) take from the null."""
+    del values
+    T, D = trace["q"].shape[1], self.config.head_dim
+    temperature, null = positional_logits(self.null_base[...], self.null_slope[...], self.len_gain[...], queries=T, keys=T,
+                                          window=self.config.window)
+    return polar_distractor_loss(trace["q"], keys, temperature / math.sqrt(D), null)
 
   def parameters(self) -> dict[str, Any]:
     """Keyword arguments of `polar_attention` and `polar_statistics`."""
@@ -69,13 +83,20 @@ class SoftmaxCore(nnx.Module):
       trace |= {"heads": heads}
     return heads, None
 
-  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast,
-             span: Span) -> tuple[jax.Array, None, jax.Array]:
+  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast, span: Span,
+             reach: int | None) -> tuple[jax.Array, None, jax.Array]:
     """The same after `past`, and the keys to remember."""
     q, k, scale = self._positioned(q, k, span.lengths[:, None] + jnp.arange(q.shape[1]))
+    if reach == 0:
+      return softmax_attention(q, k, v, scale=scale, window=self.config.window), None, k
     heads = cached_softmax_attention(q, k, v, past.keys, past.values, span.lengths, scale=scale,
-                                     window=self.config.window)
+                                     window=self.config.window, scales=past.scales, reach=reach)
     return heads, None, k
+
+  def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Mean squared change of the heads when random keys and values (R, K, D), which have no position, are added."""
+    q, k, scale = self._positioned(trace["q"], trace["k"], jnp.arange(trace["q"].shape[1]))
+    return softmax_distractor_loss(q, k, trace["v"], keys, values, scale=scale, window=self.config.window)
 
   def _positioned(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, float]:
     """Queries and keys, rotated to their positions for rope, and the scale of their products."""
@@ -127,10 +148,10 @@ class GlobalMixer(nnx.Module):
       self.canon_k.weight[...] = jnp.zeros_like(self.canon_k.weight[...]).at[-1].set(-1.0).at[-2].set(1.0)
 
   def __call__(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> jax.Array:
-    return self.extend(x, GlobalPast(), None, trace)[0]
+    return self.extend(x, GlobalPast(), None, trace=trace)[0]
 
   def extend(self, x: jax.Array, past: GlobalPast, span: Span | None,
-             trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, GlobalPast]:
+             reach: int | None = None, trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, GlobalPast]:
     """The output for tokens that follow `past`, and the update of the past.
 
     A `trace` receives q (B, T, H, D), k and v (B, T, K, D) as the core takes them before any rotation, the core's ``heads``
@@ -143,16 +164,16 @@ class GlobalMixer(nnx.Module):
     v = self.v(x).reshape(B, T, config.num_kv_heads, config.head_dim)
     histories, state = (None, None, None), None
     if config.attention in CANON_ATTENTIONS:
-      q, canon_q = _canon(q, self.canon_q, past.canon_q, span)
-      k, canon_k = _canon(k, self.canon_k, past.canon_k, span)
-      v, canon_v = _canon(v, self.canon_v, past.canon_v, span)
+      q, canon_q = _canon(q, self.canon_q, past.canon_q, span, "heads")
+      k, canon_k = _canon(k, self.canon_k, past.canon_k, span, "kv_heads")
+      v, canon_v = _canon(v, self.canon_v, past.canon_v, span, "kv_heads")
       histories = canon_q, canon_k, canon_v
     if trace is not None:
       trace |= {"q": q, "k": k, "v": v}
     if span is None:
       heads, addend = self.core(q, k, v, trace)
     else:
-      heads, addend, keys = self.core.extend(q, k, v, past, span)
+      heads, addend, keys = self.core.extend(q, k, v, past, span, reach)
     out = self.out_proj((heads * jax.nn.sigmoid(gate)).reshape(B, T, -1))
     if addend is not None:
       out = out + addend
@@ -163,11 +184,16 @@ class GlobalMixer(nnx.Module):
       return out, past
     return out, GlobalPast(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(v, 1, 2), *histories, state)
 
+  def distractor_loss(self, trace: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
+    """The core's loss for keys and values of random inputs (R, C), normed as keys are, without canon convolutions."""
+    shape = (inputs.shape[0], self.config.num_kv_heads, self.config.head_dim)
+    return self.core.distractor_loss(trace, layers.head_norm(self.k(inputs).reshape(shape)), self.v(inputs).reshape(shape))
+
 
 def _canon(z: jax.Array, conv: layers.DepthwiseFilter, history: jax.Array | None,
-           span: Span | None) -> tuple[jax.Array, jax.Array | None]:
-  """``z + conv(z)`` over the flattened heads of z (B, T, heads, D), and the history after z."""
+           span: Span | None, channels: str) -> tuple[jax.Array, jax.Array | None]:
+  """``z + conv(z)`` over the flattened heads of z (B, T, heads, D), and the history after z; `channels` as for `convolve`."""
   B, T, heads, dim = z.shape
   flat = z.reshape(B, T, heads * dim)
-  y, history = convolve(flat, conv.weight[...], history, span)
+  y, history = convolve(flat, conv.weight[...], history, span, channels)
   return (flat + y).reshape(B, T, heads, dim), history

@@ -23,8 +23,10 @@ class LocalMixer(nnx.Module):
     del trace  # nothing inside is of interest beyond the block's own arrays
     return self.extend(x, LocalPast(), None)[0]
 
-  def extend(self, x: jax.Array, past: LocalPast, span: Span | None) -> tuple[jax.Array, LocalPast]:
-    """The output for tokens that follow `past`, and the update of the past."""
+  def extend(self, x: jax.Array, past: LocalPast, span: Span | None,
+             reach: int | None = None) -> tuple[jax.Array, LocalPast]:
+    """The output for tokens that follow `past`, and the update of the past; it has no slots for `reach` to limit."""
+    del reach
     b, c, h = self.in_proj.split(x, 3)
-    y, history = convolve(b * h, self.conv.weight[...], past.history, span)
+    y, history = convolve(b * h, self.conv.weight[...], past.history, span, "mlp")
     return self.out_proj(c * y), LocalPast(history)

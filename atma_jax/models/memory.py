@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import Span, counted
-from atma_jax.ops import gated_delta
+from atma_jax.models.parallel import gated_delta
+from atma_jax.ops.gated_delta.step import gated_delta_step
 
 
 class LogGammaCap(nnx.Variable):
@@ -45,13 +46,14 @@ class Memory(nnx.Module):
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     log_gamma = self.log_gamma(self.gamma(x))
     beta = jax.nn.sigmoid(self.beta(x).astype(wide) + config.memory.beta_bias)
-    implementation = config.implementation
     if span is not None:
       real = counted(x.shape[:2], span)[..., None]
       log_gamma, beta = jnp.where(real, log_gamma, 0), jnp.where(real, beta, 0)  # padding leaves the state alone
-      implementation = "reference" if x.shape[1] == 1 else implementation  # a single step has no chunk to build
-    readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
-                                 implementation=implementation)
+    if span is not None and x.shape[1] == 1:
+      readout, state = gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state)
+    else:
+      readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
+                                   implementation=config.implementation)
     if trace is not None:
       trace |= {"log_gamma": log_gamma, "beta": beta, "readout": readout, "memory": state}
     readout = layers.head_norm(readout).reshape(*x.shape[:2], -1)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import Cache, Span
+from atma_jax.models.parallel import check_length
 from atma_jax.models.transformer import Group, Tap
 from atma_jax.ops import soft_cap
 from atma_jax.ops.dispatch import KERNEL_OUTPUTS
@@ -95,6 +96,7 @@ class Atma(nnx.Module):
 
   def _apply(self, tokens: jax.Array, tap: Tap | None) -> tuple[jax.Array, dict[str, list[Any]]]:
     """The final norm's output, and the tap's results: stacked over the groups, and those of the tail."""
+    check_length(tokens.shape[1])
     x, results = constrain(self.embed(tokens), ("batch", "sequence", "features")), {}
     pattern = len(self.config.block_pattern)
     repeats = self.config.num_layers // pattern
@@ -120,13 +122,16 @@ class Atma(nnx.Module):
       x, results["tail"] = self._rematerialised(lambda x, group: group(x, tap, pattern * repeats))(x, self.tail)
     return self.norm(x), results
 
-  def extend(self, tokens: jax.Array, cache: Cache, counts: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+  def extend(self, tokens: jax.Array, cache: Cache, counts: jax.Array | None = None, *,
+             reach: int | None = None) -> tuple[jax.Array, Cache]:
     """The final norm's output for tokens that follow those of a cache: chunked prefill (T > 1) and decoding (T = 1).
 
     Args:
       tokens: (B, T) int32.
       cache: of B rows, with room for the new tokens unless the model has a window.
       counts: (B,) int32, how many of a row's T tokens count; the rest is padding on the right. None is all T.
+      reach: slots of keys and values that are read, a value of `slots_for` that every row that counts keeps within; 0
+        says that the cache is empty, and the ops of the full forward pass serve the call. None is all of them.
 
     Returns:
       (B, T, C), meaningless where padded, and the cache after the tokens that count.
@@ -139,11 +144,11 @@ class Atma(nnx.Module):
 
       def apply(x: jax.Array, inputs: tuple[nnx.State, Any]) -> tuple[jax.Array, Any]:
         params, pasts = inputs
-        return nnx.merge(graphdef, params).extend(x, pasts, span)
+        return nnx.merge(graphdef, params).extend(x, pasts, span, reach)
 
       x, updates["groups"] = jax.lax.scan(apply, x, (stacked, cache.layers["groups"]), unroll=not self.config.scan)
     if hasattr(self, "tail"):
-      x, update = self.tail.extend(x, jax.tree.map(lambda leaf: leaf[0], cache.layers["tail"]), span)
+      x, update = self.tail.extend(x, jax.tree.map(lambda leaf: leaf[0], cache.layers["tail"]), span, reach)
       updates["tail"] = jax.tree.map(lambda leaf: leaf[None], update)
     return self.norm(x), cache.after(updates, span)
 

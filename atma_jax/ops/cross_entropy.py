@@ -18,7 +18,7 @@ def soft_cap(z: jax.Array, cap: float) -> jax.Array:
 
 
 def cross_entropy(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array, weights: jax.Array, *,
-                  cap: float, z_loss: float, chunk: int) -> tuple[jax.Array, jax.Array]:
+                  cap: float, z_loss: float, chunk: int, parts: int = 1) -> tuple[jax.Array, jax.Array]:
   """Weighted sum of token losses, differentiable in hidden, kernel and bias.
 
   Args:
@@ -29,18 +29,19 @@ def cross_entropy(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets
     weights: (B, T), not differentiated.
     cap: of the logits.
     z_loss: weight of the squared log-partition.
-    chunk: time steps of each sequence whose logits exist at once.
+    chunk: time steps of each sequence whose logits exist at once, on a device where time is split over several.
+    parts: equal pieces, a divisor of T, into which time is split over devices: a chunk takes steps of each.
 
   Returns:
     loss_sum, ``sum weights * (nll + z_loss * logsumexp^2)``; and z_sum, ``sum weights * logsumexp^2``, which is there
     to be reported and carries no gradient. Both are scalars in float32 or wider.
   """
-  loss_sum, z_sum = _cross_entropy(hidden, kernel, bias, targets, weights, cap, z_loss, chunk)
+  loss_sum, z_sum = _cross_entropy(hidden, kernel, bias, targets, weights, cap, z_loss, chunk, parts)
   return loss_sum, jax.lax.stop_gradient(z_sum)
 
 
 def token_losses(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array, *, cap: float,
-                 chunk: int) -> jax.Array:
+                 chunk: int, parts: int = 1) -> jax.Array:
   """(B, T) negative log-likelihoods in nats, float32 or wider; arguments as in `cross_entropy`."""
   kernel = kernel.astype(hidden.dtype)
 
@@ -49,21 +50,22 @@ def token_losses(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets:
     z, target = _log_partition(_head(hidden, kernel), bias, targets, cap)
     return z - target
 
-  return _unchunk(jax.lax.map(losses, _chunks(chunk, hidden, targets)), hidden.shape[1])
+  return _unchunk(jax.lax.map(losses, _chunks(chunk, parts, hidden, targets)), hidden.shape[1], parts)
 
 
-def token_predictions(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, *, cap: float, chunk: int) -> jax.Array:
+def token_predictions(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, *, cap: float, chunk: int,
+                      parts: int = 1) -> jax.Array:
   """(B, T) int32 most likely tokens; arguments as in `cross_entropy`."""
   kernel = kernel.astype(hidden.dtype)
 
   def predict(hidden):
     return jnp.argmax(_logits(_head(hidden, kernel), bias, cap), axis=-1).astype(jnp.int32)
 
-  return _unchunk(jax.lax.map(predict, _chunks(chunk, hidden)[0]), hidden.shape[1])
+  return _unchunk(jax.lax.map(predict, _chunks(chunk, parts, hidden)[0]), hidden.shape[1], parts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _cross_entropy(hidden, kernel, bias, targets, weights, cap, z_loss, chunk):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _cross_entropy(hidden, kernel, bias, targets, weights, cap, z_loss, chunk, parts):
   dtype = _accumulator(hidden)
   kernel = kernel.astype(hidden.dtype)
 
@@ -74,10 +76,10 @@ def _cross_entropy(hidden, kernel, bias, targets, weights, cap, z_loss, chunk):
     return (sums[0] + jnp.sum(weights * (nll + z_loss * z2)), sums[1] + jnp.sum(weights * z2)), None
 
   zero = jnp.zeros((), dtype)
-  return jax.lax.scan(step, (zero, zero), _chunks(chunk, hidden, targets, weights.astype(dtype)))[0]
+  return jax.lax.scan(step, (zero, zero), _chunks(chunk, parts, hidden, targets, weights.astype(dtype)))[0]
 
 
-def _cross_entropy_fwd(hidden, kernel, bias, targets, weights, cap, z_loss, chunk):
+def _cross_entropy_fwd(hidden, kernel, bias, targets, weights, cap, z_loss, chunk, parts):
   dtype = _accumulator(hidden)
   cast = kernel.astype(hidden.dtype)
 
@@ -101,14 +103,14 @@ def _cross_entropy_fwd(hidden, kernel, bias, targets, weights, cap, z_loss, chun
 
   zero = jnp.zeros((), dtype)
   start = (zero, zero, jnp.zeros(kernel.shape, dtype), jnp.zeros(bias.shape, dtype))
-  inputs = _chunks(chunk, hidden, targets, weights.astype(dtype))
+  inputs = _chunks(chunk, parts, hidden, targets, weights.astype(dtype))
   (loss_sum, z_sum, dkernel, dbias), dhidden = jax.lax.scan(step, start, inputs)
-  gradients = (_unchunk(dhidden, hidden.shape[1]), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype))
+  gradients = (_unchunk(dhidden, hidden.shape[1], parts), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype))
   return (loss_sum, z_sum), gradients
 
 
-def _cross_entropy_bwd(cap, z_loss, chunk, gradients, cotangents):
-  del cap, z_loss, chunk
+def _cross_entropy_bwd(cap, z_loss, chunk, parts, gradients, cotangents):
+  del cap, z_loss, chunk, parts
   return (*((cotangents[0] * x).astype(x.dtype) for x in gradients), None, None)
 
 
@@ -148,20 +150,25 @@ def _log_partition(head: jax.Array, bias: jax.Array, targets: jax.Array, cap: fl
   return top + jnp.log(total), target
 
 
-def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Each (B, T, ...) as (chunks, B, steps, ...), in equal chunks of at most `chunk` steps, padded with zeros."""
-  T = arrays[0].shape[1]
-  count = -(-T // chunk)
-  steps = -(-T // count)
+def _chunks(chunk: int, parts: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Each (B, T, ...) as (chunks, B, parts * steps, ...), in equal chunks of at most `chunk` steps, padded with zeros.
+
+  Steps of one part stay side by side, so that an array split in `parts` over devices is cut without moving a number.
+  """
+  piece = arrays[0].shape[1] // parts
+  count = -(-piece // chunk)
+  steps = -(-piece // count)
 
   def cut(x):
-    x = jnp.pad(x, ((0, 0), (0, count * steps - T), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(x.shape[0], count, steps, *x.shape[2:]), 1, 0)
+    rest = x.shape[2:]
+    x = jnp.pad(x.reshape(-1, parts, piece, *rest), ((0, 0), (0, 0), (0, count * steps - piece), *((0, 0),) * len(rest)))
+    return jnp.moveaxis(x.reshape(-1, parts, count, steps, *rest), 2, 0).reshape(count, -1, parts * steps, *rest)
 
   return tuple(map(cut, arrays))
 
 
-def _unchunk(x: jax.Array, T: int) -> jax.Array:
+def _unchunk(x: jax.Array, T: int, parts: int) -> jax.Array:
   """The inverse of `_chunks`."""
-  x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+  (count, B, _), rest = x.shape[:3], x.shape[3:]
+  x = jnp.moveaxis(x.reshape(count, B, parts, -1, *rest), 0, 2)
+  return x.reshape(B, parts, -1, *rest)[:, :, : T // parts].reshape(B, T, *rest)

@@ -5,8 +5,8 @@ considered, so a CPU run never imports an accelerator's kernels. To add a kernel
 ``KERNEL_MODULE:FUNCTION`` with the op's signature and a ``supports(*args, **kwargs) -> str | None`` beside it (the
 reason it cannot serve such a call, or None), and put one `Implementation` line in the op's table.
 
-``implementation="auto"`` takes the first entry allowed on the default backend whose predicate agrees, and logs the
-choice once. A name given explicitly is obeyed or refused with `NotImplementedError`; it never falls back.
+``implementation="auto"`` takes the first entry allowed on the platform that is computed for whose predicate agrees, and
+logs the choice once. A name given explicitly is obeyed or refused with `NotImplementedError`; it never falls back.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Implementation:
   """Where an implementation lives and when it may be chosen."""
 
   target: str  # "module:function"
-  platforms: tuple[str, ...] | None = None  # default backends on which "auto" may take it; None is all of them
+  platforms: tuple[str, ...] | None = None  # on which "auto" may take it; None is all of them
   supports: str | None = None  # predicate in the same module; None serves every call
 
   @property
@@ -73,16 +73,37 @@ class Op:
     return self.implementations[implementation].function(*args, **kwargs)
 
   def choose(self, *args, **kwargs) -> str:
-    """What "auto" means for this call on the default backend."""
-    backend = jax.default_backend()
+    """What "auto" means for this call on the platform that is computed for."""
+    where = platform()
     for name, entry in self.implementations.items():
-      if entry.platforms is not None and backend not in entry.platforms:
+      if entry.platforms is not None and where not in entry.platforms:
         continue
       if (reason := entry.refusal(*args, **kwargs)) is None:
-        _log_once(f"{self.name}: {name!r} chosen on {backend}")
+        _log_once(f"{self.name}: {name!r} chosen on {where}")
         return name
       _log_once(f"{self.name}: {name!r} passed over: it {reason}")
-    raise NotImplementedError(f"{self.name}: no implementation serves this call on {backend}")
+    raise NotImplementedError(f"{self.name}: no implementation serves this call on {where}")
+
+
+def platform() -> str:
+  """Where the program being traced will run: the devices of the mesh in context, else the default backend.
+
+  They differ when a program is compiled for a machine that is not there (`atma_jax.training.ahead`).
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def device_kind() -> str:
+  """What the makers call a device of `platform`, such as ``NVIDIA H200`` or ``TPU v5 lite``."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.device_kind if device else jax.devices()[0].device_kind
+
+
+def undivided() -> bool:
+  """Whether a program sees whole arrays of a mesh of several devices, which a TPU kernel cannot be cut into."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return any(mesh.shape[axis] > 1 for axis in mesh.axis_names if axis not in mesh.manual_axes)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ pass, which recomputes p block by block from q, k and M.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 from typing import NamedTuple
 
@@ -61,129 +62,186 @@ def block_size(length: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _statistics(q, k, v, scale, window, blocks):
-  return _forward(q, k, v, scale, window, blocks)
+  return _statistics_fwd(q, k, v, scale, window, blocks)[0]
 
 
 def _statistics_fwd(q, k, v, scale, window, blocks):
-  statistics = _forward(q, k, v, scale, window, blocks)
+  cut = _cut(q, k, window, blocks)
+  statistics = cut.unqueries(cut.gather(None, cut.queries((q, scale[None])), cut.keys((k, v)), (0,)))
   return statistics, (q, k, v, scale, statistics.M)
 
 
 def _statistics_bwd(window, blocks, residuals, cotangents):
   q, k, v, scale, M = residuals
-  dq, dk, dv = _backward(q, k, v, scale, M, cotangents, window, blocks)
-  # sum_j dlogit_j q.k_j, read off dq = sum_j dlogit_j scale k_j
-  dscale = jnp.sum(q * dq, axis=(0, 3)) / scale
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dscale
+  cut, (_, *cotangents) = _cut(q, k, window, blocks), cotangents
+  rows, keys = cut.queries((q, scale[None], M, *cotangents)), cut.keys((k, v))
+  dq, dkeys = cut.spread(rows, keys, cut.no_gradients(keys), (0,))
+  dq, (dk, dv) = cut.unqueries(dq), cut.unkeys(dkeys)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), scale_gradient(q, dq, scale)
 
 
 _statistics.defvjp(_statistics_fwd, _statistics_bwd)
 
 
-class _Blocks:
-  """The cut of T queries (the last of S positions) and S keys into blocks, and which pairs of blocks meet."""
+def scale_gradient(q: jax.Array, dq: jax.Array, scale: jax.Array) -> jax.Array:
+  """Gradient of scale (T, H), ``sum_j dlogit_j q.k_j``, read off ``dq = sum_j dlogit_j scale k_j``."""
+  return jnp.sum(q * dq, axis=(0, 3)) / scale
 
-  def __init__(self, q, k, window, blocks):
-    self.B, self.T, self.H, _ = q.shape
-    self.S, self.K = k.shape[1:3]
+
+def _cut(q, k, window, blocks) -> Blocks:
+  T, S = q.shape[1], k.shape[1]
+  return Blocks(q, k, S if window is None else window, blocks, query_starts=(S - T,), key_segments=1)
+
+
+class Blocks:
+  """The cut of queries and keys into blocks, and which pairs of blocks meet.
+
+  Queries, and keys, are equal segments of consecutive positions one after the other, each cut into blocks by itself: one
+  segment in an unsplit sequence, two where a device holds an early and a late piece of it (`ops.context_parallel`). Positions
+  where segments start may be traced. Trees of arrays are cut leaf by leaf.
+  """
+
+  def __init__(self, q: jax.Array, k: jax.Array, window: int, blocks: tuple[int, int], *,
+               query_starts: Sequence[jax.typing.ArrayLike], key_segments: int):
+    self.B, self.H, self.K = q.shape[0], q.shape[2], k.shape[2]
     self.G = self.H // self.K
-    self.window = self.S if window is None else window
-    self.block_q, self.block_k = blocks
-    self.count_q, self.count_k = -(-self.T // self.block_q), -(-self.S // self.block_k)
+    self.window, (self.block_q, self.block_k) = window, blocks
+    self.query_starts, self.key_segments = query_starts, key_segments
+    self.T, self.S = q.shape[1] // len(query_starts), k.shape[1] // key_segments  # of a segment
+    self.count_q, self.count_k = -(-self.T // self.block_q), -(-self.S // self.block_k)  # in a segment
     self.dtype = jnp.result_type(jnp.float32, q, k)
 
-  def queries(self, x):
+  def queries(self, tree):
     """(B, T, H, ...) -> (blocks, B, K, G, block_q, ...), padded with zeros."""
-    x = _pad(x, 1, self.count_q * self.block_q)
-    x = x.reshape(x.shape[0], self.count_q, self.block_q, self.K, self.G, *x.shape[3:])
-    return jnp.moveaxis(x, (1, 0, 3, 4, 2), (0, 1, 2, 3, 4))
+    def cut(x):
+      B, rest = x.shape[0], x.shape[3:]
+      x = _pad(x.reshape(B, -1, self.T, *x.shape[2:]), 2, self.count_q * self.block_q)
+      return jnp.moveaxis(x.reshape(B, -1, self.block_q, self.K, self.G, *rest), (1, 0, 3, 4, 2), (0, 1, 2, 3, 4))
+    return jax.tree.map(cut, tree)
 
-  def unqueries(self, x):
+  def unqueries(self, tree):
     """The inverse of `queries`."""
-    x = jnp.moveaxis(x, (0, 1, 2, 3, 4), (1, 0, 3, 4, 2))
-    return x.reshape(self.B, self.count_q * self.block_q, self.H, *x.shape[5:])[:, : self.T]
+    def uncut(x):
+      rest = x.shape[5:]
+      x = jnp.moveaxis(x, (0, 1, 2, 3, 4), (1, 0, 3, 4, 2))
+      x = x.reshape(self.B, -1, self.count_q * self.block_q, self.H, *rest)[:, :, : self.T]
+      return x.reshape(self.B, -1, self.H, *rest)
+    return jax.tree.map(uncut, tree)
 
-  def keys(self, x):
+  def keys(self, tree):
     """(B, S, K, D) -> (B, K, blocks * block_k, D), padded with zeros."""
-    return jnp.swapaxes(_pad(x, 1, self.count_k * self.block_k), 1, 2)
+    def cut(x):
+      x = _pad(x.reshape(self.B, -1, self.S, *x.shape[2:]), 2, self.count_k * self.block_k)
+      return jnp.swapaxes(x.reshape(self.B, -1, *x.shape[3:]), 1, 2)
+    return jax.tree.map(cut, tree)
 
-  def unkeys(self, x):
+  def unkeys(self, tree):
     """The inverse of `keys`."""
-    return jnp.swapaxes(x, 1, 2)[:, : self.S]
+    def uncut(x):
+      x = jnp.swapaxes(x, 1, 2)
+      x = x.reshape(self.B, -1, self.count_k * self.block_k, *x.shape[2:])[:, :, : self.S]
+      return x.reshape(self.B, -1, *x.shape[3:])
+    return jax.tree.map(uncut, tree)
 
-  def take(self, x, j):
-    """Block j of `keys`."""
-    return jax.lax.dynamic_slice_in_dim(x, j * self.block_k, self.block_k, axis=2)
+  def no_statistics(self, rows) -> Statistics:
+    """Of cut queries that have seen no key: M is finite, so that exp(M - M) is a number."""
+    shape = rows[0].shape
+    zeros = jnp.zeros(shape[:-1], self.dtype)
+    return Statistics(jnp.full_like(zeros, jnp.finfo(self.dtype).min), zeros, zeros, jnp.zeros(shape, self.dtype))
 
-  def loop(self, i, body, carry):
-    """Folds `body(j, carry)` over the key blocks j that query block i sees a key of."""
-    first = self.S - self.T + i * self.block_q  # position of the block's first query
-    low = jnp.maximum(first - self.window + 1, 0) // self.block_k
-    high = (jnp.minimum(first + self.block_q, self.S) - 1) // self.block_k + 1
-    return jax.lax.fori_loop(low, high, body, carry)
+  def no_gradients(self, keys):
+    """Zeros for the gradients of cut keys and values."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, self.dtype), keys)
 
-  def logits(self, i, j, q, k, scale):
-    """(B, K, G, block_q, block_k), -inf where the key is not visible. Keys of the padding lie after every query."""
+  def gather(self, statistics: Statistics | None, rows, keys, key_starts: Sequence[jax.typing.ArrayLike]) -> Statistics:
+    """Adds keys to the statistics of all queries; everything cut.
+
+    Args:
+      statistics: over other keys; None is `no_statistics`.
+      rows: queries and scales.
+      keys: keys and values.
+      key_starts: positions at which the segments of the keys start.
+    """
+    keys, values = keys
+
+    def query_block(inputs):
+      first, (q, scale), statistics = inputs
+
+      def key_block(segment, j, carry):
+        M, L, Q, S = carry
+        v = self._take(values, segment, j)
+        logits = self._logits(first - key_starts[segment], j, q, self._take(keys, segment, j), scale)
+        M, old = jnp.maximum(M, jnp.max(logits, axis=-1)), M
+        a, p = jnp.exp(old - M), jnp.exp(logits - M[..., None])
+        found = jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=self.dtype)
+        return Statistics(M, a * L + jnp.sum(p, -1), a * a * Q + jnp.sum(p * p, -1), a[..., None] * S + found)
+
+      return self._loop(first, key_starts, key_block, statistics or self.no_statistics((q,)))
+
+    return jax.lax.map(query_block, (self._firsts(), rows, statistics))
+
+  def spread(self, rows, keys, gradients, key_starts: Sequence[jax.typing.ArrayLike]):
+    """Gradients of the queries, cut, and `gradients` of keys and values with these queries' share added.
+
+    Args:
+      rows: queries, scales, the final M, and the cotangents of L, Q and S.
+      keys, gradients, key_starts: keys and values, their gradients so far, and where their segments start.
+    """
+    keys, values = keys
+
+    def query_block(carry, inputs):
+      first, (q, scale, M, gL, gQ, gS) = inputs
+      gS = gS.astype(values.dtype)
+
+      def key_block(segment, j, carry):
+        dq, dk, dv = carry
+        k, v = self._take(keys, segment, j), self._take(values, segment, j)
+        p = jnp.exp(self._logits(first - key_starts[segment], j, q, k, scale) - M[..., None])
+        dp = jnp.einsum("bkgtd,bksd->bkgts", gS, v, preferred_element_type=self.dtype)
+        dscore = (scale[..., None] * p * (dp + gL[..., None] + 2 * gQ[..., None] * p)).astype(q.dtype)
+        dq += jnp.einsum("bkgts,bksd->bkgtd", dscore, k, preferred_element_type=self.dtype)
+        dk_j = jnp.einsum("bkgts,bkgtd->bksd", dscore, q, preferred_element_type=self.dtype)
+        dv_j = jnp.einsum("bkgts,bkgtd->bksd", p.astype(v.dtype), gS, preferred_element_type=self.dtype)
+
+        def add(x, y):
+          at = (segment * self.count_k + j) * self.block_k
+          return jax.lax.dynamic_update_slice_in_dim(x, self._take(x, segment, j) + y, at, axis=2)
+
+        return dq, add(dk, dk_j), add(dv, dv_j)
+
+      dq, *carry = self._loop(first, key_starts, key_block, (jnp.zeros(q.shape, self.dtype), *carry))
+      return tuple(carry), dq
+
+    gradients, dq = jax.lax.scan(query_block, tuple(gradients), (self._firsts(), rows))
+    return dq, gradients
+
+  def _firsts(self) -> jax.Array:
+    """Position of the first query of every block."""
+    starts = jnp.stack([jnp.asarray(start, jnp.int32) for start in self.query_starts])
+    return (starts[:, None] + self.block_q * jnp.arange(self.count_q)).reshape(-1)
+
+  def _take(self, x, segment, j):
+    """Block j of a segment of `keys`."""
+    return jax.lax.dynamic_slice_in_dim(x, (segment * self.count_k + j) * self.block_k, self.block_k, axis=2)
+
+  def _loop(self, first, key_starts, body, carry):
+    """Folds `body(segment, j, carry)` over the key blocks that the query block at position `first` sees a key of."""
+    for segment, start in enumerate(key_starts):
+      query = first - start
+      low = jnp.maximum(query - self.window + 1, 0) // self.block_k
+      high = (jnp.minimum(query + self.block_q, self.S) - 1) // self.block_k + 1
+      carry = jax.lax.fori_loop(low, high, functools.partial(body, segment), carry)
+    return carry
+
+  def _logits(self, query, j, q, k, scale):
+    """(B, K, G, block_q, block_k) for a first query so many positions into the segment; -inf where not visible."""
     scores = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=self.dtype)
-    query = self.S - self.T + i * self.block_q + jnp.arange(self.block_q)[:, None]
-    distance = query - j * self.block_k - jnp.arange(self.block_k)
-    return jnp.where((distance >= 0) & (distance < self.window), scale[..., None] * scores, -jnp.inf)
-
-
-def _forward(q, k, v, scale, window, blocks) -> Statistics:
-  cut = _Blocks(q, k, window, blocks)
-  keys, values = cut.keys(k), cut.keys(v)
-
-  def query_block(inputs):
-    i, q, scale = inputs
-
-    def key_block(j, carry):
-      M, L, Q, S = carry
-      logits = cut.logits(i, j, q, cut.take(keys, j), scale)
-      M, old = jnp.maximum(M, jnp.max(logits, axis=-1)), M
-      a, p = jnp.exp(old - M), jnp.exp(logits - M[..., None])
-      found = jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), cut.take(values, j), preferred_element_type=cut.dtype)
-      return Statistics(M, a * L + jnp.sum(p, -1), a * a * Q + jnp.sum(p * p, -1), a[..., None] * S + found)
-
-    zeros = jnp.zeros(q.shape[:-1], cut.dtype)
-    lowest = jnp.full_like(zeros, jnp.finfo(cut.dtype).min)  # finite: exp(lowest - lowest) is a number
-    return cut.loop(i, key_block, Statistics(lowest, zeros, zeros, jnp.zeros(q.shape, cut.dtype)))
-
-  rows = (jnp.arange(cut.count_q), cut.queries(q), cut.queries(scale[None]))
-  return jax.tree.map(cut.unqueries, jax.lax.map(query_block, rows))
-
-
-def _backward(q, k, v, scale, M, cotangents, window, blocks):
-  cut = _Blocks(q, k, window, blocks)
-  keys, values = cut.keys(k), cut.keys(v)
-  _, gL, gQ, gS = cotangents
-
-  def query_block(carry, inputs):
-    i, q, scale, M, gL, gQ, gS = inputs
-    gS = gS.astype(v.dtype)
-
-    def key_block(j, carry):
-      dq, dk, dv = carry
-      k, v = cut.take(keys, j), cut.take(values, j)
-      p = jnp.exp(cut.logits(i, j, q, k, scale) - M[..., None])
-      dp = jnp.einsum("bkgtd,bksd->bkgts", gS, v, preferred_element_type=cut.dtype)
-      dscore = (scale[..., None] * p * (dp + gL[..., None] + 2 * gQ[..., None] * p)).astype(q.dtype)
-      dq += jnp.einsum("bkgts,bksd->bkgtd", dscore, k, preferred_element_type=cut.dtype)
-      dk_j = jnp.einsum("bkgts,bkgtd->bksd", dscore, q, preferred_element_type=cut.dtype)
-      dv_j = jnp.einsum("bkgts,bkgtd->bksd", p.astype(v.dtype), gS, preferred_element_type=cut.dtype)
-
-      def add(x, y):
-        return jax.lax.dynamic_update_slice_in_dim(x, cut.take(x, j) + y, j * cut.block_k, axis=2)
-
-      return dq, add(dk, dk_j), add(dv, dv_j)
-
-    dq, dk, dv = cut.loop(i, key_block, (jnp.zeros(q.shape, cut.dtype), *carry))
-    return (dk, dv), dq
-
-  rows = (jnp.arange(cut.count_q), *map(cut.queries, (q, scale[None], M, gL, gQ, gS)))
-  zeros = jnp.zeros(keys.shape, cut.dtype)
-  (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), rows)
-  return cut.unqueries(dq), cut.unkeys(dk), cut.unkeys(dv)
+    key = j * self.block_k + jnp.arange(self.block_k)
+    distance = query + jnp.arange(self.block_q)[:, None] - key
+    visible = (distance >= 0) & (distance < self.window)
+    if self.S % self.block_k:
+      visible &= key < self.S
+    return jnp.where(visible, scale[..., None] * scores, -jnp.inf)
 
 
 def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from atma_jax.config import Config, UserError
 from atma_jax.ops import token_losses
-from atma_jax.sharding import make_mesh, named_sharding
+from atma_jax.sharding import make_mesh, named_sharding, parts
 from atma_jax.training.flops import training_flops_per_token
 from atma_jax.training.hlo import Traffic, traffic
 from atma_jax.training.state import ModelDefinition, TrainState, abstract_state, optimizer_for
@@ -191,13 +191,14 @@ def _lower_evaluation(config: Config, definition: ModelDefinition, mesh: Mesh, l
   params = definition.abstract_params(mesh)
   length = length or config.data.sequence_length
   rows = _rows(batch or mesh.shape["data"] * mesh.shape["fsdp"], length, mesh, "--batch")
-  if length % mesh.shape["context"]:
-    raise UserError(f"--length={length}: must be a multiple of config.mesh.context={mesh.shape['context']}")
+  context = mesh.shape["context"]
+  if context > 1 and length % (2 * context):
+    raise UserError(f"--length={length}: must be a multiple of twice config.mesh.context={context}")
 
   def losses(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
     model = definition.merge(params)
     return token_losses(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
-                        cap=config.model.logit_cap, chunk=config.train.loss_chunk)
+                        cap=config.model.logit_cap, chunk=config.train.loss_chunk, parts=parts("sequence"))
 
   lowered = jax.jit(losses, out_shardings=named_sharding(mesh, ("batch", "sequence"))).lower(params, rows)
   return lowered, TrainState(None, params, None, {}, None, None), rows.shape[0] * length, rows

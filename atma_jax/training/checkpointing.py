@@ -97,15 +97,15 @@ class Checkpointer:
     self._manager.close()
 
 
-def load_model(directory: str | os.PathLike, step: int | None = None,
-               mesh: Mesh | None = None) -> tuple[Config, Atma, Tokenizer, int]:
+def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None, *,
+               ema: bool = False) -> tuple[Config, Atma, Tokenizer, int]:
   """Configuration, model, tokenizer and step number from a workdir (or its ``checkpoints``) or a published checkpoint alone.
 
-  Only parameters are read. `step` None is the newest good one; `mesh` None is every device along ``data``. A published
-  checkpoint (see `atma_jax.pytorch`) counts as step 0.
+  Only parameters are read, or, with `ema`, their exponential moving average. `step` None is the newest good one; `mesh` None
+  is every device along ``data``. A published checkpoint (see `atma_jax.pytorch`) counts as step 0.
 
   Raises:
-    UserError: no such directory or step, no good step, or a malformed published checkpoint.
+    UserError: no such directory or step, no good step, no average in it, or a malformed published checkpoint.
   """
   folder = pathlib.Path(directory).absolute()
   folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
@@ -115,6 +115,8 @@ def load_model(directory: str | os.PathLike, step: int | None = None,
   if is_published(folder):
     if step:
       raise UserError(f"--step={step}: {directory} is a published checkpoint, which has one step, 0")
+    if ema:
+      raise UserError(f"--ema: {directory} is a published checkpoint, which holds no average")
     config, model, tokenizer = read_published(folder)
     return config, place(model, mesh), tokenizer, 0
   manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, read_only=True))
@@ -128,10 +130,13 @@ def load_model(directory: str | os.PathLike, step: int | None = None,
     meta = _read_meta(manager, step)
     config = Config.from_dict(meta["config"])
     definition = ModelDefinition(config.model)
-    target = {"params": definition.abstract_params(mesh)}
+    if ema and config.train.ema_decay is None:
+      raise UserError(f"--ema: step {step} of {folder} holds no average; it was trained with config.train.ema_decay=None")
+    weights = "ema" if ema else "params"
+    target = {weights: definition.abstract_params(mesh)}
     restored = manager.restore(step, args=ocp.args.Composite(state=_restore_args(target, partial_restore=True)))
     _verify(restored.state, meta["checksums"])
-    return config, definition.merge(restored.state["params"]), tokenizer_from_dict(meta["tokenizer"])
+    return config, definition.merge(restored.state[weights]), tokenizer_from_dict(meta["tokenizer"])
 
   chosen, (config, model, tokenizer) = _first_good(folder, steps if step is None else [step], load)
   manager.close()

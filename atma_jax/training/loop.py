@@ -205,9 +205,10 @@ def _check_divides(config: Config, mesh: jax.sharding.Mesh) -> None:
   if microbatch % rows:
     raise UserError(f"config.data.batch_size={config.data.batch_size}: a microbatch of {microbatch} sequences must be a "
                     f"multiple of mesh data*fsdp={rows}")
-  if config.data.sequence_length % mesh.shape["context"]:
+  context = mesh.shape["context"]
+  if context > 1 and config.data.sequence_length % (2 * context):
     raise UserError(f"config.data.sequence_length={config.data.sequence_length}: must be a multiple of "
-                    f"config.mesh.context={mesh.shape['context']}")
+                    f"twice config.mesh.context={context}: causal attention deals out two pieces to every device")
 
 
 def _make_workdir(workdir: str) -> pathlib.Path:

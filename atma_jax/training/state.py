@@ -66,6 +66,8 @@ class ModelDefinition:
       except ValueError as error:
         raise UserError(f"config.mesh: parameter {name}: {error}") from error
       abstract[name] = jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
+    if self.config.num_heads % mesh.shape["tensor"]:
+      raise UserError(f"config.mesh.tensor={mesh.shape['tensor']}: must divide config.model.num_heads={self.config.num_heads}")
     return abstract
 
 
@@ -77,7 +79,7 @@ def params_of(model: Atma) -> Params:
 def optimizer_for(config: Config, definition: ModelDefinition) -> optax.GradientTransformation:
   """The optimizer of a recipe."""
   tokens = config.data.batch_size * config.data.sequence_length
-  return make_optimizer(config.optimizer, config.train.steps, definition.optimizer_groups, tokens)
+  return make_optimizer(config.optimizer, config.train.steps, definition.optimizer_groups, tokens, definition.logical_axes)
 
 
 def abstract_state(config: Config, definition: ModelDefinition, optimizer: optax.GradientTransformation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ import optax
 
 from atma_jax.config import Config
 from atma_jax.sharding import constrain, named_sharding
-from atma_jax.training.losses import language_model_loss
+from atma_jax.training.losses import auxiliary_loss, language_model_loss
 from atma_jax.training.optimizer import learning_rates
 from atma_jax.training.state import ModelDefinition, Params, TrainState
 
 Metrics = dict[str, jax.Array]
+_AUXILIARY_STREAM = 0x617578  # folded into the seed: not the keys that the parameters are drawn from
 
 
 def make_train_step(config: Config, definition: ModelDefinition, optimizer: optax.GradientTransformation, mesh: Mesh,
@@ -24,17 +26,24 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
 
   `state` gives the shardings, which are pinned on both sides so that the step compiles once. Metrics are scalars on
   the devices: loss (nats a token), z (mean squared log-partition), gradient, update and parameter norms, learning
-  rates, and the counts of skipped steps.
+  rates, and the counts of skipped steps; with auxiliary objectives also their terms and the total that is descended.
   """
   train = config.train
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   replicated = NamedSharding(mesh, PartitionSpec())
+  auxiliary = train.auxiliary.regularizer != "baseline" or train.auxiliary.distractors > 0
 
-  def loss_fn(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return language_model_loss(definition.merge(params), tokens, z_loss=train.z_loss, chunk=train.loss_chunk)
+  def loss_fn(params: Params, tokens: jax.Array, number: jax.Array) -> tuple[jax.Array, Metrics]:
+    """The loss, and terms of it that are reported, ``loss`` among them where it is not the whole."""
+    model, options = definition.merge(params), {"z_loss": train.z_loss, "chunk": train.loss_chunk}
+    if auxiliary:
+      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), _AUXILIARY_STREAM), number)
+      return auxiliary_loss(model, tokens, key, train.auxiliary, **options)
+    loss, z = language_model_loss(model, tokens, **options)
+    return loss, {"z": z}
 
-  def gradients(params: Params, tokens: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Params]:
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+  def gradients(params: Params, tokens: jax.Array, number: jax.Array) -> tuple[tuple[jax.Array, Metrics], Params]:
+    value_and_grad = functools.partial(jax.value_and_grad(loss_fn, has_aux=True), number=number)
     if train.accumulation == 1:
       return value_and_grad(params, tokens)
 
@@ -48,7 +57,7 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
     return jax.tree.map(lambda leaf: leaf / train.accumulation, total)
 
   def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-    (loss, z), grads = gradients(state.params, tokens)
+    (loss, terms), grads = gradients(state.params, tokens, state.step)
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -64,9 +73,9 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
     applied = state.step - state.bad_steps_total
     new_state = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state),
                            keep(ema, state.ema), jnp.where(good, 0, state.bad_steps + 1), state.bad_steps_total + bad)
-    metrics = {"loss": loss, "z": z, "grad_norm": grad_norm, "update_norm": optax.tree.norm(updates),
-               "param_norm": optax.tree.norm(params), "bad_steps": new_state.bad_steps,
-               "bad_steps_total": new_state.bad_steps_total}
+    metrics = {"loss": loss, **({"total": loss} if auxiliary else {}), **terms, "grad_norm": grad_norm,
+               "update_norm": optax.tree.norm(updates), "param_norm": optax.tree.norm(params),
+               "bad_steps": new_state.bad_steps, "bad_steps_total": new_state.bad_steps_total}
     metrics |= {f"learning_rate/{group}": rate
                 for group, rate in learning_rates(config.optimizer, train.steps, applied).items()}
     return new_state, metrics

@@ -13,7 +13,7 @@ import numpy as np
 from atma_jax.config import Config
 from atma_jax.data.pipeline import heldout_documents, validation_batches
 from atma_jax.ops import token_losses
-from atma_jax.sharding import named_sharding
+from atma_jax.sharding import named_sharding, parts
 from atma_jax.training.state import ModelDefinition, Params
 
 
@@ -31,7 +31,7 @@ def make_validation(config: Config, definition: ModelDefinition, mesh: Mesh,
   def losses(params: Params, tokens: jax.Array) -> jax.Array:
     model = definition.merge(params)
     return token_losses(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
-                        cap=config.model.logit_cap, chunk=config.train.loss_chunk)
+                        cap=config.model.logit_cap, chunk=config.train.loss_chunk, parts=parts("sequence"))
 
   batch_size = config.data.batch_size // config.train.accumulation
   documents = [d for d in heldout_documents(directory)] if config.data.heldout_documents else []

@@ -22,6 +22,7 @@ options
   --tpu-type=TYPE        create-cluster, run: e.g. v6e-16, v5litepod-16, v5p-32, tpu7x-32, or with a topology, v6e-4x4
   --slices=N             create-cluster, run (1)
   --image=IMAGE          run: built from launch/Dockerfile.tpu
+  --module=MODULE        run: of atma_jax, takes the arguments (atma_jax.train)
   --storage=NAME         run: storage attached to the cluster before (xpk storage attach), for data and checkpoints
   --priority=PRIORITY    run: very-low, low, medium, high, very-high (medium)
   --max-restarts=N       run: of the whole job, on exit code 75 and on crashes (100)
@@ -44,6 +45,7 @@ tpu_type=
 slices=1
 image=
 storage=
+module=atma_jax.train
 priority=medium
 max_restarts=100
 grace=120
@@ -63,6 +65,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --slices=?*) slices=${1#*=} ;;
     --image=?*) image=${1#*=} ;;
     --storage=?*) storage=${1#*=} ;;
+    --module=?*) module=${1#*=} ;;
     --priority=?*) priority=${1#*=} ;;
     --max-restarts=?*) max_restarts=${1#*=} ;;
     --grace=?*) grace=${1#*=} ;;
@@ -70,7 +73,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --help | -h) usage && exit 0 ;;
     *)
       usage_error "unknown argument '$1': legal are a command ($commands), --cluster=, --zone=, --project=, --name=," \
-        "--tpu-type=, --slices=, --image=, --storage=, --priority=, --max-restarts=, --grace=, --spot, --on-demand," \
+        "--tpu-type=, --slices=, --image=, --storage=, --module=, --priority=, --max-restarts=, --grace=, --spot, --on-demand," \
         "--reservation=, --dry-run, --help, then -- TRAINING ARGUMENT"
       ;;
   esac
@@ -110,13 +113,14 @@ case $command in
     one_of --priority "$priority" very-low low medium high very-high
     whole --max-restarts "$max_restarts" 0
     whole --grace "$grace" 1
+    one_of --module "$module" atma_jax.train atma_jax.ablate atma_jax.evaluate
     [[ $# -gt 0 ]] || usage_error "TRAINING ARGUMENT is required: -- --config=FILE --workdir=DIR"
     # Without --restart-on-exit-codes xpk restarts on 42 and 127 to 255 only; 2, bad input, ends the job.
     run xpk workload create "${where[@]}" "--workload=$name" "--tpu-type=$tpu_type" "--num-slices=$slices" \
       "--docker-image=$image" ${storage:+"--storage=$storage"} "--priority=$priority" \
       "--max-restarts=$max_restarts" --restart-on-exit-codes=1,75 "--termination-grace-period-seconds=$grace" \
       "--env=$(bash "$root/launch/xla_flags.sh" "$generation")" \
-      "--command=exec python -m atma_jax.train $(quoted "$@")"
+      "--command=exec python -m $module $(quoted "$@")"
     ;;
   list) run xpk workload list "${where[@]}" ;;
   logs)

@@ -16,6 +16,7 @@ from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.evaluation import diagnostics
 from atma_jax.evaluation.cells import Inputs
 from atma_jax.evaluation.diagnostics import diagnostics_cells, diagnostics_table
+from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.records import Measurement, ResultsFile
 from atma_jax.evaluation.retention import outliers, retention_cells, retention_table
 from atma_jax.evaluation.scoring import Scorer
@@ -201,6 +202,24 @@ def test_an_unread_tap_compiles_to_the_plain_program(inputs, rows):
   expected = program(plain)
   assert program(lambda state, tokens: nnx.merge(graphdef, state).hidden(tokens)) == expected
   assert program(lambda state, tokens: nnx.merge(graphdef, state).tapped(tokens, lambda *_: None)[0]) == expected
+
+
+@pytest.mark.parametrize(("options", "caps"), [
+  ({}, [None]), ({"retention_cap": 256.0}, ["256 (all)"]), ({"retention_cap": 0.5, "retention_heads": "6:3,10:1"}, ["0.5 (6:3,10:1)"]),
+  ({"retention_cap_sweep": ("none", "256", "1e3"), "retention_heads": "worst"}, [None, "256 (worst)", "1000 (worst)"])])
+def test_caps_that_are_asked_for(options, caps):
+  assert [None if cap is None else str(cap) for cap in Options(**options).caps()] == caps
+
+
+@pytest.mark.parametrize(("options", "message"), [
+  ({"retention_cap": -1.0}, "--retention_cap=-1.0"), ({"retention_heads": "worst"}, "--retention_cap=TOKENS"),
+  ({"retention_cap": 8.0, "retention_heads": "a:b"}, "--retention_heads=a:b"),
+  ({"retention_cap": 8.0, "retention_cap_sweep": ("none",)}, "only one of them"),
+  ({"retention_cap_sweep": ("none", "many")}, "--retention_cap_sweep=none,many"),
+  ({"retention_cap_sweep": ("inf",)}, "--retention_cap=inf")])
+def test_caps_that_are_not(options, message):
+  with pytest.raises(UserError, match=message):
+    Options(**options)
 
 
 def test_capped_scorers_share_programs(inputs):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-from flax import nnx
 import jax
 import numpy as np
 import pytest
 
-from atma_jax.config import ModelConfig, UserError
+from atma_jax.config import UserError
 from atma_jax.data.needles import draw_needle
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.evaluation.cells import Inputs
@@ -25,15 +24,6 @@ LENGTHS = (16, 32, 64)
 TEXT = "The quick brown fox jumps over the lazy dog number {}. "
 
 
-@pytest.fixture(scope="module")
-def model() -> Atma:
-  config = ModelConfig(vocab_size=257, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
-                       block_pattern=("local", "global"), activation_dtype="float32")
-  model = Atma(config, rngs=nnx.Rngs(0))
-  model.head.kernel[...] = jax.random.normal(jax.random.key(1), model.head.kernel.shape)  # the default start is zero
-  return model
-
-
 def make_inputs(model: Atma, *, batch_tokens: int = 512, chunk: int = 16, documents: int = 5) -> Inputs:
   tokenizer = ByteTokenizer()
   texts = [tokenizer.encode("".join(TEXT.format(i * j) for j in range(6 + i))) for i in range(documents)]
@@ -46,30 +36,24 @@ def run(cells) -> dict:
   return {(m.measure, m.length): m for cell in cells for m in cell.run(lambda tokens: None)}
 
 
-def direct_losses(model: Atma, rows: np.ndarray) -> np.ndarray:
-  """Losses of rows[:, 1:] in float64 from all logits."""
-  logits = np.asarray(model(rows[:, :-1].astype(np.int32)), np.float64)
-  return np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]
-
-
-def test_document_and_stream_loss(model):
-  inputs = make_inputs(model)
+def test_document_and_stream_loss(lively, losses_of):
+  inputs = make_inputs(lively)
   found = run(loss_cells(inputs))
   rows = np.stack([np.concatenate([[inputs.tokenizer.eot_id], d[:64]]) for d in inputs.documents])
-  losses = direct_losses(model, rows)
+  losses = losses_of(rows)
   for length in LENGTHS:
     np.testing.assert_allclose(found["document_loss", length].value, losses[:, :length].mean(), rtol=1e-5)
     windows = min(4, (len(inputs.stream) - 1) // 64) * 64 // length
     stream = np.stack([inputs.stream[i * length:(i + 1) * length + 1] for i in range(windows)])
-    np.testing.assert_allclose(found["stream_loss", length].value, direct_losses(model, stream).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["stream_loss", length].value, losses_of(stream).mean(), rtol=1e-5)
   curve = found["position_loss", 64].bins
   assert curve[0]["start"] == 0 and curve[-1]["stop"] == 64
   for part in curve:
     np.testing.assert_allclose(part["value"], losses[:, part["start"]:part["stop"]].mean(), rtol=1e-5)
 
 
-def test_needle_is_the_teacher_forced_prediction(model):
-  inputs = make_inputs(model)
+def test_needle_is_the_teacher_forced_prediction(lively, losses_of):
+  inputs = make_inputs(lively)
   found = run(needle_cells(inputs))
   filler_free = 1 + 2 * len(inputs.tokenizer.encode(" The access code for record 1234567 is 1 2 3 4 5"))
   rows = []
@@ -89,13 +73,13 @@ def test_needle_is_the_teacher_forced_prediction(model):
   decoded = inputs.tokenizer.decode(tokens[0][1:])
   assert decoded.startswith(rows[0][0]) and decoded.endswith(rows[0][0])
   assert len(decoded) == 32 + 2 * len(rows[0][0]) and not inputs.tokenizer.decode(tokens[3][1:]).startswith(rows[0][0])
-  losses = np.take_along_axis(direct_losses(model, tokens), positions - 1, 1)
+  losses = np.take_along_axis(losses_of(tokens), positions - 1, 1)
   np.testing.assert_allclose(found["needle_loss", 32].value, losses[:3].mean(), rtol=1e-5)
   np.testing.assert_allclose(found["absent_loss", 32].value, losses[3:].mean(), rtol=1e-5)
 
 
-def test_batch_and_chunk_change_nothing_and_shapes_are_few(model):
-  one, many = make_inputs(model, batch_tokens=64, chunk=5), make_inputs(model, batch_tokens=4096, chunk=64)
+def test_batch_and_chunk_change_nothing_and_shapes_are_few(lively):
+  one, many = make_inputs(lively, batch_tokens=64, chunk=5), make_inputs(lively, batch_tokens=4096, chunk=64)
   a, b = (run([*loss_cells(i), *needle_cells(i)]) for i in (one, many))
   assert a.keys() == b.keys()
   for key in a:
@@ -103,9 +87,9 @@ def test_batch_and_chunk_change_nothing_and_shapes_are_few(model):
   assert max(one.scorer.compilations, many.scorer.compilations) <= 1 + len(LENGTHS) + len(LENGTHS)
 
 
-def test_too_short_documents_are_refused_with_the_numbers(model):
+def test_too_short_documents_are_refused_with_the_numbers(lively):
   with pytest.raises(UserError, match=r"--min_documents=2: only 0 of 1 held-out .*longest length of 64 tokens"):
-    short = make_inputs(model, documents=1)
+    short = make_inputs(lively, documents=1)
     loss_cells(Inputs(short.scorer, short.tokenizer, [short.documents[0][:20]], short.stream, LENGTHS, 3, 0, 2, 4))
 
 

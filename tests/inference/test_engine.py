@@ -9,32 +9,21 @@ import sys
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import Config, DataConfig, ModelConfig, UserError
+from atma_jax.config import UserError
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.inference.engine import Completion, Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
-from atma_jax.training.checkpointing import Checkpointer
-from atma_jax.training.state import TrainState, params_of
 
-CONFIG = ModelConfig(vocab_size=272, num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32,
-                     block_pattern=("local", "global"), activation_dtype="float32")
 GREEDY = Sampling(temperature=0, max_tokens=20, ignore_end=True)
 
 
-def lively(config: ModelConfig) -> Atma:
-  graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), nnx.Param)
-  rng = np.random.default_rng(1)
-  return nnx.merge(graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.5, jnp.float32), params))
-
-
 @pytest.fixture(scope="module")
-def model():
-  return lively(CONFIG)
+def model(lively):
+  return lively()
 
 
 def full_pass(model: Atma, length: int = 128):
@@ -144,7 +133,7 @@ def test_cancelled_requests_free_their_rows(engine):
   assert engine.cancel(names[0]) is None and engine.step() == []
 
 
-def test_refusals(engine):
+def test_refusals(engine, model):
   """One line that says what is legal, before anything runs."""
   for prompt, sampling, words in (
       (np.zeros(100, np.int32), Sampling(max_tokens=29), "max_tokens=29.*at most 28"),
@@ -153,13 +142,13 @@ def test_refusals(engine):
       engine.submit(prompt, sampling)
   for options, words in (({"chunk": 48}, "power of two"), ({"rows": 0}, "rows=0"), ({"stride": 0}, "stride=0")):
     with pytest.raises(UserError, match=words):
-      Engine(lively(CONFIG), ByteTokenizer(), **options)
+      Engine(model, ByteTokenizer(), **options)
   assert not engine.busy
 
 
-def test_a_window_takes_any_length():
+def test_a_window_takes_any_length(lively, model):
   """Prompt and text many times the size of the cache."""
-  model = lively(dataclasses.replace(CONFIG, window=12))
+  model = lively(dataclasses.replace(model.config, window=12))
   engine = Engine(model, ByteTokenizer(), rows=1, capacity=12, chunk=16, stride=20)
   prompt = np.random.default_rng(7).integers(0, 256, 150)
   greedy_logprobs(full_pass(model, 170), prompt, engine.generate([prompt], GREEDY)[0])
@@ -177,19 +166,6 @@ def test_a_kept_prefix_restores_everything(engine, forward):
   longer = np.concatenate([base, np.arange(7, dtype=np.int32)])
   assert [cost(p) for p in (base, longer, longer, np.append(base[:-1], [1, 2]))] == [59, 7, 0, 1]
   assert [cost(p) for p in (other, third, longer)] == [59, 59, 66]  # two are kept, and these were others
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
-  """A workdir with one step."""
-  workdir = tmp_path_factory.mktemp("workdir")
-  checkpointer = Checkpointer(workdir, keep=1)
-  zero = jnp.zeros((), jnp.int32)
-  config = Config(model=CONFIG, data=DataConfig(tokenizer="bytes"))
-  checkpointer.save(1, TrainState(zero, params_of(model), {}, {}, zero, zero), config=config, tokenizer=ByteTokenizer(),
-                    data_state={})
-  checkpointer.close()
-  return workdir
 
 
 def run(*arguments: str) -> tuple[int, str, str]:

@@ -79,7 +79,7 @@ def test_excluded_tokens_never_come():
 
 
 @pytest.mark.parametrize(("field", "value"), [
-  ("max_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0),
+  ("max_tokens", 0), ("max_tokens", 2**31), ("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0),
   ("top_p", 1.1), ("min_p", 2.0), ("repetition_penalty", 0.0), ("seed", -1), ("stop", ("",))])
 def test_illegal_options(field, value):
   with pytest.raises(UserError, match=f"^{field}=.*must be"):

@@ -17,7 +17,7 @@ from atma_jax.training.state import ModelDefinition, abstract_state, create_stat
 from atma_jax.training.step import make_train_step
 
 STEPS = 5
-MESHES = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2, "context": 2}]
+MESHES = [{"fsdp": 8}, {"data": 2, "tensor": 4}, {"context": 8}, {"fsdp": 2, "tensor": 2, "context": 2}]
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from atma_jax.ops import gated_delta, polar_attention, polar_statistics
+from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
+from atma_jax.ops.polar_attention import pallas_gpu, pallas_tpu
+from atma_jax.ops.tiles import Tile, Tiles
 
 IMPLEMENTATIONS = ["reference", "xla"]
+POLAR_KERNELS = {  # interpreted, in blocks that make several of the files
+  "pallas_gpu": functools.partial(pallas_gpu.polar_attention, tiles=Tiles(*(Tile(16, 16),) * 3), interpret=True),
+  "pallas_tpu": functools.partial(pallas_tpu.polar_attention, tiles=Tiles(*(Tile(128, 128),) * 3), interpret=True),
+}
+DELTA_KERNELS = {"pallas_gpu": functools.partial(delta_gpu.gated_delta, interpret=True)}
 POLAR = ["causal", "gqa", "odd", "one", "sharp", "window"]
 DELTA = ["basic", "odd", "long_horizon"]
 POLAR_NAMES = ("q", "k", "v", "v_null", "null_base", "null_slope", "len_gain", "mag_beta")
@@ -28,15 +38,19 @@ def forward_and_gradients(call, file, dtype, names, cotangents):
 def run_polar(file, dtype, implementation):
   window = None if file["window"] < 0 else int(file["window"])
 
+  op = POLAR_KERNELS.get(implementation) or functools.partial(polar_attention, implementation=implementation)
+
   def call(*args):
-    return polar_attention(*args[:3], **dict(zip(POLAR_NAMES[3:], args[3:])), window=window, implementation=implementation)
+    return op(*args[:3], **dict(zip(POLAR_NAMES[3:], args[3:])), window=window)
 
   return forward_and_gradients(call, file, dtype, POLAR_NAMES, ("cot_direction", "cot_magnitude"))
 
 
 def run_delta(file, dtype, implementation):
+  op = DELTA_KERNELS.get(implementation) or functools.partial(gated_delta, implementation=implementation)
+
   def call(q, k, v, gamma, beta, state):
-    return gated_delta(q, k, v, log_gamma=jnp.log(gamma), beta=beta, initial_state=state, implementation=implementation)
+    return op(q, k, v, log_gamma=jnp.log(gamma), beta=beta, initial_state=state)
 
   return forward_and_gradients(call, file, dtype, DELTA_NAMES, ("cot_readout", "cot_state"))
 
@@ -48,7 +62,7 @@ def check(actual, expected, tolerance):
     assert error < tolerance, error
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *POLAR_KERNELS])
 @pytest.mark.parametrize("case", POLAR)
 def test_polar_float32(golden, case, implementation):
   file = golden(f"polar_{case}.npz")
@@ -81,8 +95,9 @@ def test_polar_statistics(golden, implementation):
   np.testing.assert_allclose(stats["w_null"], file["w_null"], atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation, dtype, tolerance", [
+  *[(name, "float32", 1e-5) for name in (*IMPLEMENTATIONS, *DELTA_KERNELS)],
+  *[(name, "float64", 1e-12) for name in IMPLEMENTATIONS]])
 @pytest.mark.parametrize("case", DELTA)
 def test_gated_delta(golden, case, implementation, dtype, tolerance):
   file = golden(f"gated_delta_{case}.npz")

@@ -110,3 +110,16 @@ def test_accumulation_equals_the_big_batch(recipe, finished, tmp_path):
     # The sum over microbatches rounds differently; Adam and Muon divide by the gradient, and six steps amplify it.
     assert abs(losses(tmp_path)[step] - loss) < 1e-3, step
   assert jax.device_count() == 1
+
+
+def test_moving_average_follows_the_weights_and_is_loaded_on_request(recipe, finished, tmp_path):
+  """average = d * average + (1 - d) * weights at every step; a checkpoint without one says so."""
+  with pytest.raises(UserError, match=r"--ema.*config\.train\.ema_decay=None"):
+    load_model(finished, ema=True)
+  assert run(recipe, tmp_path, steps=2, checkpoint_every=1, checkpoint_keep=3, validate_every=0, ema_decay=0.75) == DONE
+  before, after = (params_of(load_model(tmp_path, step)[1]) for step in (1, 2))
+  average_before, average_after = (params_of(load_model(tmp_path, step, ema=True)[1]) for step in (1, 2))
+  assert any(np.any(np.asarray(before[name]) != np.asarray(average_before[name])) for name in before)
+  for name in after:
+    expected = 0.75 * np.asarray(average_before[name]) + 0.25 * np.asarray(after[name])
+    np.testing.assert_allclose(average_after[name], expected, rtol=1e-6, atol=1e-7)

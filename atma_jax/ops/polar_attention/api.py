@@ -10,6 +10,8 @@ _PACKAGE = "atma_jax.ops.polar_attention"
 ATTENTION = dispatch.Op("polar_attention", {
   "pallas_gpu": dispatch.Implementation(f"{_PACKAGE}.pallas_gpu:polar_attention", platforms=("gpu",),
                                         supports="supports"),
+  "pallas_tpu": dispatch.Implementation(f"{_PACKAGE}.pallas_tpu:polar_attention", platforms=("tpu",),
+                                        supports="supports"),
   "xla": dispatch.Implementation(f"{_PACKAGE}.xla:polar_attention"),
   "reference": dispatch.Implementation(f"{_PACKAGE}.reference:polar_attention", platforms=()),
 })

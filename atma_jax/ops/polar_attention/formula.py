@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -75,6 +77,62 @@ def finalise(statistics: Statistics, null: jax.Array, v_null: jax.Array,
   Z = real * L + p_null
   attended = real[..., None] * S + p_null[..., None] * v_null.astype(S.dtype)
   return normalize(attended, NORM_FLOOR * Z[..., None]), magnitude(L * L / Q, real * L / Z, mag_beta)
+
+
+class ThroughNull(NamedTuple):
+  """What a kernel's backward pass takes, and the gradients that need no kernel."""
+
+  go: jax.Array  # (B, T, H, D) cotangent of ``o = sum_j p_j v_j``, p being the softmax over real keys
+  twice: jax.Array  # (B, T, H) twice the cotangent of ``sum_j p_j^2``
+  delta: jax.Array  # (B, T, H): the gradient of logit j is ``p_j (go.v_j + twice p_j - delta)``
+  d_lse: jax.Array  # (B, T, H) cotangent of the log-sum-exp, the null's share included: the sum of those gradients
+  d_null: jax.Array  # (T, H)
+  d_v_null: jax.Array  # (H, D)
+
+
+def through_null(cotangents: tuple[jax.Array, jax.Array, jax.Array], direction: jax.Array, log_odds: jax.Array,
+                 crowding: jax.Array, norm: jax.Array, v_null: jax.Array) -> ThroughNull:
+  """The gradient of ``direction = s / max(|s|, floor)``, ``s = w_key o + w_null v_null``, ``w_key = sigmoid(lse - null)``.
+
+  With gs the cotangent of s, ``go = w_key gs`` and the log-sum-exp receives ``w_null (gs.s - gs.v_null)``; in delta =
+  go.o + twice crowding - (cotangent of lse) the products with v_null cancel. gs.s is zero above the norm's floor.
+
+  Args:
+    cotangents: of direction (B, T, H, D), natural log-sum-exp over real keys and crowding ``sum p^2`` (B, T, H).
+    direction: (B, T, H, D), as stored.
+    log_odds: (B, T, H), log-sum-exp minus the null's logit.
+    crowding: (B, T, H).
+    norm: (B, T, H), |s|.
+    v_null: (H, D).
+  """
+  g_direction, g_lse, g_crowding = cotangents
+  w_key, w_null = jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
+  g, c = g_direction.astype(jnp.float32), direction.astype(jnp.float32)
+  along, above = jnp.sum(g * c, axis=-1), norm > NORM_FLOOR
+  gs = (g - jnp.where(above, along, 0)[..., None] * c) / jnp.maximum(norm, NORM_FLOOR)[..., None]
+  gs_s = jnp.where(above, 0, along)
+  twice = 2 * g_crowding
+  d_null = w_null * (jnp.sum(gs * v_null, axis=-1) - gs_s)
+  return ThroughNull(w_key[..., None] * gs, twice, w_key * gs_s + twice * crowding - g_lse, g_lse - d_null,
+                     jnp.sum(d_null, axis=0), jnp.sum(w_null[..., None] * gs, axis=(0, 1)))
+
+
+def temperature_gradient(q_dq: jax.Array, total: jax.Array, d_lse: jax.Array, lse: jax.Array, crowding: jax.Array,
+                         temp: jax.Array) -> jax.Array:
+  """Gradient of temp (B, T, H), ``sum_j dlogit_j score_j``, from what a kernel found: all (B, T, H), temp (T, H).
+
+  An error of delta gives every dlogit_j an error in proportion to p_j, which the score it is multiplied by makes large. So
+  scores are taken from their mean under p, ``(lse - entropy) / temp`` with the entropy near -log(crowding).
+
+  Args:
+    q_dq: ``sum_j dlogit_j temp score_j``, read off the gradient of q.
+    total: ``sum_j dlogit_j`` of the same rounded terms; `d_lse` but for their errors.
+    d_lse: see `ThroughNull`.
+    lse: natural log-sum-exp.
+    crowding: ``sum p^2``.
+    temp: temperature.
+  """
+  return (q_dq - (lse + jnp.log(crowding)) * (total - d_lse)) / temp
 
 
 def weight_found(statistics: Statistics, null: jax.Array) -> jax.Array:

@@ -23,38 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from atma_jax.ops import dispatch
+from atma_jax.ops import tiles as table
 from atma_jax.ops.polar_attention import formula
+from atma_jax.ops.tiles import Tile, Tiles
 
 HEAD_SIZES = (64, 128)
 LOG2_E = math.log2(math.e)
 MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key makes no NaN, and exact under any scale
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-  """Queries x keys of one step of a kernel, and how the program runs it."""
-
-  q: int
-  k: int
-  warps: int
-  stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-  """One tile per kernel."""
-
-  forward: Tile
-  dq: Tile
-  dkv: Tile
-
-
-TILES = {  # by bytes of an element and head size
-  (2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
-  (2, 128): Tiles(Tile(128, 128, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
-  (4, 64): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-  (4, 128): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-}
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
@@ -64,8 +40,8 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | No
     return f"takes q, k and v all in bfloat16 or all in float32, not {q.dtype}, {k.dtype}, {v.dtype}"
   if q.shape[-1] not in HEAD_SIZES:
     return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
-  if jax.default_backend() != "gpu":
-    return f"needs a GPU, and the default backend is {jax.default_backend()}"
+  if dispatch.platform() != "gpu":
+    return f"needs a GPU, and this runs on {dispatch.platform()}"
   return None
 
 
@@ -74,7 +50,7 @@ def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Arr
                     tiles: Tiles | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """See `atma_jax.ops.polar_attention`; `tiles` overrides the table, `interpret` runs the kernels without a GPU."""
   (T, D), S = (q.shape[1], q.shape[3]), k.shape[1]
-  tiles = tiles or TILES[q.dtype.itemsize, D]
+  tiles = tiles or table.polar("gpu", q.dtype.itemsize, D, T)
   temp, null = formula.positional_logits(null_base, null_slope, len_gain, queries=T, keys=S, window=window)
   call = _Call(T, S, S if window is None else min(window, S), tiles, interpret)
   direction, lse, crowding = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32),
@@ -223,25 +199,28 @@ def _forward(q, k, v, temp, null, v_null, call: _Call):
 # Backward: one kernel for dq, one for dk and dv, each recomputing p.
 
 
-def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, dtemp_ref, *,
-               call: _Call, blocks: int):
+def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, q_dq_ref,
+               total_ref, *, call: _Call, blocks: int):
   tile = call.tiles.dq
   row = (blocks - 1 - pl.program_id(2)) * tile.q
   q, go, scale = q_ref[...], go_ref[...], scale_ref[...]
   lse, twice, delta, natural = lse_ref[...], twice_ref[...], delta_ref[...], scale / LOG2_E
 
-  def step(masked, j, dq):
+  def step(masked, j, carry):
+    dq, total = carry
     keys = pl.ds(j * tile.k, tile.k)
     k = k_ref[keys, :]
     p = jnp.exp2(_dot(q, k, (1, 1)) * scale[:, None] - lse[:, None])
     if masked:
       p = jnp.where(_visible(call, row, j * tile.k, tile), p, 0)
     ds = p * (_dot(go, v_ref[keys, :], (1, 1)) * natural[:, None] + (p * twice[:, None] - delta[:, None]))
-    return dq + _dot(ds.astype(k.dtype), k)
+    ds = ds.astype(k.dtype)
+    return dq + _dot(ds, k), total + jnp.sum(ds.astype(jnp.float32), axis=1)
 
-  dq = _three_loops(call.key_blocks(row, tile, k_ref.shape[0]), step, jnp.zeros(q.shape, jnp.float32))
+  zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros((tile.q,), jnp.float32)
+  dq, total = _three_loops(call.key_blocks(row, tile, k_ref.shape[0]), step, zeros)
   dq_ref[...] = dq.astype(dq_ref.dtype)
-  dtemp_ref[...] = jnp.sum(dq * q.astype(jnp.float32), axis=1)
+  q_dq_ref[...], total_ref[...] = jnp.sum(dq * q.astype(jnp.float32), axis=1), total
 
 
 def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dk_ref, dv_ref, *,
@@ -272,10 +251,10 @@ def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delt
 
 
 def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
-  """Gradients of q, k, v and temp (B, H, T) from `go` (B, T, H, D) and the scalars (B, H, T) of each query."""
-  dtemp_scale = 1 / _rows(temp)
-  scale = call.pad(_rows(temp) * (LOG2_E * q.shape[3] ** -0.5), 1)
-  twice, delta = (x * (_rows(temp) * q.shape[3] ** -0.5) for x in (twice, delta))
+  """Gradients of q, k, v; ``q.dq`` and the sum of a query's dlogit (B, H, T); from `go` (B, T, H, D) and (B, H, T) scalars."""
+  natural = _rows(temp) * q.shape[3] ** -0.5
+  scale = call.pad(natural * LOG2_E, 1)
+  twice, delta = (x * natural for x in (twice, delta))
   lse, twice, delta = (call.pad(x, 2) for x in (lse, twice, delta))
   q, k, v, go = (call.pad(x, 1) for x in (q, k, v, go))
   (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
@@ -287,11 +266,12 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
   key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
   head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
   rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
-  dq, dtemp = pl.pallas_call(
+  scalars = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
+  dq, q_dq, total = pl.pallas_call(
     functools.partial(_dq_kernel, call=call, blocks=blocks), name="polar_attention_dq",
-    out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
+    out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), scalars, scalars],
     in_specs=[query, key, key, query, head_rows, rows, rows, rows],
-    out_specs=[query, rows], grid=(H, B, blocks), interpret=call.interpret,
+    out_specs=[query, rows, rows], grid=(H, B, blocks), interpret=call.interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(*arguments)
 
@@ -308,7 +288,8 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(*arguments)
   dq, dk, dv = dq[:, : call.queries], dk[:, : call.keys], dv[:, : call.keys]
-  return dq, dk, dv, dtemp[..., : call.queries] * dtemp_scale
+  q_dq, total = q_dq[..., : call.queries], total[..., : call.queries] / natural
+  return dq, dk, dv, q_dq, total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -324,25 +305,13 @@ def _attend_forward(q, k, v, temp, null, v_null, call: _Call):
 
 
 def _attend_backward(call: _Call, residuals, cotangents):
-  """The attended vector is ``s = w_key o + w_null v_null`` with w_key = sigmoid(lse - null), and direction its unit vector.
-
-  With gs the cotangent of s, ``go = w_key gs`` and the log-sum-exp receives ``w_null (gs.s - gs.v_null)``; in delta =
-  go.o + 2 gc crowding - (cotangent of lse) the products with v_null cancel. gs.s is zero above the norm's floor.
-  """
   q, k, v, temp, null, v_null, direction, lse, crowding, norm = residuals
-  g_direction, g_lse, g_crowding = cotangents
-  norm, log_odds = _rows(norm), _rows(lse) / LOG2_E - null
-  w_key, w_null = jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
-  g, c = g_direction.astype(jnp.float32), direction.astype(jnp.float32)
-  along, above = jnp.sum(g * c, axis=-1), norm > formula.NORM_FLOOR
-  gs = (g - jnp.where(above, along, 0)[..., None] * c) / jnp.maximum(norm, formula.NORM_FLOOR)[..., None]
-  gs_s = jnp.where(above, 0, along)
-  twice = 2 * g_crowding
-  delta = w_key * gs_s + twice * _rows(crowding) - g_lse
-  go = (w_key[..., None] * gs).astype(q.dtype)
-  dq, dk, dv, dtemp = _backward(q, k, v, go, temp, lse, _rows(twice), _rows(delta), call)
-  d_null = w_null * (jnp.sum(gs * v_null, axis=-1) - gs_s)
-  return dq, dk, dv, _rows(jnp.sum(dtemp, axis=0)), jnp.sum(d_null, axis=0), jnp.sum(w_null[..., None] * gs, axis=(0, 1))
+  natural_lse, crowding = _rows(lse) / LOG2_E, _rows(crowding)
+  through = formula.through_null(cotangents, direction, natural_lse - null, crowding, _rows(norm), v_null)
+  dq, dk, dv, q_dq, total = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, _rows(through.twice),
+                                      _rows(through.delta), call)
+  dtemp = formula.temperature_gradient(_rows(q_dq), _rows(total), through.d_lse, natural_lse, crowding, temp)
+  return dq, dk, dv, jnp.sum(dtemp, axis=0), through.d_null, through.d_v_null
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

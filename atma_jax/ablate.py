@@ -1,0 +1,76 @@
+"""Trains and evaluates a grid of runs: ``python -m atma_jax.ablate --config=RECIPE --preset=paper120 --output=DIR``.
+
+    --axis model.attention=polar,nope --axis model.memory.enabled=true,false --seeds=0,1    axes over any field
+    --list                            prints the cell ids
+    --output=DIR                      runs what nobody else runs, resumes, reports; without a grid: every cell in DIR
+    --jobs=slurm --launch=--time=4:00:00 [--dry_run]    one job a cell instead
+
+Exit codes: 0 done, 1 cells failed (2 if all of those for bad input), the others being done, 2 bad input, 75 pre-empted.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags
+
+from atma_jax import cli
+from atma_jax.ablation import grid, jobs, report, sweep
+from atma_jax.ablation.cell_process import run_cell
+from atma_jax.ablation.worker import FAILED, PREEMPTED, Worker, cell_command
+from atma_jax.config import Config, UserError
+
+_CONFIG = cli.define_config_flag()
+_PRESET = flags.DEFINE_string("preset", None, f"A grid by name: {', '.join(grid.PRESETS)}.")
+_AXIS = flags.DEFINE_multi_string("axis", [], "FIELD=VALUE,VALUE,...: an axis over a field of the configuration.")
+_SEEDS = flags.DEFINE_list("seeds", [], "Seeds, as one more axis.")
+_EXCLUDE = flags.DEFINE_multi_string("exclude", [], "LABEL,LABEL,...: drops the cells that have all of them.")
+_LIST = flags.DEFINE_bool("list", False, "Print the cell ids and end.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the sweep, shared by all workers.")
+_CELLS = flags.DEFINE_list("cells", [], "Only these cell ids.")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Cells side by side on this machine, each a process.", lower_bound=1)
+_RETRY = flags.DEFINE_bool("retry_failed", False, "Try the cells again that failed.")
+_REPORT = flags.DEFINE_bool("report", False, "Only write the report over what is done.")
+_JOBS = flags.DEFINE_enum("jobs", None, tuple(jobs.LAUNCHERS), "Submit one job a cell.")
+_LAUNCH = flags.DEFINE_multi_string("launch", [], "An option of the launcher, e.g. --launch=--partition=gpu.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the jobs' commands, run none.")
+_SUITE = flags.DEFINE_list("suite", ["loss", "needle"], "Evaluation suites.")
+_MULTIPLES = flags.DEFINE_list("multiples", ["1", "2", "4", "8"], "Context lengths, in multiples of the training length.")
+_TRIALS = flags.DEFINE_integer("trials", 24, "Needles a distance.", lower_bound=1)
+_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens in an evaluation batch.", lower_bound=1)
+_MIN_DOCUMENTS = flags.DEFINE_integer("min_documents", 4, "Fewest documents as long as the longest length.", lower_bound=1)
+_RUN_CELL = flags.DEFINE_string("run_cell", None, "Of the worker's own use: the folder of the cell that this process runs.")
+
+
+def main() -> int:
+  if _RUN_CELL.value:
+    return cli.EXIT_PREEMPTED if run_cell(_RUN_CELL.value) == PREEMPTED else 0
+  axes, exclude = grid.preset(_PRESET.value) if _PRESET.value else ([], ())
+  axes += [grid.parse_axis(text, cli.parse_field) for text in _AXIS.value]
+  axes += [grid.seed_axis(cli.whole_numbers("seeds", _SEEDS.value))] if _SEEDS.value else []
+  cells = []
+  if axes or _CONFIG.given or _LIST.value:
+    cells = grid.expand(axes, _CONFIG.value if _CONFIG.given or not _LIST.value else Config(), [*exclude, *_EXCLUDE.value])
+  if _LIST.value:
+    print("\n".join(cell.id for cell in cells))
+    return 0
+  if not _OUTPUT.value:
+    raise UserError("--output=DIR is required: the directory of the sweep")
+  directory = pathlib.Path(_OUTPUT.value)
+  evaluation = sweep.Evaluation(tuple(_SUITE.value), cli.whole_numbers("multiples", _MULTIPLES.value), _TRIALS.value,
+                                _BATCH_TOKENS.value, _MIN_DOCUMENTS.value)
+  folders = sweep.chosen(sweep.create(directory, cells, evaluation) or sweep.find(directory), _CELLS.value, directory)
+  if _JOBS.value:
+    jobs.submit(_JOBS.value, folders, _OUTPUT.value, _LAUNCH.value, dry_run=_DRY_RUN.value)
+    return 0
+  outcome = None if _REPORT.value else Worker(
+    folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value).run()
+  if outcome == PREEMPTED:
+    return cli.EXIT_PREEMPTED
+  if _REPORT.value or any(cell.done for cell in sweep.find(directory)):
+    report.report(directory, sweep.find(directory))
+  return sweep.exit_code(folders) if outcome == FAILED else 0
+
+
+if __name__ == "__main__":
+  cli.run(main)

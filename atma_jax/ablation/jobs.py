@@ -1,0 +1,56 @@
+"""One job a cell, for Slurm or for GKE through xpk: the launchers of this repository do the rest.
+
+A job is the worker of one cell. Requeued or restarted, it takes the cell over and resumes, also after a failure (up to the
+launcher's --max-restarts); submitted twice, one of the two finds that there is nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import hashlib
+import pathlib
+import shlex
+import subprocess
+
+from atma_jax.ablation.sweep import CellFolder
+from atma_jax.config import UserError, unknown_name
+
+LAUNCHERS = {"slurm": ("launch/slurm.sh",), "xpk": ("launch/gke/xpk.sh", "run")}
+DEFAULTS = {"slurm": ("--nodes=1", "--gpus-per-node=1"), "xpk": ()}
+
+
+def job_name(cell: str) -> str:
+  """What the launchers take as a name, up to 28 characters: the cell's id as far as it fits, and a hash of it."""
+  words = "".join(c if c.isalnum() else "-" for c in cell.lower())
+  short = "-".join(word for word in words.split("-") if word)[:18].strip("-")
+  return f"c-{short}-{hashlib.sha256(cell.encode()).hexdigest()[:6]}"
+
+
+def job_command(kind: str, cell: CellFolder, directory: str, options: Sequence[str]) -> list[str]:
+  """The launcher's command line for a cell; `directory` is the sweep as the job sees it."""
+  if kind not in LAUNCHERS:
+    raise UserError(unknown_name("--jobs", kind, LAUNCHERS))
+  given = {option.partition("=")[0] for option in options}
+  defaults = [option for option in DEFAULTS[kind] if option.partition("=")[0] not in given]
+  return ["bash", *LAUNCHERS[kind], f"--name={job_name(cell.id)}", "--module=atma_jax.ablate", *defaults, *options,
+          "--", f"--output={directory}", f"--cells={cell.id}", "--retry_failed"]
+
+
+def submit(kind: str, cells: Sequence[CellFolder], directory: str, options: Sequence[str], *, dry_run: bool) -> None:
+  """Submits a job for every cell that is not done, or prints the commands.
+
+  Raises:
+    UserError: the launcher refused (its own line says why), or there is no launcher here.
+  """
+  for cell in cells:
+    if cell.done:
+      continue
+    command = job_command(kind, cell, directory, options)
+    if dry_run:
+      print(f"# {cell.id}\n{shlex.join(command)}")
+      continue
+    if not pathlib.Path(command[1]).is_file():
+      raise UserError(f"--jobs={kind}: {command[1]} is not here; call this from the root of a checkout")
+    code = subprocess.run(command, check=False).returncode
+    if code:
+      raise UserError(f"--jobs={kind}: {command[1]} ended with exit code {code} for cell {cell.id}")

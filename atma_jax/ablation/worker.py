@@ -1,0 +1,191 @@
+"""A worker: runs the cells of a sweep that nobody else runs, each in a process of its own, several side by side.
+
+A cell that fails is recorded and passed over; one that was pre-empted is free again. SIGTERM (or Ctrl-C) is passed on to
+the cells, which save and end; the worker then returns `PREEMPTED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from absl import logging
+
+from atma_jax.ablation.cell_process import PARENT_VARIABLE
+from atma_jax.ablation.claims import Claim, Claims
+from atma_jax.ablation.sweep import CellFolder
+from atma_jax.training.loop import PREEMPTED
+
+FINISHED, FAILED = "finished", "failed"  # all cells done, or none left but such that failed
+_POLL_SECONDS = 0.2
+_REPORT_SECONDS = 60.0
+_KILLED_AFTER = 600.0  # seconds that a cell has to save after SIGTERM
+_EXIT_PREEMPTED = 75
+_MEMORY_SHARE = 0.9  # of a GPU, divided by the cells that run side by side
+
+
+@dataclasses.dataclass
+class _Running:
+  folder: CellFolder
+  claim: Claim
+  process: subprocess.Popen
+  started: float
+
+
+class Worker:
+  """Runs cells until none is left.
+
+  Args:
+    cells: in the order in which they are tried.
+    command: ``command(folder)`` is the command line that runs a cell; it exits with 0, 75 (pre-empted) or another code (failed).
+    parallel: cells at a time.
+    retry_failed: try the cells again, once, that had failed before this worker started.
+  """
+
+  def __init__(self, cells: Sequence[CellFolder], command: Callable[[CellFolder], list[str]], *, parallel: int = 1,
+               retry_failed: bool = False):
+    self._cells, self._command, self._parallel = list(cells), command, parallel
+    self._claims, self._running = Claims(), []
+    self._retry = {c.id: c.failure()["attempt"] for c in self._cells if retry_failed and c.failure()}
+    self._terminated = threading.Event()
+    self._reported = time.monotonic()
+
+  def run(self) -> str:
+    """Returns `FINISHED`, `FAILED` or `PREEMPTED`."""
+    old = {s: signal.signal(s, lambda *_: self._terminated.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+      return self._loop()
+    finally:
+      for running in self._running:
+        running.process.kill()
+      for s, handler in old.items():
+        signal.signal(s, handler)
+
+  def _loop(self) -> str:
+    self._report()
+    while not self._terminated.is_set():
+      self._reap()
+      while len(self._running) < self._parallel and not self._terminated.is_set() and self._start_one():
+        pass
+      if not self._running and not self._waits():
+        break
+      if time.monotonic() - self._reported > _REPORT_SECONDS:
+        self._report()
+      self._terminated.wait(_POLL_SECONDS)
+    if self._terminated.is_set():
+      return self._stop()
+    self._report()
+    return FAILED if any(c.failure() for c in self._cells) else FINISHED
+
+  def _open(self) -> list[CellFolder]:
+    """Cells that are neither done nor failed (or whose failure is to be retried)."""
+    return [c for c in self._cells if not c.done and (
+      (failure := c.failure()) is None or self._retry.get(c.id) == failure["attempt"])]
+
+  def _start_one(self) -> bool:
+    mine = {running.folder.id for running in self._running}
+    for folder in self._open():
+      if folder.id in mine:
+        continue
+      claim = self._claims.acquire(folder.path)
+      if claim is None:
+        continue
+      if folder.id not in {c.id for c in self._open()}:  # finished in between
+        claim.release()
+        continue
+      folder.forget_failure()
+      self._running.append(_Running(folder, claim, self._spawn(folder), time.monotonic()))
+      logging.info("%s: started, log %s", folder.id, folder.path / "log.txt")
+      return True
+    return False
+
+  def _spawn(self, folder: CellFolder) -> subprocess.Popen:
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}
+    if self._parallel > 1:
+      environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{_MEMORY_SHARE / self._parallel:.3f}")
+    with (folder.path / "log.txt").open("ab") as log:
+      return subprocess.Popen(self._command(folder), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                              env=environment, start_new_session=True)
+
+  def _reap(self) -> None:
+    for running in list(self._running):
+      code = running.process.poll()
+      if code is None:
+        if not running.claim.beat():
+          logging.warning("%s: another worker took it over; stopped here", running.folder.id)
+          running.process.kill()
+          running.process.wait()
+          self._running.remove(running)
+        continue
+      self._running.remove(running)
+      seconds = time.monotonic() - running.started
+      if code == 0 and running.folder.done:
+        logging.info("%s: done in %s", running.folder.id, duration(seconds))
+      elif code in (_EXIT_PREEMPTED, -signal.SIGTERM):
+        logging.info("%s: pre-empted, to be continued", running.folder.id)
+      else:
+        error = _last_words(running.folder.path / "log.txt", code)
+        running.folder.fail(error, code)
+        logging.error("%s: failed after %s: %s", running.folder.id, duration(seconds), error)
+      running.claim.release()
+      self._report()
+
+  def _stop(self) -> str:
+    for running in self._running:
+      running.process.terminate()
+    deadline = time.monotonic() + _KILLED_AFTER
+    while self._running and time.monotonic() < deadline:
+      self._reap()
+      time.sleep(_POLL_SECONDS)
+    logging.info("pre-empted: start the same command again")
+    return PREEMPTED
+
+  def _waits(self) -> bool:
+    """Whether a cell of another worker may have to be taken over: until its owner was seen to live."""
+    return any(not self._claims.beating(c.path) for c in self._open() if self._claims.owner(c.path))
+
+  def _report(self) -> None:
+    """One line: what is done, what runs, and an ETA from the cells done so far."""
+    self._reported = time.monotonic()
+    done = [c for c in self._cells if c.done]
+    failed = [c.id for c in self._cells if c.failure()]
+    left = self._open()
+    owners = {c.id: self._claims.owner(c.path) for c in left}
+    running = sum(owner is not None for owner in owners.values())
+    seconds = [result["seconds"] for c in done if (result := c.result())]
+    eta = "unknown"
+    if seconds and running:
+      eta = duration(sum(seconds) / len(seconds) * len(left) / running)
+    elif not left:
+      eta = duration(0)
+    logging.info("%d of %d cells done, %d running, %d failed%s  ETA %s", len(done), len(self._cells), running, len(failed),
+                 f" ({', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}; --retry_failed tries again)" if failed else "",
+                 eta)
+
+
+def cell_command(main: str) -> Callable[[CellFolder], list[str]]:
+  """The command line of `Worker` for a main that takes ``--run_cell=FOLDER``."""
+  return lambda folder: [sys.executable, "-m", main, f"--run_cell={folder.path}"]
+
+
+def duration(seconds: float) -> str:
+  """H:MM:SS."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _last_words(log: pathlib.Path, code: int) -> str:
+  """The line that says why a process ended: the last one beginning with "error:", else the last line of its log."""
+  with log.open("rb") as file:
+    file.seek(max(0, log.stat().st_size - 65536))
+    lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+  said = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
+  return f"killed by {signal.Signals(-code).name}; last line: {said}" if code < 0 else said

@@ -1,0 +1,234 @@
+"""Model ``atma_jax`` of the lm-evaluation-harness: base tasks, RULER, BABILong and local tasks on an atma_jax checkpoint.
+
+Every request starts with exactly one end-of-text, as documents do in training, and is never cut: a request longer than
+``max_length`` is an error, and without one any length is read, rows beyond ``prefill_chunk`` piece by piece. Rows are padded
+on the right to a few lengths and scored in batches of one size, so that programs are few; the model is causal, and the
+numbers do not depend on either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+import numpy as np
+import tqdm
+
+from atma_jax.config import UserError, unknown_name
+from atma_jax.evaluation.scoring import Scorer
+from atma_jax.inference.engine import Engine
+from atma_jax.inference.sampling import Sampling
+from atma_jax.sharding import make_mesh
+from atma_jax.training.checkpointing import load_model
+
+_SHORTEST_ROW, _FEWEST_POSITIONS = 32, 8
+_GENERATION = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_gen_toks",
+               "max_new_tokens", "max_tokens")
+_MOST_CACHED = 65_536  # tokens of all rows together, decoded at once
+
+
+@register_model("atma_jax")
+class AtmaLM(TemplateLM):
+  """``--model atma_jax --model_args checkpoint=DIR[,step=N,max_length=N,...]``.
+
+  Args:
+    checkpoint: a training workdir, or its checkpoints folder.
+    step: None is the newest good one.
+    batch_size: rows scored or decoded at once, rounded up to a multiple of the devices; "auto" goes by `batch_tokens`.
+    max_length: most tokens read in a request, the beginning token included; also the window of `loglikelihood_rolling`, which
+      without one reads whole documents. None is any length.
+    max_gen_toks: most new tokens where a task does not say.
+    batch_tokens: tokens in a device's batch for ``batch_size=auto``.
+    chunk: time steps whose logits exist at once.
+    prefill_chunk: most tokens of a row in one pass.
+    fsdp, tensor: devices along these axes of the mesh; the others take rows.
+    tokenizer: not read here: tasks that make their own text to a length (RULER) take the name of a tokenizer from it.
+    device, max_batch_size: passed by the harness; must be left alone.
+  """
+
+  def __init__(self, checkpoint: str | None = None, step: int | None = None, batch_size: int | str = 1,
+               max_length: int | None = None, max_gen_toks: int = 256, batch_tokens: int = 8192, chunk: int = 512,
+               prefill_chunk: int = 65_536, fsdp: int = 1, tensor: int = 1, tokenizer: str | None = None,
+               device: str | None = None, max_batch_size: int | None = None, **unknown: Any):
+    super().__init__()
+    legal = ("checkpoint", "step", "max_length", "max_gen_toks", "batch_tokens", "chunk", "prefill_chunk", "fsdp", "tensor",
+             "tokenizer")
+    for name in unknown:
+      raise UserError(unknown_name("--model_args field", name, legal))
+    if not checkpoint:
+      raise UserError("--model_args: checkpoint=DIR is required")
+    if device is not None or max_batch_size is not None:
+      raise UserError("--device, --max_batch_size: not used here; jax takes all devices it sees (JAX_PLATFORMS chooses the kind)")
+    self._batch_size = _batch_size(batch_size)
+    for name, value in (("max_length", max_length), ("max_gen_toks", max_gen_toks), ("batch_tokens", batch_tokens),
+                        ("chunk", chunk), ("prefill_chunk", prefill_chunk), ("fsdp", fsdp), ("tensor", tensor)):
+      if value is not None and (not isinstance(value, int) or value < 1):
+        raise UserError(f"--model_args {name}={value}: must be a whole number of at least 1")
+    try:
+      self._mesh = make_mesh(fsdp=fsdp, tensor=tensor)
+    except ValueError as error:
+      raise UserError(f"--model_args fsdp={fsdp},tensor={tensor}: {error}") from error
+    config, self._model, self._tokenizer, self.step = load_model(checkpoint, step, self._mesh)
+    self._limit, self._default_new_tokens, self._batch_tokens = max_length, max_gen_toks, batch_tokens
+    self.scorer = Scorer(self._model, self._mesh, cap=config.model.logit_cap, batch_tokens=batch_tokens, chunk=chunk,
+                         prefill_chunk=prefill_chunk)
+    self._devices = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+
+  @property
+  def eot_token_id(self) -> int:
+    return self._tokenizer.eot_id
+
+  @property
+  def tokenizer_name(self) -> str:
+    """What the harness tells caches of requests apart by."""
+    return f"atma_jax-{self._tokenizer.fingerprint[:16]}"
+
+  def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    """Token ids of a text, without end-of-text."""
+    del add_special_tokens, kwargs
+    return self._tokenizer.encode(string).tolist()
+
+  def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    """Log-probability of each continuation after its context, in nats, and whether greedy decoding would give it."""
+    pairs = []
+    for request in requests:
+      context, continuation = request.args
+      encoded = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
+      pairs.append((request.args, *encoded))
+    return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+  def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
+                            **kwargs: Any) -> list[tuple[float, bool]]:
+    """The same for tokens, which get their beginning token here."""
+    del kwargs
+    results = self._score([([self.eot_token_id, *context], continuation) for _, context, continuation in requests], disable_tqdm)
+    for (arguments, _, _), result in zip(requests, results):
+      self.cache_hook.add_partial("loglikelihood", arguments, result)
+    return results
+
+  def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+    """Log-probability of each whole text, in nats; with a `max_length`, in windows, each token scored once."""
+    parts, owners = [], []
+    for owner, request in enumerate(requests):
+      tokens = self.tok_encode(request.args[0])
+      if self._limit is None:
+        windows = [([self.eot_token_id], tokens)]
+      else:
+        windows = map(make_disjoint_window, get_rolling_token_windows(
+          token_list=tokens, prefix_token=self.eot_token_id, max_seq_len=self._limit, context_len=1))
+      for context, continuation in windows:
+        parts.append((list(context), list(continuation)))
+        owners.append(owner)
+    totals = np.zeros(len(requests))
+    for owner, (value, _) in zip(owners, self._score(parts, disable_tqdm)):
+      totals[owner] += value
+    for request, total in zip(requests, totals):
+      self.cache_hook.add_partial("loglikelihood_rolling", request.args, float(total))
+    return totals.tolist()
+
+  def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+    """Text after each context up to end-of-text, one of ``until`` or ``max_gen_toks``; greedy unless ``do_sample``."""
+    jobs: dict[int, list[int]] = {}
+    prompts, samplings = [], []
+    for index, request in enumerate(requests):
+      context, options = request.args
+      prompts.append([self.eot_token_id, *self.tok_encode(context)])
+      samplings.append(self._sampling(options))
+      length = len(prompts[-1]) + samplings[-1].max_tokens
+      self._check_length(length, "prompt and new tokens")
+      jobs.setdefault(_bucket(length, _SHORTEST_ROW), []).append(index)
+    texts = [""] * len(requests)
+    with tqdm.tqdm(total=len(requests), disable=disable_tqdm, desc="atma_jax generate_until") as bar, jax.set_mesh(self._mesh):
+      for capacity, indices in sorted(jobs.items(), reverse=True):
+        rows = self._rows(capacity) if self._batch_size is not None else max(1, min(64, _MOST_CACHED // capacity))
+        engine = Engine(self._model, self._tokenizer, rows=rows, capacity=capacity)
+        for piece in engine.stream([prompts[i] for i in indices], [samplings[i] for i in indices]):
+          texts[indices[piece.request]] += piece.text
+          bar.update(piece.finish_reason is not None)
+    for request, text in zip(requests, texts):
+      self.cache_hook.add_partial("generate_until", request.args, text)
+    return texts
+
+  def _score(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[tuple[float, bool]]:
+    """Log-probability and greediness of the second part of each pair after its first, which begins the row."""
+    results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)  # what an empty continuation gets
+    jobs: dict[tuple[int, int], list[int]] = {}
+    for index, (context, continuation) in enumerate(pairs):
+      if not continuation:
+        continue
+      self._check_length(len(context) + len(continuation) - 1, "context and continuation")
+      length = _bucket(len(context) + len(continuation), _SHORTEST_ROW)
+      count = min(_bucket(len(continuation), _FEWEST_POSITIONS, halves=False), length - 1)
+      jobs.setdefault((length, count), []).append(index)
+    with tqdm.tqdm(total=len(pairs), disable=disable_tqdm, desc="atma_jax loglikelihood") as bar:
+      for (length, count), indices in sorted(jobs.items(), reverse=True):
+        rows = np.full((len(indices), length), self.eot_token_id, np.int32)
+        positions = np.ones((len(indices), count), np.int32)
+        inside = np.zeros(positions.shape, bool)
+        for row, index in enumerate(indices):
+          context, continuation = pairs[index]
+          rows[row, :len(context) + len(continuation)] = context + continuation
+          positions[row, :len(continuation)] = len(context) + np.arange(len(continuation))
+          inside[row, :len(continuation)] = True
+        done = 0
+        for losses, predicted in self.scorer.at_positions(rows, positions, batch_size=self._rows(length)):
+          part = slice(done, done + len(losses))
+          done += len(losses)
+          hits = (predicted == np.take_along_axis(rows[part], positions[part], axis=1)) | ~inside[part]
+          sums = np.sum(losses, axis=1, where=inside[part], dtype=np.float64)
+          for index, value, greedy in zip(indices[part], sums, hits.all(axis=1)):
+            results[index] = -float(value), bool(greedy)
+          bar.update(len(losses))
+    return results
+
+  def _rows(self, length: int) -> int:
+    """Rows of a batch."""
+    return self._devices * max(1, self._batch_tokens // length) if self._batch_size is None else self._batch_size
+
+  def _check_length(self, length: int, what: str) -> None:
+    if self._limit is not None and length > self._limit:
+      raise UserError(f"--model_args max_length={self._limit}: a request has {length} tokens of {what}, and nothing is cut off: "
+                      "leave max_length out, which reads any length, or choose a task that fits")
+
+  def _sampling(self, options: dict[str, Any]) -> Sampling:
+    """A task's generation options in the engine's words; an option without a counterpart is refused."""
+    for name in options:
+      if name not in _GENERATION:
+        raise UserError(unknown_name("generation option", name, _GENERATION))
+    until = options.get("until") or []
+    stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+    lengths = [options[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if options.get(name) is not None]
+    values = {name: options[name] for name in ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
+              if options.get(name) is not None}
+    temperature = float(options.get("temperature") or 0.0)
+    if options.get("do_sample") is False:
+      temperature = 0.0
+    elif options.get("do_sample") and not temperature:
+      temperature = 1.0
+    most = int(lengths[0]) if lengths else self._default_new_tokens
+    return Sampling(max_tokens=most, temperature=temperature, stop=stop, **values)
+
+
+def _bucket(length: int, least: int, halves: bool = True) -> int:
+  """The next power of two, or one and a half times one, so that at most a third is padding."""
+  whole = max(least, 1 << (length - 1).bit_length())
+  return whole * 3 // 4 if halves and whole > least and length <= whole * 3 // 4 else whole
+
+
+def _batch_size(value: int | str) -> int | None:
+  """None for "auto"."""
+  if isinstance(value, str) and value.startswith("auto"):
+    return None
+  try:
+    size = int(value)
+  except ValueError:
+    size = 0
+  if size < 1:
+    raise UserError(f"--batch_size={value}: must be auto or a whole number of at least 1")
+  return size
+

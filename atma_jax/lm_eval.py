@@ -1,0 +1,37 @@
+"""The lm-evaluation-harness with model ``atma_jax``: its own command line, which also knows our checkpoints.
+
+    python -m atma_jax.lm_eval --model_args checkpoint=DIR --tasks lambada_openai,hellaswag --batch_size auto
+
+All options of ``lm_eval`` (extra ``eval``) are passed on; ``--model atma_jax`` is implied.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from atma_jax.cli import bad_input
+from atma_jax.config import UserError
+
+
+def main() -> None:
+  if importlib.util.find_spec("lm_eval") is None:
+    bad_input("the lm-evaluation-harness is not installed: pip install 'atma_jax[eval]'")
+  from lm_eval._cli import HarnessCLI
+  from lm_eval.utils import setup_logging
+
+  from atma_jax.evaluation import lm_eval_adapter  # registers the model  # noqa: F401
+
+  runs = len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help", "ls", "validate")
+  if runs and not any(argument in ("-M", "--model") or argument.startswith("--model=") for argument in sys.argv):
+    sys.argv += ["--model", "atma_jax"]
+  setup_logging()
+  parser = HarnessCLI()
+  try:
+    parser.execute(parser.parse_args())
+  except UserError as error:
+    bad_input(error)
+
+
+if __name__ == "__main__":
+  main()

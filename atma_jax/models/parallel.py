@@ -1,0 +1,128 @@
+"""The ops on the mesh that is set: every device computes its own rows, heads and piece of the sequence.
+
+On several devices attention and memory run inside `jax.shard_map`, batch over (data, fsdp) and heads over tensor, because
+accelerator kernels cannot be partitioned automatically; where the key/value heads do not divide over tensor, a device holds
+all and takes those that its query heads read. With context > 1 whole sequences are split over time as well, and
+`atma_jax.ops.context_parallel` takes the ops' place. Arguments and results are those of `atma_jax.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from atma_jax import ops
+from atma_jax.ops import context_parallel
+from atma_jax.sharding import LOGICAL_AXES, active_mesh, parts, spec
+
+SPLIT_IMPLEMENTATIONS = ("auto", "xla")  # of a sequence split over devices
+
+_CONTEXT, = LOGICAL_AXES["sequence"]
+_TENSOR, = LOGICAL_AXES["heads"]
+
+
+def check_length(T: int) -> None:
+  """Raises ValueError unless a whole sequence of T tokens divides over the mesh that is set."""
+  n = parts("sequence")
+  if n > 1 and T % (2 * n):
+    raise ValueError(f"a sequence of {T} tokens: must be a multiple of twice mesh context={n}, because causal attention deals "
+                     "out two pieces to every device")
+
+
+def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, implementation: str,
+                    **raw: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`atma_jax.ops.polar_attention` of whole sequences."""
+  call = _attention("polar_attention", context_parallel.polar_attention, ops.polar_attention, implementation, window=window)
+  if active_mesh() is None:
+    return call(q, k, v, **raw)
+  heads = {name: ("heads", None) if value.ndim == 2 else ("heads",) for name, value in raw.items()}
+  activations = _activations(q)
+  return _over_heads(lambda q, k, v, raw: call(q, k, v, **raw), q, k, v, raw, heads, (activations, activations[:3]))
+
+
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int | None) -> jax.Array:
+  """`atma_jax.ops.softmax_attention` of whole sequences."""
+  call = _attention("softmax_attention", context_parallel.softmax_attention, ops.softmax_attention, "auto", scale=scale,
+                    window=window)
+  if active_mesh() is None:
+    return call(q, k, v)
+  return _over_heads(lambda q, k, v, _: call(q, k, v), q, k, v, {}, {}, _activations(q))
+
+
+def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
+                initial_state: jax.Array | None, implementation: str) -> tuple[jax.Array, jax.Array]:
+  """`atma_jax.ops.gated_delta`; without an initial state, of whole sequences."""
+  inputs = {"q": q, "k": k, "v": v, "log_gamma": log_gamma, "beta": beta}
+  if initial_state is None and parts("sequence") > 1:
+    _check_implementation("gated_delta", implementation)
+    call, time = functools.partial(context_parallel.gated_delta, axis=_CONTEXT), "sequence"
+  else:
+    call, time = functools.partial(ops.gated_delta, implementation=implementation), None
+  rows, *_ = _activations(q)
+  activations, state = (rows, time, "heads", None), (rows, "heads", None, None)
+  axes = {name: activations[: x.ndim] for name, x in inputs.items()}
+  if initial_state is not None:
+    inputs, axes = inputs | {"initial_state": initial_state}, axes | {"initial_state": state}
+  if active_mesh() is None:
+    return call(**inputs)
+  return _mapped(lambda inputs: call(**inputs), (inputs,), (axes,), (activations, state))
+
+
+def short_conv(x: jax.Array, weight: jax.Array, *, channels: str) -> jax.Array:
+  """`atma_jax.ops.short_conv` of whole sequences; `channels` is the logical axis of x's last dimension."""
+  if parts("sequence") == 1:  # shifts along time and products along channels: nothing to communicate
+    return ops.short_conv(x, weight)
+  return _mapped(functools.partial(context_parallel.short_conv, axis=_CONTEXT), (x, weight),
+                 ((*_activations(x)[:2], channels), (None, channels)), (*_activations(x)[:2], channels))
+
+
+def _attention(name: str, split: Callable, whole: Callable, implementation: str, **options) -> Callable:
+  if parts("sequence") == 1:
+    return functools.partial(whole, implementation=implementation, **options)
+  _check_implementation(name, implementation)
+  return functools.partial(split, axis=_CONTEXT, **options)
+
+
+def _check_implementation(name: str, implementation: str) -> None:
+  if implementation not in SPLIT_IMPLEMENTATIONS:
+    raise NotImplementedError(f"{name}: {implementation!r} cannot take a sequence split over mesh context={parts('sequence')}; "
+                              f"only {' and '.join(map(repr, SPLIT_IMPLEMENTATIONS))} can")
+
+
+def _activations(x: jax.Array) -> tuple[str | None, ...]:
+  """Logical axes of (B, T, H, D); rows that do not divide over the mesh, as in generation, are computed by every device."""
+  return ("batch" if x.shape[0] % parts("batch") == 0 else None, "sequence", "heads", None)
+
+
+def _over_heads(call: Callable, q: jax.Array, k: jax.Array, v: jax.Array, raw: dict[str, jax.Array], raw_axes: dict[str, Any],
+                out_axes: Any) -> Any:
+  """`call` of q (B, T, H, D), k and v (B, T, K, D) and per-head parameters on every device's own heads."""
+  (H, K), n = (q.shape[2], k.shape[2]), parts("heads")
+  if H % n:
+    raise ValueError(f"{H} query heads do not divide over mesh {_TENSOR}={n}")
+  axes, own = _activations(q), H // n
+  kv_axes = axes if K % n == 0 else (*axes[:2], None, None)
+
+  def take(x):
+    if K % n == 0:
+      return x
+    group, first = H // K, jax.lax.axis_index(_TENSOR) * own
+    if group % own == 0:
+      return jax.lax.dynamic_slice_in_dim(x, first // group, 1, axis=2)
+    return jnp.take(x, (first + jnp.arange(own)) // group, axis=2)
+
+  return _mapped(lambda q, k, v, raw: call(q, take(k), take(v), raw), (q, k, v, raw), (axes, kv_axes, kv_axes, raw_axes),
+                 out_axes)
+
+
+def _mapped(function: Callable, arguments: tuple, axes: Any, out_axes: Any) -> Any:
+  """`jax.shard_map` on the mesh that is set, with logical axes for specs."""
+  def specs(axes):
+    return jax.tree.map(spec, axes, is_leaf=lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x))
+
+  # Kernels do not say over which axes their results vary, so that cannot be checked.
+  return jax.shard_map(function, in_specs=specs(axes), out_specs=specs(out_axes), check_vma=False)(*arguments)

@@ -1,0 +1,280 @@
+"""The ops over a sequence that is split over devices: exact, forward and backward, a device never holds it whole.
+
+To be called inside `jax.shard_map`. Device i of the n of a mesh axis holds the i-th of n equal pieces of the sequence; all
+arrays are those of one device, T and S their lengths. What each op sends to other devices, a layer:
+
+* Attention: keys and values go round a ring (`jax.lax.ppermute`), each stop folding them into the statistics of the local
+  queries (`ops.streaming`), which is exact because statistics over disjoint keys merge exactly. A ring moves the bytes of an
+  all-gather, (n - 1) 2 K D T, but holds two pieces instead of n and computes while it moves; queries would be H / K
+  times heavier to move. The backward pass takes the gradients of keys and values along, in float32. A window ends the
+  ring after as many stops as it reaches over.
+* Causal work is even only if every device has early and late queries. So for the attention alone the sequence is dealt out
+  anew (`zigzag`): device i gets pieces i and 2n - 1 - i of 2n, for (2 H + 2 K) D T more elements a layer and two hops.
+  All else, convolutions, memory, rotary positions and loss, keeps consecutive pieces, where a neighbour's last
+  tokens are enough. Attention with a window of at most half the sequence keeps them too: its work is even enough.
+* Gated-delta memory: a piece acts on the state as ``M -> M A + N``; the pairs (A, N), 2 D D H numbers in float32, are combined
+  over the devices by doubling, in ceil(log2 n) exchanges, and the recurrence then runs from the right state.
+* Convolutions: the last taps - 1 inputs of the device before.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from atma_jax.ops import dispatch, streaming
+from atma_jax.ops import short_conv as unsplit_short_conv
+from atma_jax.ops.gated_delta import chunked
+from atma_jax.ops.polar_attention import formula
+from atma_jax.ops.streaming import Blocks, Statistics
+
+
+def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
+                    null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
+                    axis: str) -> tuple[jax.Array, jax.Array]:
+  """`atma_jax.ops.polar_attention` of a sequence split over mesh axis `axis`; q (B, T, H, D), k and v (B, T, K, D)."""
+  dispatch.check_attention("polar_attention", q, k, v, window)
+  split = _Split(q.shape[1], axis, window)
+  q, k, v = map(split.deal, (q, k, v))
+  visible = split.positions() + 1
+  temp, null = formula.logits_of_counts(null_base, null_slope, len_gain,
+                                        visible if window is None else jnp.minimum(visible, window))
+  dtype = formula.accumulator(q)
+  statistics = Statistics(*_ring(q, k, v, temp.astype(dtype) * q.shape[-1]**-0.5, split))
+  direction, magnitude = jax.checkpoint(formula.finalise)(statistics, null.astype(dtype), v_null, mag_beta)
+  return split.collect(direction.astype(q.dtype)), split.collect(magnitude)
+
+
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int | None = None,
+                      axis: str) -> jax.Array:
+  """`atma_jax.ops.softmax_attention` of a sequence split over mesh axis `axis`; q (B, T, H, D), k and v (B, T, K, D)."""
+  dispatch.check_attention("softmax_attention", q, k, v, window)
+  split = _Split(q.shape[1], axis, window)
+  q, k, v = map(split.deal, (q, k, v))
+  scales = jnp.full(q.shape[1:3], scale, jnp.result_type(jnp.float32, q))
+  statistics = Statistics(*_ring(q, k, v, scales, split))
+  return split.collect((statistics.S / statistics.L[..., None]).astype(q.dtype))
+
+
+def short_conv(x: jax.Array, weight: jax.Array, *, axis: str) -> jax.Array:
+  """`atma_jax.ops.short_conv` of a sequence split over mesh axis `axis`; x (B, T, C), weight (taps, C)."""
+  return unsplit_short_conv(x, weight, history=halo(x, weight.shape[0] - 1, axis))
+
+
+def halo(x: jax.Array, steps: int, axis: str) -> jax.Array:
+  """The `steps` steps (B, steps, ...) before those of x (B, T, ...), from as many devices as they lie on; zeros at the start."""
+  T, pieces, hop = x.shape[1], [], 1
+  while steps > 0:
+    pieces.append(_receive(x[:, -min(steps, T):], axis, hop))
+    steps, hop = steps - T, hop + 1
+  return jnp.concatenate(pieces[::-1], axis=1) if pieces else x[:, :0]
+
+
+def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
+                axis: str) -> tuple[jax.Array, jax.Array]:
+  """`atma_jax.ops.gated_delta`, from a zero state, of a sequence split over mesh axis `axis`.
+
+  The final state is that of the whole sequence, on every device.
+  """
+  dtype = jnp.result_type(jnp.float32, q, k, v)
+  readout, state = _memory(chunked.cut(q, k, v, log_gamma, beta, dtype), axis)
+  last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
+  return chunked.uncut(readout, v), jax.lax.psum(jnp.where(last, state, 0), axis)
+
+
+def zigzag(x: jax.Array, axis: str) -> jax.Array:
+  """Pieces i and 2n - 1 - i of 2n, one after the other, of x (B, T, ...) of which device i holds pieces 2i and 2i + 1."""
+  n, i = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+  even, odd = (jax.lax.ppermute(half, axis, _owners(n, parity)) for parity, half in enumerate(jnp.split(x, 2, axis=1)))
+  return jnp.concatenate(_swap(i % 2, even, odd), axis=1)
+
+
+def unzigzag(x: jax.Array, axis: str) -> jax.Array:
+  """The inverse of `zigzag`."""
+  n, i = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+  halves = _swap(i % 2, *jnp.split(x, 2, axis=1))
+  return jnp.concatenate([jax.lax.ppermute(half, axis, [(b, a) for a, b in _owners(n, parity)])
+                          for parity, half in enumerate(halves)], axis=1)
+
+
+def _owners(n: int, parity: int) -> list[tuple[int, int]]:
+  """Where the piece 2i + parity of device i belongs in the zigzag layout."""
+  return [(i, min(2 * i + parity, 2 * n - 1 - 2 * i - parity)) for i in range(n)]
+
+
+def _swap(swapped: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return jnp.where(swapped, b, a), jnp.where(swapped, a, b)
+
+
+def _receive(x: Any, axis: str, hop: int) -> Any:
+  """The x of the device `hop` before this one (after it, if negative); zeros beyond the ends."""
+  n = jax.lax.axis_size(axis)
+  return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis, [(i, i + hop) for i in range(n) if 0 <= i + hop < n]), x)
+
+
+def _rotate(x: Any, axis: str, hop: int) -> Any:
+  """The x of the device `hop` before this one, in a ring."""
+  n = jax.lax.axis_size(axis)
+  return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis, [(i, (i + hop) % n) for i in range(n)]), x)
+
+
+class _Split:
+  """How attention deals a sequence out to the devices; equal for equal calls, so that it can be a static argument."""
+
+  def __init__(self, length: int, axis: str, window: int | None):
+    """`length` is that of a device's piece."""
+    self.axis, self.devices = axis, jax.lax.axis_size(axis)
+    whole = length * self.devices
+    self.window = whole if window is None else min(window, whole)
+    self.zigzag = self.devices > 1 and 2 * self.window > whole
+    if self.zigzag and length % 2:
+      raise ValueError(f"a sequence of {whole} does not divide into two pieces for each of {self.devices} devices: its length "
+                       f"must be a multiple of {2 * self.devices}")
+    self.segment = length // 2 if self.zigzag else length
+    self.stops = self.devices if self.zigzag else min(self.devices, 1 + -(-(self.window - 1) // length))
+    self._key = (length, axis, self.devices, self.window)
+
+  def __hash__(self) -> int:
+    return hash(self._key)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, _Split) and self._key == other._key
+
+  def deal(self, x: jax.Array) -> jax.Array:
+    return zigzag(x, self.axis) if self.zigzag else x
+
+  def collect(self, x: jax.Array) -> jax.Array:
+    return unzigzag(x, self.axis) if self.zigzag else x
+
+  def starts(self, hop: jax.typing.ArrayLike = 0) -> tuple[jax.Array, ...]:
+    """Positions at which the segments start of the device `hop` before this one, in a ring."""
+    device = (jax.lax.axis_index(self.axis) - hop) % self.devices
+    segments = (device, 2 * self.devices - 1 - device) if self.zigzag else (device,)
+    return tuple(self.segment * segment for segment in segments)
+
+  def positions(self) -> jax.Array:
+    """(T,) of this device."""
+    return jnp.concatenate([start + jnp.arange(self.segment) for start in self.starts()])
+
+  def blocks(self, q: jax.Array, k: jax.Array) -> Blocks:
+    size, starts = streaming.block_size(self.segment), self.starts()
+    return Blocks(q, k, self.window, (size, size), query_starts=starts, key_segments=len(starts))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ring(q, k, v, scale, split: _Split) -> Statistics:
+  """Statistics of the local queries over all keys they see; scale (T, H)."""
+  return _ring_fwd(q, k, v, scale, split)[0]
+
+
+def _ring_fwd(q, k, v, scale, split):
+  cut = split.blocks(q, k)
+  rows, keys = cut.queries((q, scale[None])), cut.keys((k, v))
+
+  def stop(carry, hop):
+    statistics, keys = carry
+    coming = _rotate(keys, split.axis, 1)  # needs nothing computed here, so it overlaps with what is
+    return (cut.gather(statistics, rows, keys, split.starts(hop)), coming), None
+
+  carry = (cut.no_statistics(rows), keys)
+  if split.stops > 1:
+    carry, _ = jax.lax.scan(stop, carry, jnp.arange(split.stops - 1))
+  statistics = cut.unqueries(cut.gather(carry[0], rows, carry[1], split.starts(split.stops - 1)))
+  statistics = checkpoint_name(statistics, dispatch.KERNEL_OUTPUTS[0])
+  return statistics, (q, k, v, scale, statistics.M)
+
+
+def _ring_bwd(split, residuals, cotangents):
+  q, k, v, scale, M = residuals
+  cut = split.blocks(q, k)
+  rows, keys = cut.queries((q, scale[None], M, *cotangents[1:])), cut.keys((k, v))
+
+  def stop(carry, hop):
+    dq, keys, dkeys = carry
+    coming = _rotate(keys, split.axis, 1)
+    share, dkeys = cut.spread(rows, keys, dkeys, split.starts(hop))
+    return (dq + share, coming, _rotate(dkeys, split.axis, 1)), None
+
+  carry = (jnp.zeros(rows[0].shape, cut.dtype), keys, cut.no_gradients(keys))
+  if split.stops > 1:
+    carry, _ = jax.lax.scan(stop, carry, jnp.arange(split.stops - 1))
+  dq, keys, dkeys = carry
+  share, dkeys = cut.spread(rows, keys, dkeys, split.starts(split.stops - 1))
+  if split.stops > 1:
+    dkeys = _rotate(dkeys, split.axis, 1 - split.stops)  # back to where the keys belong
+  dq, (dk, dv) = cut.unqueries(dq + share), cut.unkeys(dkeys)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), streaming.scale_gradient(q, dq, scale)
+
+
+_ring.defvjp(_ring_fwd, _ring_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _memory(inputs, axis):
+  """Readouts of the chunks of `chunked.cut`, and the state after this device's."""
+  return _memory_fwd(inputs, axis)[0]
+
+
+def _memory_fwd(inputs, axis):
+  chunks = chunked.within(inputs)
+  A, N = _summary(chunks)
+  start = _states_before(A, N, axis)
+  final, states = jax.lax.scan(chunked.carry, start, chunks)
+  return (chunked.read(chunks, states), final), (inputs, states, A)
+
+
+def _memory_bwd(axis, residuals, cotangents):
+  """A later device's cotangents reach this one's final state only, by way of the states between: they take the way back.
+
+  With X the cotangent of a piece's initial state, ``X = own + X_next A^T``, own being the share of its own outputs.
+  """
+  inputs, states, A = residuals
+  dreadout, dfinal = cotangents
+
+  def from_later_devices(chunks, dstates):
+    def step(dstate, inputs):
+      chunk, from_read = inputs
+      dcarry, = jax.vjp(lambda state: chunked.carry(state, chunk)[0], dstate)[1](dstate)  # linear: any state will do
+      return dcarry + from_read, None
+
+    own, _ = jax.lax.scan(step, dfinal, (chunks, dstates), reverse=True)
+    return dfinal + _states_before(A.mT, own, axis, reverse=True)
+
+  return chunked.backward(inputs, states, dreadout, from_later_devices)[:1]
+
+
+_memory.defvjp(_memory_fwd, _memory_bwd)
+
+
+def _summary(chunks) -> tuple[jax.Array, jax.Array]:
+  """A (B, H, D, D) and N (B, H, Dv, D) such that the chunks take the state M to ``M A + N``."""
+  B, H, (D, Dv) = *chunks.keys.shape[1:3], (chunks.keys.shape[-1], chunks.writes.shape[-1])
+  dtype = chunks.decay.dtype
+
+  def step(carry, chunk):
+    A, N = carry
+    return (chunked.carry(A, chunk._replace(writes=jnp.zeros((), dtype)))[0], chunked.carry(N, chunk)[0]), None
+
+  start = jnp.broadcast_to(jnp.eye(D, dtype=dtype), (B, H, D, D)), jnp.zeros((B, H, Dv, D), dtype)
+  return jax.lax.scan(step, start, chunks)[0]
+
+
+def _states_before(A: jax.Array, N: jax.Array, axis: str, reverse: bool = False) -> jax.Array:
+  """The state that the devices before this one leave, from zero, each taking M to ``M A + N``; or those after it, backwards.
+
+  A prefix "sum" by doubling: after step s a device's pair stands for up to 2^s devices, itself the last.
+  """
+  n, way = jax.lax.axis_size(axis), -1 if reverse else 1
+  rank = jax.lax.axis_index(axis)
+  rank = n - 1 - rank if reverse else rank
+  hop = 1
+  while hop < n:
+    earlier_A, earlier_N = _receive((A, N), axis, way * hop)
+    N = jnp.matmul(earlier_N, A, precision=jax.lax.Precision.HIGHEST) + N
+    A = jnp.where(rank >= hop, jnp.matmul(earlier_A, A, precision=jax.lax.Precision.HIGHEST), A)
+    hop *= 2
+  return _receive(N, axis, way)

@@ -1,0 +1,75 @@
+"""Serves a checkpoint, from its directory alone, by the OpenAI completions protocol.
+
+    python -m atma_jax.serve --checkpoint=DIR [--port=8000 --rows=8 --capacity=4096 --cache_gib=8 --cache_dtype=int8]
+    curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "def main(", "max_tokens": 64, "stream": true}'
+
+Paths: /v1/completions, /v1/models, /health, /metrics (Prometheus). SIGTERM lets what runs finish, then exits with 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from absl import flags, logging
+
+from atma_jax import cli
+from atma_jax.config import UserError
+from atma_jax.inference.engine import Engine, rows_within
+from atma_jax.inference.openai_protocol import Limits
+from atma_jax.models.cache import CACHE_DTYPES
+from atma_jax.models.retention import with_retention_cap
+from atma_jax.sharding import make_mesh
+from atma_jax.training.checkpointing import load_model
+
+_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is every one.")
+_PORT = flags.DEFINE_integer("port", 8000, "0 takes a free one, which the log names.", lower_bound=0, upper_bound=65535)
+_MODEL_NAME = flags.DEFINE_string("model_name", None, "Name clients ask for; default is that of the recipe.")
+_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a prompt and its text at most.", lower_bound=2)
+_ROWS = flags.DEFINE_integer("rows", 8, "Sequences decoded at once, split over the devices.", lower_bound=1)
+_CACHE_GIB = flags.DEFINE_float("cache_gib", None, "As many rows as this memory holds on a device, instead of --rows.")
+_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Of keys and values; default is the model's.")
+_CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
+_FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.")
+_STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at the text.", lower_bound=1)
+_PREFIXES = flags.DEFINE_integer("prefixes", 4, "Prompts whose state is kept for those that go on from them.", lower_bound=0)
+_LOGPROBS = flags.DEFINE_integer("max_logprobs", 5, "Likeliest tokens a request may ask for.", lower_bound=0)
+_PROMPT_LOGPROBS = flags.DEFINE_boolean("prompt_logprobs", True, "Serve echo with logprobs, which scores prompts.")
+_CAP = cli.define_retention_flags()
+_TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share a copy of the model; the others split the rows.", lower_bound=1)
+_LIMITS = {field.name: _DEFINE[type(field.default)](field.name, field.default, field.metadata["help"])
+           for field in dataclasses.fields(Limits)}
+
+
+def main() -> int:
+  if not _CHECKPOINT.value:
+    raise UserError("--checkpoint=DIR is required")
+  limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})
+  try:
+    from atma_jax.inference.server import CompletionServer, listen
+    mesh = make_mesh(tensor=_TENSOR.value)
+  except ImportError as error:
+    raise UserError(f"{error}; the server needs more packages: pip install 'atma_jax[serve]'") from error
+  except ValueError as error:
+    raise UserError(f"--tensor={_TENSOR.value}: {error}") from error
+  listener = listen(_HOST.value, _PORT.value)
+  config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh)
+  model = with_retention_cap(model, _CAP())
+  options = {"capacity": _CAPACITY.value, "prefixes": _PREFIXES.value, "cache_dtype": _CACHE_DTYPE.value}
+  rows = _ROWS.value
+  if _CACHE_GIB.value is not None:
+    rows = rows_within(config.model, _CACHE_GIB.value, **options) * mesh.shape["data"]
+  engine = Engine(model, tokenizer, rows=rows, chunk=_CHUNK.value, first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value,
+                  alternatives=_LOGPROBS.value, prompt_logprobs=_PROMPT_LOGPROBS.value, **options)
+  del model
+  logging.info("step %d, %d rows of %d tokens; compiling", step, rows, _CAPACITY.value)
+  engine.warm_up()
+  name = _MODEL_NAME.value or config.name
+  logging.info("serving %s at http://%s:%d/v1", name, *listener.getsockname()[:2])
+  return CompletionServer(engine, name, limits).run(listener)
+
+
+if __name__ == "__main__":
+  cli.run(main)

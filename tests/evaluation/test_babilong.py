@@ -1,0 +1,78 @@
+"""The fine-tuning probe on generated questions of the first kind: who is where."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from atma_jax.config import UserError
+from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.evaluation import babilong
+from atma_jax.evaluation.options import BabilongOptions
+
+TOKENIZER = ByteTokenizer()
+
+
+def question(rng: np.random.Generator, place: str) -> dict[str, str]:
+  name = rng.choice(["Mary", "John"])
+  return {"input": f"{name} went to the {place}.", "question": f"Where is {name}?", "target": place}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Training files as a JSON list and as JSON lines, test files at two lengths."""
+  folder, rng = tmp_path_factory.mktemp("babilong"), np.random.default_rng(0)
+  for split in ("train", "test"):
+    (folder / split / "qa1").mkdir(parents=True)
+  (folder / "train/qa1/0k.json").write_text(json.dumps([question(rng, "hall") for _ in range(6)]))
+  lines = [question(rng, "hall") for _ in range(6)]
+  (folder / "train/qa1/1k.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  (folder / "test/qa1/0k.json").write_text(json.dumps([question(rng, "hall") for _ in range(3)] + [question(rng, "attic")]))
+  (folder / "test/qa1/1k.json").write_text(json.dumps([question(rng, "hall")]))
+  return folder
+
+
+def test_only_answers_are_trained_on(folder):
+  """The weights cover the answer and end-of-text, which the prompt, from end-of-text on, predicts."""
+  examples = babilong.load_examples(str(folder / "train"), "qa1", "0k", TOKENIZER, 2)
+  tokens, weights = babilong.batch_of(examples, TOKENIZER.eot_id)
+  assert tokens.shape == (2, 65) and weights.shape == (2, 64)
+  for row, scored in zip(tokens, weights):
+    assert row[0] == TOKENIZER.eot_id
+    targets = row[1:][scored > 0]
+    assert TOKENIZER.decode(targets) == " hall" and targets[-1] == TOKENIZER.eot_id
+    assert TOKENIZER.decode(row[:-1][np.flatnonzero(scored)[0]::-1][::-1]).endswith("?\nAnswer:")
+
+
+def test_the_probe_learns_to_answer(inputs_of, folder, lively):
+  """Exact match after fine-tuning is what the one word learnt makes of the test files; the model itself stays as it was."""
+  options = BabilongOptions(str(folder / "train"), str(folder / "test"), train_lengths=("0k", "1k"), test_lengths=("0k", "1k"),
+                            steps=60, batch_size=4, learning_rate=2e-2)
+  inputs = dataclasses.replace(inputs_of(["text"], (32,)), babilong=options)
+  before = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(lively))]
+  cells = babilong.babilong_cells(inputs)
+  assert [cell.expected for cell in cells] == [(("babilong_exact", 0),), (("babilong_exact", 1024),)]
+  first, second = (cell.run(lambda tokens: None)[0] for cell in cells)
+  assert (first.value, first.n) == (0.75, 4) and (second.value, second.n) == (1.0, 1)
+  assert first.interval[0] < 0.75 < first.interval[1]
+  for old, new in zip(before, jax.tree.leaves(nnx.state(lively))):
+    np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+  ("[{]", "not JSON"), ('[{"input": "x", "question": 3, "target": "y"}]', "item 1 must be"), ("[]", "no examples"),
+])
+def test_malformed_data_is_named(tmp_path, content, said):
+  (tmp_path / "qa1").mkdir()
+  (tmp_path / "qa1" / "0k.json").write_text(content)
+  with pytest.raises(UserError, match=rf"qa1/0k\.json: .*{said}"):
+    babilong.load_examples(str(tmp_path), "qa1", "0k", TOKENIZER)
+  with pytest.raises(UserError, match=r"no file .*qa2/0k\.json"):
+    babilong.load_examples(str(tmp_path), "qa2", "0k", TOKENIZER)
+  with pytest.raises(UserError, match="'long' is not one of BABILong's"):
+    babilong.load_examples(str(tmp_path), "qa1", "long", TOKENIZER)

@@ -1,0 +1,110 @@
+"""Attention and memory on a mesh without a context axis: accelerator kernels, here interpreted, see their own rows and heads."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atma_jax import ops
+from atma_jax.models import parallel
+from atma_jax.ops.gated_delta import api as delta_api
+from atma_jax.ops.gated_delta import pallas_gpu as delta_kernels
+from atma_jax.ops.polar_attention import api as polar_api
+from atma_jax.ops.polar_attention import pallas_gpu as polar_kernels
+from atma_jax.ops.polar_attention.pallas_gpu import Tile, Tiles
+from atma_jax.sharding import make_mesh, spec
+
+TILES = Tiles(*[Tile(16, 16, 4, 2)] * 3)
+B, T, D = 4, 16, 64
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The GPU kernels run in interpret mode; the shapes that each op saw."""
+  seen = []
+
+  def interpret(op, kernel):
+    def run(q, k, *args, **kwargs):
+      seen.append((q.shape, k.shape))
+      return kernel(q, k, *args, **kwargs, interpret=True)
+
+    class Entry(type(op.implementations["pallas_gpu"])):
+      function = property(lambda self: run)
+
+    monkeypatch.setitem(op.implementations, "pallas_gpu", Entry("", platforms=()))
+
+  interpret(polar_api.ATTENTION, functools.partial(polar_kernels.polar_attention, tiles=TILES))
+  interpret(delta_api.OP, delta_kernels.gated_delta)
+  return seen
+
+
+def compare(whole, parts, args, axes, atol):
+  """`parts`, of sharded arguments on the mesh, against `whole`: outputs and gradients."""
+  mesh = make_mesh(**axes)
+
+  def both(function, args):
+    def scalar(*args):
+      outputs = function(*args)
+      return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(outputs)), outputs
+    with jax.default_matmul_precision("highest"):
+      return jax.jit(jax.grad(scalar, argnums=tuple(range(len(args))), has_aux=True))(*args)
+
+  expected = both(whole, args)
+  with jax.set_mesh(mesh):
+    sharded = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, spec(("batch",) if len(x) == B else ()))), args)
+    got = both(parts, sharded)
+  for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+    np.testing.assert_allclose(np.asarray(b), np.asarray(a), atol=atol * max(1.0, float(jnp.abs(a).max())))
+
+
+def polar_inputs(H, K):
+  rng = np.random.default_rng(H)
+  q, k, v = (jnp.asarray(rng.normal(size=(B, T, heads, D)), jnp.float32) for heads in (H, K, K))
+  raw = {"v_null": rng.normal(size=(H, D))} | {n: rng.normal(size=H) for n in ("null_base", "null_slope", "len_gain", "mag_beta")}
+  return q, k, v, {n: jnp.asarray(x, jnp.float32) for n, x in raw.items()}
+
+
+@pytest.mark.parametrize(("implementation", "H", "K", "axes", "own"), [
+  ("pallas_gpu", 8, 2, {"data": 2, "fsdp": 2, "tensor": 2}, (1, 4, 1)),  # a key head for each part of the tensor axis
+  ("xla", 8, 1, {"data": 2, "tensor": 4}, (2, 2, 1)),  # one for all
+  ("xla", 6, 3, {"data": 4, "tensor": 2}, (1, 3, 3)),  # three query heads a device read two key heads
+])
+def test_polar_attention(interpreted, implementation, H, K, axes, own):
+  def call(op, implementation, q, k, v, raw):
+    return op(q, k, v, **raw, window=5, implementation=implementation)
+
+  # Rounding at 2^-24 of sums of up to 64 products, and of 64 queries or keys: as in test_context_parallel.
+  compare(functools.partial(call, ops.polar_attention, "reference"),
+          functools.partial(call, parallel.polar_attention, implementation), polar_inputs(H, K), axes, 3e-5)
+  rows, heads, kv_heads = own
+  assert implementation == "xla" or set(interpreted) == {((rows, T, heads, D), (rows, T, kv_heads, D))}
+
+
+def test_gated_delta_kernels(interpreted):
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(B, T, 2, D)), jnp.float32) for _ in range(3))
+  q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+  log_gamma, beta = (jnp.asarray(rng.uniform(low, 0.9 + low, (B, T, 2)), jnp.float32) for low in (-1, 0))
+  state = jnp.asarray(rng.normal(size=(B, 2, D, D)), jnp.float32)
+
+  def call(op, implementation, q, k, v, log_gamma, beta, state):
+    return op(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state, implementation=implementation)
+
+  compare(functools.partial(call, ops.gated_delta, "reference"), functools.partial(call, parallel.gated_delta, "pallas_gpu"),
+          (q, k, v, log_gamma, beta, state), {"fsdp": 2, "data": 2, "tensor": 2}, 3e-5)
+  assert set(interpreted) == {((1, T, 1, D), (1, T, 1, D))}
+
+
+def test_what_cannot_be_split_is_refused():
+  q, k, v, raw = polar_inputs(6, 3)
+  with jax.set_mesh(make_mesh(data=2, tensor=4)), pytest.raises(ValueError, match=r"6 query heads .* tensor=4"):
+    parallel.polar_attention(q, k, v, **raw, window=None, implementation="xla")
+  with jax.set_mesh(make_mesh(data=4, context=2)):
+    with pytest.raises(NotImplementedError, match="'reference' cannot take a sequence split over mesh context=2"):
+      parallel.polar_attention(q, k, v, **raw, window=None, implementation="reference")
+    with pytest.raises(ValueError, match="18 tokens: must be a multiple of twice mesh context=2"):
+      parallel.check_length(18)

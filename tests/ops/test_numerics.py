@@ -1,0 +1,189 @@
+"""One suite for all implementations of polar attention and the gated delta, kernels in interpret mode, against the oracles.
+
+Values, every gradient, odd lengths, windows, groups, head sizes, bfloat16, extremes, bitwise repeat; `test_golden` has the
+same implementations against the golden files.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atma_jax.ops import gated_delta, polar_attention
+from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
+from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
+from atma_jax.ops.polar_attention import pallas_gpu, pallas_tpu
+from atma_jax.ops.tiles import Tile, Tiles
+
+SMALL = {"gpu": Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)), "tpu": Tiles(*(Tile(256, 128),) * 3)}
+POLAR = {
+  "xla": functools.partial(polar_attention, implementation="xla"),
+  "pallas_gpu": functools.partial(pallas_gpu.polar_attention, tiles=SMALL["gpu"], interpret=True),
+  "pallas_tpu": functools.partial(pallas_tpu.polar_attention, tiles=SMALL["tpu"], interpret=True),
+  "reference": functools.partial(polar_attention, implementation="reference"),
+}
+DELTA = {
+  "xla": functools.partial(gated_delta, implementation="xla"),
+  "pallas_gpu": functools.partial(delta_gpu.gated_delta, interpret=True),
+  "pallas_tpu": functools.partial(delta_tpu.gated_delta, interpret=True),
+  "reference": functools.partial(gated_delta, implementation="reference"),
+}
+every_polar = pytest.mark.parametrize("implementation", [name for name in POLAR if name != "reference"])
+every_delta = pytest.mark.parametrize("implementation", [name for name in DELTA if name != "reference"])
+
+
+def polar_inputs(T, S, H, K, D, dtype=jnp.float32, scale=1.0):
+  rng = np.random.default_rng(T + S + D)
+  q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, T, H, D), (2, S, K, D), (2, S, K, D)))
+  raw = {"v_null": rng.normal(size=(H, D))}
+  raw |= {name: rng.normal(size=H) for name in ("null_base", "null_slope", "len_gain", "mag_beta")}
+  return q * scale, k, v, {name: jnp.asarray(x, jnp.float32) for name, x in raw.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def polar_run(implementation, window, q, k, v, raw):
+  """Outputs and gradients under fixed cotangents."""
+  (direction, magnitude), vjp = jax.vjp(lambda q, k, v, raw: POLAR[implementation](q, k, v, window=window, **raw), q, k, v, raw)
+  rng = np.random.default_rng(9)
+  cotangents = (jnp.asarray(rng.normal(size=direction.shape), direction.dtype),
+                jnp.asarray(rng.normal(size=magnitude.shape), magnitude.dtype))
+  return (direction, magnitude), vjp(cotangents)
+
+
+def delta_inputs(T, D, Dv, dtype=jnp.float32, H=2):
+  rng = np.random.default_rng(T + D)
+  q, k = (rng.normal(size=(1, T, H, D)) for _ in range(2))
+  q, k = (jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), dtype) for x in (q, k))
+  log_gamma = jax.nn.log_sigmoid(jnp.asarray(rng.normal(size=(1, T, H)) + 2, jnp.float32))
+  beta = jax.nn.sigmoid(jnp.asarray(rng.normal(size=(1, T, H)), jnp.float32))
+  return (q, k, jnp.asarray(rng.normal(size=(1, T, H, Dv)), dtype), log_gamma, beta,
+          jnp.asarray(rng.normal(size=(1, H, Dv, D)), jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def delta_run(implementation, *inputs):
+  """Outputs and gradients under fixed cotangents."""
+  def call(q, k, v, log_gamma, beta, state):
+    return DELTA[implementation](q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state)
+
+  outputs, vjp = jax.vjp(call, *inputs)
+  rng = np.random.default_rng(9)
+  return outputs, vjp(tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in outputs))
+
+
+def assert_near(actual, expected, tolerance):
+  """Every array within `tolerance` of the expected one, relative to its norm (or to 1 where that is larger)."""
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), 1), path
+
+
+def wide(tree):
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+@functools.cache
+def polar_case(T, S, H, K, D, window):
+  """Inputs of a case and what the oracle makes of them."""
+  inputs = polar_inputs(T, S, H, K, D)
+  return inputs, polar_run("reference", window, *inputs)
+
+
+@every_polar
+@pytest.mark.parametrize("T, S, H, K, D, window", [
+  (40, 40, 4, 2, 64, 100), (37, 53, 2, 2, 64, 9), (33, 33, 2, 1, 64, 1), (1, 1, 2, 1, 64, None), (1, 40, 2, 1, 64, None),
+  (140, 170, 2, 1, 128, 70)])
+def test_polar_equals_oracle(implementation, T, S, H, K, D, window):
+  inputs, expected = polar_case(T, S, H, K, D, window)
+  assert_near(polar_run(implementation, window, *inputs), expected, 1e-4)
+
+
+@every_polar
+def test_polar_in_bfloat16_is_within_its_rounding(implementation):
+  inputs = polar_inputs(64, 64, 2, 1, 128, jnp.bfloat16)
+  outputs, gradients = polar_run(implementation, None, *inputs)
+  assert outputs[0].dtype == gradients[0].dtype == jnp.bfloat16 and outputs[1].dtype == jnp.float32
+  # Scores reach 4 * temp: each rounding of 2^-9 of a product's operand moves a weight by that times the score.
+  assert_near((outputs, gradients), polar_run("reference", None, *wide(inputs)), 2e-2)
+
+
+@pytest.mark.parametrize("implementation", list(POLAR))
+def test_polar_at_extreme_logits_is_finite_and_repeats_bitwise(implementation):
+  inputs = polar_inputs(40, 40, 2, 1, 64, scale=1e4)
+  first, second = (polar_run(implementation, None, *inputs) for _ in range(2))
+  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+    assert np.isfinite(a).all() and (a == b).all()
+
+
+@every_polar
+def test_polar_holds_no_matrix_of_scores_and_no_repeated_keys(implementation):
+  inputs = polar_inputs(1024, 1024, 4, 1, 64)
+  equations = list(_equations(jax.make_jaxpr(lambda *x: polar_run(implementation, None, *x))(*inputs).jaxpr))
+  B, T, H, D = inputs[0].shape
+  assert max(np.prod(v.aval.shape) for eqn in equations for v in eqn.outvars) < B * H * T * T
+  kernels = [eqn for eqn in equations if eqn.primitive.name == "pallas_call"]
+  assert len(kernels) == (3 if implementation.startswith("pallas") else 0)
+  assert all([np.prod(v.aval.shape) for v in eqn.invars].count(B * T * D) == 2 for eqn in kernels)
+
+
+def _equations(jaxpr):
+  """Equations outside kernels, those of nested jaxprs included."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    if eqn.primitive.name != "pallas_call":
+      for parameter in eqn.params.values():
+        inner = getattr(parameter, "jaxpr", parameter)
+        if hasattr(inner, "eqns"):
+          yield from _equations(inner)
+
+
+@functools.cache
+def delta_case(T, D, Dv):
+  """Inputs of a case and what the oracle makes of them."""
+  inputs = delta_inputs(T, D, Dv)
+  return inputs, delta_run("reference", *inputs)
+
+
+@every_delta
+@pytest.mark.parametrize("T, D, Dv", [(150, 64, 64), (1, 64, 64), (5, 64, 128), (64, 128, 64)])
+def test_delta_equals_oracle(implementation, T, D, Dv):
+  inputs, expected = delta_case(T, D, Dv)
+  assert_near(delta_run(implementation, *inputs), expected, 2e-5)
+
+
+@every_delta
+def test_delta_in_bfloat16_is_within_its_rounding_and_repeats_bitwise(implementation):
+  inputs = delta_inputs(130, 128, 128, jnp.bfloat16, H=1)
+  first, second = (delta_run(implementation, *inputs) for _ in range(2))
+  assert_near(first, delta_run("reference", *wide(inputs)), 2e-2)
+  assert all((a == b).all() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+
+
+@every_delta
+def test_delta_with_repeated_keys_is_as_stable_as_substitution(implementation):
+  q, k, v, log_gamma, beta, state = delta_inputs(64, 64, 64)
+  k = jnp.broadcast_to(k[:, :1], k.shape)
+  inputs = q, k, v, jnp.zeros_like(log_gamma), jnp.ones_like(beta), state
+  assert_near(delta_run(implementation, *inputs), delta_run("reference", *inputs), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
+@pytest.mark.parametrize("arguments", [(16, 16, 2, 1, 32), (16, 16, 2, 1, 64, jnp.float16)])
+def test_unsupported_calls_are_refused(name, arguments):
+  *arrays, raw = polar_inputs(*arguments)
+  with pytest.raises(NotImplementedError, match="takes"):
+    polar_attention(*arrays, **raw, implementation=name)
+
+
+@pytest.mark.parametrize("name, needs", [("pallas_gpu", "needs a GPU"), ("pallas_tpu", "needs a TPU")])
+def test_without_their_device_the_kernels_are_refused(name, needs):
+  q, k, v, raw = polar_inputs(16, 16, 2, 1, 64)
+  with pytest.raises(NotImplementedError, match=needs):
+    polar_attention(q, k, v, **raw, implementation=name)
+  q, k, v, log_gamma, beta, _ = delta_inputs(16, 64, 64)
+  with pytest.raises(NotImplementedError, match=needs):
+    gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, implementation=name)

@@ -1,0 +1,100 @@
+"""Auxiliary objectives inside the step: on every core, deterministic, equal under accumulation, free when off."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from atma_jax.config import AuxiliaryConfig, Config, DataConfig, ModelConfig, TrainConfig, UserError
+from atma_jax.sharding import make_mesh
+from atma_jax.training.state import ModelDefinition, create_state, optimizer_for
+from atma_jax.training.step import make_train_step
+
+TOKENS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype(np.int32)
+
+
+def recipe(attention="polar", accumulation=1, **auxiliary) -> Config:
+  return Config(
+    model=ModelConfig(vocab_size=64, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
+                      block_pattern=("local", "global"), attention=attention, activation_dtype="float32", remat="block"),
+    data=DataConfig(sequence_length=16, batch_size=4),
+    train=TrainConfig(steps=10, accumulation=accumulation, auxiliary=AuxiliaryConfig(**auxiliary))).validate()
+
+
+@functools.cache
+def program(attention="polar", accumulation=1, **auxiliary):
+  config = recipe(attention, accumulation, **auxiliary)
+  definition = ModelDefinition(config.model)
+  optimizer, mesh = optimizer_for(config, definition), make_mesh(devices=jax.devices()[:1])
+
+  def fresh():
+    return create_state(config, definition, optimizer, mesh)
+
+  return make_train_step(config, definition, optimizer, mesh, fresh()), fresh
+
+
+def run(steps=3, **options):
+  step, fresh = program(**options)
+  state, found = fresh(), []
+  for _ in range(steps):
+    state, metrics = step(state, TOKENS)
+    found.append({name: float(value) for name, value in metrics.items()})
+  return found, state
+
+
+@pytest.mark.parametrize("attention, kind", [("polar", "strong"), ("nope", "zipfian"), ("rope", "weak")])
+def test_total_is_the_weighted_sum(attention, kind):
+  found, _ = run(attention=attention, regularizer=kind, regularizer_weight=0.25, distractors=6, distractor_weight=0.5, sketch=8)
+  for m in found:
+    np.testing.assert_allclose(m["total"], 0.75 * m["loss"] + 0.25 * m["regularizer"] + 0.5 * m["distractor"], rtol=1e-5)
+    assert m["bad_steps"] == 0 and m["regularizer"] > 0 and m["distractor"] > 0
+  assert found[0]["distractor"] != found[1]["distractor"]  # drawn anew
+
+
+def test_polar_distractors_are_learned_away():
+  """A heavy weight drives the mass that random keys take from the null down."""
+  found, _ = run(steps=8, distractors=16, distractor_weight=20.0)
+  assert found[-1]["distractor"] < 0.7 * found[0]["distractor"]
+
+
+def test_same_seed_same_numbers_and_resumable():
+  """The draws depend on seed and step alone: a state that went through step 1 goes on as if never interrupted."""
+  options = {"distractors": 16, "distractor_weight": 20.0}
+  found, _ = run(steps=3, **options)
+  _, middle = run(steps=1, **options)
+  step, _ = program(**options)
+  restored = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), leaf.sharding), middle)
+  _, metrics = step(restored, TOKENS)
+  assert float(metrics["distractor"]) == found[1]["distractor"] and float(metrics["total"]) == found[1]["total"]
+
+
+def test_accumulation_equals_the_big_batch_for_distractors():
+  options = {"distractors": 16, "distractor_weight": 20.0}
+  (whole, *_), _ = run(steps=1, **options)
+  (parts, *_), _ = run(steps=1, accumulation=2, **options)
+  for name in ("loss", "distractor", "total", "grad_norm"):
+    np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5, err_msg=name)
+
+
+def test_off_is_the_step_without():
+  """Weights of terms that are off leave the program as it is, and it draws nothing."""
+  def text(**auxiliary):
+    step, fresh = program(**auxiliary)
+    return step.lower(fresh(), TOKENS).as_text()
+
+  off = text()
+  assert text(regularizer_weight=0.5, distractor_weight=0.5, sketch=7) == off
+  assert "threefry" not in off and "threefry" in text(distractors=16, distractor_weight=20.0)
+
+
+def test_bad_options_are_named():
+  with pytest.raises(UserError, match=r"config\.train\.auxiliary\.regularizer='strng'.*weak, strong"):
+    recipe(regularizer="strng")
+  config = copy.deepcopy(recipe())
+  config.model.block_pattern, config.train.auxiliary.distractors = ("local",), 4
+  with pytest.raises(UserError, match=r"config\.train\.auxiliary\.distractors=4: must be 0 in a model without global"):
+    config.validate()
