@@ -205,7 +205,8 @@ def test_an_unread_tap_compiles_to_the_plain_program(inputs, rows):
 
 
 @pytest.mark.parametrize(("options", "caps"), [
-  ({}, [None]), ({"retention_cap": 256.0}, ["256 (all)"]), ({"retention_cap": 0.5, "retention_heads": "6:3,10:1"}, ["0.5 (6:3,10:1)"]),
+  ({}, [None]), ({"retention_cap": 256.0}, ["256 (all)"]),
+  ({"retention_cap": 0.5, "retention_heads": "6:3,10:1"}, ["0.5 (6:3,10:1)"]),
   ({"retention_cap_sweep": ("none", "256", "1e3"), "retention_heads": "worst"}, [None, "256 (worst)", "1000 (worst)"])])
 def test_caps_that_are_asked_for(options, caps):
   assert [None if cap is None else str(cap) for cap in Options(**options).caps()] == caps
