@@ -42,7 +42,7 @@ def _define(owner: type, prefix: str) -> dict[str, tuple[Any, flags.FlagHolder]]
   return defined
 
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where results.jsonl, the plots and the report go.")
 _REPORT = flags.DEFINE_boolean("report", False, "Write OUTPUT/report.html.")
 _COMPARE = flags.DEFINE_list("compare", [], "More results.jsonl files, for the report.")
