@@ -18,18 +18,25 @@ import typing
 from typing import Any
 
 ATTENTIONS = ("polar", "nope", "rope")
-MIXERS = ("local", "global")
+MIXERS = ("local", "global", "raven")
 INITS = ("default", "published", "mimetic")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMATS = ("none", "dots", "block")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
 CLIP_BASES = ("sum", "mean")
 MUON_VARIANTS = ("published", "quintic5")
+OPTIMIZERS = ("muon", "adamw")
+SCHEDULES = ("linear", "cosine")
 REGULARIZERS = ("baseline", "weak", "strong", "discrete", "zipfian")
 
 
 class UserError(Exception):
   """Bad input, told in one line that names the flag, field or file and what is legal. Mains exit with code 2."""
+
+
+class RunError(Exception):
+  """Something outside the program failed for good (storage, another process), in one line. Mains exit with code 1, on which
+  launchers try again."""
 
 
 @dataclasses.dataclass(unsafe_hash=True)  # modules keep it as a static attribute
@@ -40,6 +47,14 @@ class MemoryConfig:
   gamma_bias: float = 3.9  # added to the decay gate's logit
   beta_bias: float = 0.0  # added to the write gate's logit
   max_half_life: float | None = None  # tokens no head's half-life can exceed, in training too; None is no bound
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class RavenConfig:
+  """Slots of a Raven mixer; heads, head size and memory are the model's."""
+
+  slots: int = 256
+  top_k: int = 32  # slots that a token writes to
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -57,6 +72,7 @@ class ModelConfig:
   attention: str = "polar"
   window: int | None = None  # keys each query may see; None is full causal attention
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+  raven: RavenConfig = dataclasses.field(default_factory=RavenConfig)
   conv_taps: int = 3  # gated short convolution
   canon_taps: int = 4  # convolutions on q, k, v of the polar and nope cores
   logit_cap: float = 15.0
@@ -92,8 +108,13 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-  """Muon for matrices inside blocks, AdamW for the rest."""
+  """Muon for matrices inside blocks, AdamW for the rest; or AdamW for everything."""
 
+  kind: str = "muon"  # "adamw": one rate and decay for every parameter
+  adamw_learning_rate: float = 3e-4  # of kind "adamw"
+  adamw_weight_decay: float = 0.1  # times the learning rate, of kind "adamw"
+  schedule: str = "linear"  # constant, then linear to zero; "cosine": from the warmup's end to a floor
+  cosine_floor: float = 0.1  # share of the rate at the end of "cosine"
   muon_learning_rate: float = 0.02
   muon_weight_decay: float = 0.01  # times the learning rate
   muon_momentum: float = 0.95
@@ -222,6 +243,8 @@ def _validate_model(m: ModelConfig) -> None:
     _one_of("model.block_pattern", kind, MIXERS)
   half_life = m.memory.max_half_life
   _require(half_life is None or 0 < half_life < math.inf, "model.memory.max_half_life", half_life, "None or greater than 0")
+  _positive(m.raven, "model.raven", "slots", "top_k")
+  _require(m.raven.top_k <= m.raven.slots, "model.raven.top_k", m.raven.top_k, f"at most model.raven.slots={m.raven.slots}")
   _require(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", m.num_kv_heads,
            f"a divisor of model.num_heads={m.num_heads}")
   _require(m.window is None or m.window > 0, "model.window", m.window, "None or at least 1")
@@ -243,8 +266,12 @@ def _validate_data(d: DataConfig) -> None:
 def _validate_optimizer(o: OptimizerConfig) -> None:
   _one_of("optimizer.clip_basis", o.clip_basis, CLIP_BASES)
   _one_of("optimizer.muon_variant", o.muon_variant, MUON_VARIANTS)
+  _one_of("optimizer.kind", o.kind, OPTIMIZERS)
+  _one_of("optimizer.schedule", o.schedule, SCHEDULES)
+  _require(0 <= o.cosine_floor <= 1, "optimizer.cosine_floor", o.cosine_floor, "in [0, 1]")
+  _require(o.adamw_weight_decay >= 0, "optimizer.adamw_weight_decay", o.adamw_weight_decay, "at least 0")
   _positive(o, "optimizer", "muon_learning_rate", "embedding_learning_rate", "head_learning_rate",
-            "vector_learning_rate", "adam_eps")
+            "vector_learning_rate", "adamw_learning_rate", "adam_eps")
   for name in ("muon_momentum", "adam_b1", "adam_b2"):
     _require(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "in [0, 1)")
   _require(0 <= o.decay_fraction <= 1, "optimizer.decay_fraction", o.decay_fraction, "in [0, 1]")

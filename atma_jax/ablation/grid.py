@@ -136,11 +136,37 @@ def _switch(name: str, field: str, off: Any, on: Any) -> Axis:
   return Axis(name, (Level(f"{name}-0", ((field, off),)), Level(f"{name}-1", ((field, on),))))
 
 
+def _raven() -> list[Axis]:
+  """The Raven baselines under their published ids: in all layers with heads twice as large, and in the place of attention."""
+  recipe = (("optimizer.kind", "adamw"), ("optimizer.schedule", "cosine"), ("optimizer.adam_b1", 0.9),
+            ("optimizer.adam_b2", 0.95), ("optimizer.adam_eps", 1e-15),
+            ("optimizer.warmup_steps", lambda base: base.train.steps // 20))
+  native = (("model.block_pattern", ("raven",)), ("model.num_heads", lambda base: base.model.num_heads // 2),
+            ("model.num_kv_heads", lambda base: base.model.num_heads // 2),
+            ("model.head_dim", lambda base: 2 * base.model.head_dim))
+  titans = (("model.block_pattern", lambda base: tuple("raven" if k == "global" else k for k in base.model.block_pattern)),)
+  _, regularizer, distractors, memory, window = _paper()
+  return [Axis("attention", (Level("raven_native", native + recipe), Level("atma_raven_titans", titans + recipe))),
+          *(Axis(axis.name, axis.levels[:1]) for axis in (regularizer, distractors)), memory, Axis("win", window.levels[:1])]
+
+
+def _headline() -> list[Axis]:
+  """Cores, memory, starts, and the bound on retention at twice the training length: 27 cells a seed."""
+  field = "model.memory.max_half_life"
+  half_life = Axis("halflife", (Level("halflife-none", ((field, None),)),
+                                Level("halflife-2x", ((field, lambda base: 2.0 * base.data.sequence_length),))))
+  return [make_axis("model.attention", ("polar", "nope", "rope")),
+          Axis("mem", tuple(reversed(_switch("mem", "model.memory.enabled", False, True).levels))), half_life,
+          make_axis("model.init", ("mimetic", "default", "published"))]
+
+
 # Axes and what is left out. The first version of the paper reports 100 cells, without half of rope's; it does not say which
 # half, and here it is the windowed one.
 PRESETS: dict[str, tuple[Callable[[], list[Axis]], tuple[str, ...]]] = {
   "paper120": (_paper, ()),
   "paper100": (_paper, ("rope,win-1",)),
+  "raven": (_raven, ("raven_native,mem-1", "atma_raven_titans,mem-0")),
+  "headline": (_headline, ("mem-0,halflife-2x",)),
 }
 
 

@@ -1,7 +1,7 @@
 """One job a cell, for Slurm or for GKE through xpk: the launchers of this repository do the rest.
 
-A job is the worker of one cell. Requeued or restarted, it takes the cell over and resumes; submitted twice, one of the two
-finds that there is nothing to do.
+A job is the worker of one cell. Requeued or restarted, it takes the cell over and resumes, also after a failure (up to the
+launcher's --max-restarts); submitted twice, one of the two finds that there is nothing to do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def job_command(kind: str, cell: CellFolder, directory: str, options: Sequence[s
   given = {option.partition("=")[0] for option in options}
   defaults = [option for option in DEFAULTS[kind] if option.partition("=")[0] not in given]
   return ["bash", *LAUNCHERS[kind], f"--name={job_name(cell.id)}", "--module=atma_jax.ablate", *defaults, *options,
-          "--", f"--output={directory}", f"--cells={cell.id}"]
+          "--", f"--output={directory}", f"--cells={cell.id}", "--retry_failed"]
 
 
 def submit(kind: str, cells: Sequence[CellFolder], directory: str, options: Sequence[str], *, dry_run: bool) -> None:

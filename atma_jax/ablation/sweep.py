@@ -143,6 +143,11 @@ def chosen(cells: Sequence[CellFolder], ids: Sequence[str], directory: pathlib.P
   return [known[name] for name in ids] or list(known.values())
 
 
+def exit_code(cells: Sequence[CellFolder]) -> int:
+  """Of a worker whose cells failed: 2 where every failure is bad input, which trying again does not mend, else 1."""
+  return 2 if all(failure["exit_code"] == 2 for cell in cells if (failure := cell.failure())) else 1
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a whole file or nothing."""
   _write(path, json.dumps(value, indent=1) + "\n")

@@ -13,6 +13,7 @@ from absl import logging
 import jax
 import tqdm
 
+from atma_jax import distributed
 from atma_jax.config import UserError, unknown_name
 from atma_jax.data.pipeline import heldout_documents, validation_stream
 from atma_jax.evaluation import plots
@@ -62,10 +63,12 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
                   prefill_chunk=options.prefill_chunk, memory_bytes=limit)
   length = config.data.sequence_length
   lengths = tuple(sorted({m * length for m in options.multiples}))
-  inputs = Inputs(scorer, tokenizer, [document[1:] for document in heldout_documents(directory)], validation_stream(directory),
-                  lengths, options.trials, options.seed, options.min_documents, options.stream_windows, config, model, mesh,
+  documents = [document[1:] for document in heldout_documents(directory)[:options.max_documents]]
+  inputs = Inputs(scorer, tokenizer, documents, validation_stream(directory), lengths, options.trials, options.seed,
+                  options.min_documents, options.stream_windows, config, model, mesh,
                   tuple(depth / 100 for depth in options.depths), options.bpb_span, babilong)
-  results = ResultsFile(pathlib.Path(output) / "results.jsonl")
+  with distributed.agreed():
+    results = ResultsFile(pathlib.Path(output) / "results.jsonl")
   common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
   if options.ema:
     common["ema"] = True
@@ -79,8 +82,9 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
     built = SUITES[suite](dataclasses.replace(inputs, trials=options.retrieval_trials) if suite == "retrieval" else inputs)
     cells += [(suite, cell) for cell in built]
   records = run_cells(cells, results, common, extra, scorer)
-  print(table(records, length))
-  _plot(records, pathlib.Path(output), f"{config.name}, step {step}", length)
+  if jax.process_index() == 0:
+    print(table(records, length))
+    _plot(records, pathlib.Path(output), f"{config.name}, step {step}", length)
   return records
 
 
@@ -95,13 +99,15 @@ def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: d
               scorer: Scorer) -> list[dict[str, Any]]:
   """The records of all cells, those found in the file and those measured now, each cell appended as soon as it is done."""
   records = []
-  with tqdm.tqdm(total=sum(cell.tokens for _, cell in cells), unit="tok", unit_scale=True, mininterval=1) as bar:
+  with tqdm.tqdm(total=sum(cell.tokens for _, cell in cells), unit="tok", unit_scale=True, mininterval=1,
+                 disable=jax.process_index() > 0) as bar:
     for suite, cell in cells:
       identity = {**common, "suite": suite, "settings": cell.settings}
-      found = [results.find(identity, measure, length) for measure, length in cell.expected]
+      found = [results.find(identity, *where) for where in cell.expected]
       bar.set_description(cell.label)
-      if all(record is not None and _is_final(record, extra) for record in found):
-        records += found
+      known = all(record is not None and _is_final(record, extra) for record in found)
+      if distributed.from_first(str(known)) == "True":  # only process 0 knows the file
+        records += filter(None, found)
         bar.update(cell.tokens)
         continue
       started, compiled, done = time.perf_counter(), scorer.compile_seconds, bar.n
@@ -110,10 +116,10 @@ def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: d
         measured = [dataclasses.asdict(m) | {"status": "ok"} for m in cell.run(bar.update)]
       except OutOfMemory as error:
         logging.warning("%s: out of memory: %s", cell.label, error)
-        gc.collect()  # what the cell held
-        measured = [{"measure": measure, "length": length, "value": None, "n": 0, "status": "out_of_memory",
-                     "reason": str(error)} for measure, length in cell.expected]
+        measured = [{**dict(zip(("measure", "length", "layer", "head"), where)), "value": None, "n": 0,
+                     "status": "out_of_memory", "reason": str(error)} for where in cell.expected]
         bar.update(cell.tokens - (bar.n - done))
+      gc.collect()  # what a failed cell held
       seconds = max(time.perf_counter() - started - (scorer.compile_seconds - compiled), 1e-9)
       rate = {"tokens_per_second": round(cell.tokens / seconds, 1)} if measured[0]["status"] == "ok" else {}
       results.append([{**identity, **m, **extra, "seconds": round(seconds, 3), **rate,
@@ -135,6 +141,7 @@ def table(records: Sequence[dict[str, Any]], training_length: int) -> str:
                          "absent_accuracy", "retrieval_accuracy", "retrieval_exact", "babilong_exact")
              if any(r["measure"] == m for r in records)]
   values: dict[tuple[str, int], list[float | None]] = {}
+  failed = {(r["measure"], r["length"]) for r in records if r.get("status", "ok") == "out_of_memory"}
   for record in records:
     values.setdefault((record["measure"], record["length"]), []).append(record["value"])
   lines = ["  ".join(["  length", "     x", *(f"{c:>18}" for c in columns)])]
@@ -142,7 +149,7 @@ def table(records: Sequence[dict[str, Any]], training_length: int) -> str:
     cells = []
     for column in columns:
       found = values.get((column, length), [])
-      missing = "no memory" if found else ""
+      missing = "no memory" if (column, length) in failed else "not finite" if found else ""
       cells.append(missing if not found or None in found else f"{sum(found) / len(found):.4f}")
     lines.append("  ".join([f"{length:>8}", f"{length / training_length:>6g}", *(f"{c:>18}" for c in cells)]))
   return "\n".join(lines)

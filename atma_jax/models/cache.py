@@ -85,7 +85,23 @@ class GlobalPast:
     return None if self.key_scale is None else (self.key_scale, self.value_scale)
 
 
-Layers = dict[str, list[LocalPast | GlobalPast]]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RavenPast:
+  """What a Raven mixer remembers: slots, whatever the length."""
+
+  slot_keys: jax.Array | None = None  # (B, H, slots, D) float32 or wider
+  slot_values: jax.Array | None = None  # (B, H, slots, D)
+  memory: jax.Array | None = None  # (B, H, D, D) float32 or wider; none without memory
+
+  def after(self, update: RavenPast, span: Span) -> RavenPast:
+    """As for `LocalPast`."""
+    del span
+    return update
+
+
+Past = LocalPast | GlobalPast | RavenPast
+Layers = dict[str, list[Past]]
 
 
 @jax.tree_util.register_dataclass
@@ -114,18 +130,20 @@ class Cache:
     slots = slots_for(capacity if config.window is None else min(capacity, config.window))
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
 
-    def past(kind: str, repeats: int) -> LocalPast | GlobalPast:
+    def past(kind: str, repeats: int) -> Past:
       def zeros(*shape: int, dtype=activation) -> jax.Array:
         return jnp.zeros((repeats, batch, *shape), dtype)
 
       if kind == "local":
         return LocalPast(zeros(config.conv_taps - 1, config.width))
+      wide = jnp.promote_types(jnp.float32, activation)
+      memory = zeros(heads, dim, dim, dtype=wide) if config.memory.enabled else None
+      if kind == "raven":
+        return RavenPast(*(zeros(heads, config.raven.slots, dim, dtype=wide) for _ in range(2)), memory)
       keys, values = (zeros(kv_heads, slots, dim, dtype=dtype or activation) for _ in range(2))
       canon = [None] * 3 if config.attention == "rope" else [
         zeros(config.canon_taps - 1, n * dim) for n in (heads, kv_heads, kv_heads)]
       scales = [zeros(kv_heads, slots, dtype=jnp.float32) for _ in range(2)] if dtype == "int8" else [None] * 2
-      wide = jnp.promote_types(jnp.float32, activation)
-      memory = zeros(heads, dim, dim, dtype=wide) if config.memory.enabled else None
       return GlobalPast(keys, values, *canon, memory, *scales)
 
     pattern = config.block_pattern

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
-from atma_jax.models.cache import GlobalPast, LocalPast, Span
+from atma_jax.models.cache import Past, Span
 from atma_jax.models.global_mixer import GlobalMixer
 from atma_jax.models.local_mixer import LocalMixer
+from atma_jax.models.raven import RavenMixer
 from atma_jax.sharding import constrain
 
-MIXERS = {"local": LocalMixer, "global": GlobalMixer}
+MIXERS = {"local": LocalMixer, "global": GlobalMixer, "raven": RavenMixer}
 
 Trace = dict[str, jax.Array]
 """Arrays of one block by name: ``input`` and ``output`` (B, T, C) of the block, ``mixer_input`` (its normed input, B, T, C) and,
@@ -57,8 +58,7 @@ class Block(nnx.Module):
       trace |= {"input": x, "mixer_input": normed, "output": output}
     return output
 
-  def extend(self, x: jax.Array, past: LocalPast | GlobalPast, span: Span,
-             reach: int | None) -> tuple[jax.Array, LocalPast | GlobalPast]:
+  def extend(self, x: jax.Array, past: Past, span: Span, reach: int | None) -> tuple[jax.Array, Past]:
     """The output for tokens that follow `past`, and the update of the past."""
     y, update = self.mixer.extend(self.norm1(x), past, span, reach)
     return self._finish(x + y), update
@@ -84,8 +84,7 @@ class Group(nnx.Module):
         results.append(tap(block, trace, first + index))
     return x, results
 
-  def extend(self, x: jax.Array, pasts: list[LocalPast | GlobalPast], span: Span,
-             reach: int | None) -> tuple[jax.Array, list[LocalPast | GlobalPast]]:
+  def extend(self, x: jax.Array, pasts: list[Past], span: Span, reach: int | None) -> tuple[jax.Array, list[Past]]:
     """The output for tokens that follow `pasts`, one a block, and the updates of the pasts."""
     updates = []
     for block, past in zip(self.blocks, pasts, strict=True):

@@ -5,6 +5,7 @@ Counted, per token, forward; a multiply-add is two operations:
   * depthwise filters: 2 x taps x channels;
   * attention of a global layer: scores and values, 2 x 2 H D keys, with the mean number of visible keys: (T + 1) / 2, or
     the window's;
+  * slots of a Raven layer: decay and write of keys and values, scores, read: 10 H D a slot;
   * memory: decay, erase, write and read of a D x D state, 8 H D^2 (the recurrence, whatever the chunk).
 The backward pass costs twice the forward; rematerialisation is not counted as useful work.
 """
@@ -34,10 +35,12 @@ def training_flops_per_token(definition: ModelDefinition, sequence_length: int) 
   window = sequence_length if config.window is None else min(config.window, sequence_length)
   visible = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
   pattern = config.block_pattern
-  layers = sum(pattern[i % len(pattern)] == "global" for i in range(config.num_layers))
+  kinds = [pattern[i % len(pattern)] for i in range(config.num_layers)]
+  layers, slots = kinds.count("global"), kinds.count("raven") * config.raven.slots
   forward += layers * 4 * config.num_heads * config.head_dim * visible
+  forward += slots * 10 * config.num_heads * config.head_dim
   if config.memory.enabled:
-    forward += layers * 8 * config.num_heads * config.head_dim**2
+    forward += (layers + kinds.count("raven")) * 8 * config.num_heads * config.head_dim**2
   return 3 * forward
 
 

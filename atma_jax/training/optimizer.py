@@ -9,6 +9,8 @@ Every parameter names its group in its metadata (`atma_jax.models.parameter_meta
 ``embedding``, ``head``, ``vector``  AdamW without decay, each at its own learning rate
 =================  ==========================================================================================
 
+``config.kind="adamw"`` is the recipe of baselines that come with their own: AdamW with one rate and one decay for everything.
+
 Why not `optax.contrib.muon`: it corrects the bias of the momentum and of the gradient with different powers before mixing them,
 so its first updates differ from the published ones. `optax.trace(nesterov=True)` is the published mix times 20, and
 orthogonalisation does not see a scale.
@@ -36,19 +38,24 @@ NEWTON_SCHULZ = {
 
 
 def learning_rate_factor(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Schedule count -> factor in [0, 1]: linear warmup, constant, linear to zero at `steps`.
+  """Schedule count -> factor in [0, 1]: linear warmup, then constant and linear to zero at `steps`, or a cosine to its floor.
 
   The first of W warmup steps uses 1 / W, the last of D decay steps 1 / D: no step is spent at a rate of zero.
   """
   warmup = max(config.warmup_steps, 1)
   decay = max(round(config.decay_fraction * steps), 1)
+  floor = config.cosine_floor
+
+  def cosine(count: jax.typing.ArrayLike) -> jax.Array:
+    progress = jnp.clip((count - config.warmup_steps) / max(steps - config.warmup_steps, 1), 0.0, 1.0)
+    return jnp.minimum((count + 1) / warmup, floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
 
   def factor(count: jax.typing.ArrayLike) -> jax.Array:
     rising = (count + 1) / warmup
     falling = (steps - count) / decay
     return jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
 
-  return factor
+  return cosine if config.schedule == "cosine" else factor
 
 
 def learning_rates(config: OptimizerConfig, steps: int, count: jax.typing.ArrayLike) -> dict[str, jax.Array]:
@@ -75,6 +82,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_
   if unknown:
     raise ValueError(f"optimizer groups {unknown} are not among {', '.join((*MUON_GROUPS, *ADAM_GROUPS))}")
   rates, factor = _base_rates(config), learning_rate_factor(config, steps)
+  if config.kind == "adamw":
+    return optax.chain(*_clipping(config, tokens_per_step), optax.adamw(
+      lambda count: rates["adamw"] * factor(count), config.adam_b1, config.adam_b2, config.adam_eps,
+      weight_decay=config.adamw_weight_decay))
 
   def rate(group: str) -> optax.Schedule:
     return lambda count: rates[group] * factor(count)
@@ -155,5 +166,7 @@ def _clipping(config: OptimizerConfig, tokens_per_step: int) -> list[optax.Gradi
 
 
 def _base_rates(config: OptimizerConfig) -> dict[str, float]:
+  if config.kind == "adamw":
+    return {"adamw": config.adamw_learning_rate}
   return {"muon": config.muon_learning_rate, "embedding": config.embedding_learning_rate,
           "head": config.head_learning_rate, "vector": config.vector_learning_rate}

@@ -15,6 +15,7 @@ import pytest
 
 from atma_jax.ops import gated_delta, polar_attention
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
+from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
 from atma_jax.ops.polar_attention import pallas_gpu, pallas_tpu
 from atma_jax.ops.tiles import Tile, Tiles
 
@@ -28,6 +29,7 @@ POLAR = {
 DELTA = {
   "xla": functools.partial(gated_delta, implementation="xla"),
   "pallas_gpu": functools.partial(delta_gpu.gated_delta, interpret=True),
+  "pallas_tpu": functools.partial(delta_tpu.gated_delta, interpret=True),
   "reference": functools.partial(gated_delta, implementation="reference"),
 }
 every_polar = pytest.mark.parametrize("implementation", [name for name in POLAR if name != "reference"])

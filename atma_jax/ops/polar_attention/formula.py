@@ -85,6 +85,7 @@ class ThroughNull(NamedTuple):
   go: jax.Array  # (B, T, H, D) cotangent of ``o = sum_j p_j v_j``, p being the softmax over real keys
   twice: jax.Array  # (B, T, H) twice the cotangent of ``sum_j p_j^2``
   delta: jax.Array  # (B, T, H): the gradient of logit j is ``p_j (go.v_j + twice p_j - delta)``
+  d_lse: jax.Array  # (B, T, H) cotangent of the log-sum-exp, the null's share included: the sum of those gradients
   d_null: jax.Array  # (T, H)
   d_v_null: jax.Array  # (H, D)
 
@@ -112,8 +113,26 @@ def through_null(cotangents: tuple[jax.Array, jax.Array, jax.Array], direction: 
   gs_s = jnp.where(above, 0, along)
   twice = 2 * g_crowding
   d_null = w_null * (jnp.sum(gs * v_null, axis=-1) - gs_s)
-  return ThroughNull(w_key[..., None] * gs, twice, w_key * gs_s + twice * crowding - g_lse, jnp.sum(d_null, axis=0),
-                     jnp.sum(w_null[..., None] * gs, axis=(0, 1)))
+  return ThroughNull(w_key[..., None] * gs, twice, w_key * gs_s + twice * crowding - g_lse, g_lse - d_null,
+                     jnp.sum(d_null, axis=0), jnp.sum(w_null[..., None] * gs, axis=(0, 1)))
+
+
+def temperature_gradient(q_dq: jax.Array, total: jax.Array, d_lse: jax.Array, lse: jax.Array, crowding: jax.Array,
+                         temp: jax.Array) -> jax.Array:
+  """Gradient of temp (B, T, H), ``sum_j dlogit_j score_j``, from what a kernel found: all (B, T, H), temp (T, H).
+
+  An error of delta gives every dlogit_j an error in proportion to p_j, which the score it is multiplied by makes large. So
+  scores are taken from their mean under p, ``(lse - entropy) / temp`` with the entropy near -log(crowding).
+
+  Args:
+    q_dq: ``sum_j dlogit_j temp score_j``, read off the gradient of q.
+    total: ``sum_j dlogit_j`` of the same rounded terms; `d_lse` but for their errors.
+    d_lse: see `ThroughNull`.
+    lse: natural log-sum-exp.
+    crowding: ``sum p^2``.
+    temp: temperature.
+  """
+  return (q_dq - (lse + jnp.log(crowding)) * (total - d_lse)) / temp
 
 
 def weight_found(statistics: Statistics, null: jax.Array) -> jax.Array:

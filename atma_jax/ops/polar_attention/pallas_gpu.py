@@ -199,25 +199,28 @@ def _forward(q, k, v, temp, null, v_null, call: _Call):
 # Backward: one kernel for dq, one for dk and dv, each recomputing p.
 
 
-def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, dtemp_ref, *,
-               call: _Call, blocks: int):
+def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, q_dq_ref,
+               total_ref, *, call: _Call, blocks: int):
   tile = call.tiles.dq
   row = (blocks - 1 - pl.program_id(2)) * tile.q
   q, go, scale = q_ref[...], go_ref[...], scale_ref[...]
   lse, twice, delta, natural = lse_ref[...], twice_ref[...], delta_ref[...], scale / LOG2_E
 
-  def step(masked, j, dq):
+  def step(masked, j, carry):
+    dq, total = carry
     keys = pl.ds(j * tile.k, tile.k)
     k = k_ref[keys, :]
     p = jnp.exp2(_dot(q, k, (1, 1)) * scale[:, None] - lse[:, None])
     if masked:
       p = jnp.where(_visible(call, row, j * tile.k, tile), p, 0)
     ds = p * (_dot(go, v_ref[keys, :], (1, 1)) * natural[:, None] + (p * twice[:, None] - delta[:, None]))
-    return dq + _dot(ds.astype(k.dtype), k)
+    ds = ds.astype(k.dtype)
+    return dq + _dot(ds, k), total + jnp.sum(ds.astype(jnp.float32), axis=1)
 
-  dq = _three_loops(call.key_blocks(row, tile, k_ref.shape[0]), step, jnp.zeros(q.shape, jnp.float32))
+  zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros((tile.q,), jnp.float32)
+  dq, total = _three_loops(call.key_blocks(row, tile, k_ref.shape[0]), step, zeros)
   dq_ref[...] = dq.astype(dq_ref.dtype)
-  dtemp_ref[...] = jnp.sum(dq * q.astype(jnp.float32), axis=1)
+  q_dq_ref[...], total_ref[...] = jnp.sum(dq * q.astype(jnp.float32), axis=1), total
 
 
 def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dk_ref, dv_ref, *,
@@ -248,10 +251,10 @@ def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delt
 
 
 def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
-  """Gradients of q, k, v and temp (B, H, T) from `go` (B, T, H, D) and the scalars (B, H, T) of each query."""
-  dtemp_scale = 1 / _rows(temp)
-  scale = call.pad(_rows(temp) * (LOG2_E * q.shape[3] ** -0.5), 1)
-  twice, delta = (x * (_rows(temp) * q.shape[3] ** -0.5) for x in (twice, delta))
+  """Gradients of q, k, v; ``q.dq`` and the sum of a query's dlogit (B, H, T); from `go` (B, T, H, D) and (B, H, T) scalars."""
+  natural = _rows(temp) * q.shape[3] ** -0.5
+  scale = call.pad(natural * LOG2_E, 1)
+  twice, delta = (x * natural for x in (twice, delta))
   lse, twice, delta = (call.pad(x, 2) for x in (lse, twice, delta))
   q, k, v, go = (call.pad(x, 1) for x in (q, k, v, go))
   (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
@@ -263,11 +266,12 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
   key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
   head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
   rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
-  dq, dtemp = pl.pallas_call(
+  scalars = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
+  dq, q_dq, total = pl.pallas_call(
     functools.partial(_dq_kernel, call=call, blocks=blocks), name="polar_attention_dq",
-    out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
+    out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), scalars, scalars],
     in_specs=[query, key, key, query, head_rows, rows, rows, rows],
-    out_specs=[query, rows], grid=(H, B, blocks), interpret=call.interpret,
+    out_specs=[query, rows, rows], grid=(H, B, blocks), interpret=call.interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(*arguments)
 
@@ -284,7 +288,8 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(*arguments)
   dq, dk, dv = dq[:, : call.queries], dk[:, : call.keys], dv[:, : call.keys]
-  return dq, dk, dv, dtemp[..., : call.queries] * dtemp_scale
+  q_dq, total = q_dq[..., : call.queries], total[..., : call.queries] / natural
+  return dq, dk, dv, q_dq, total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -301,10 +306,12 @@ def _attend_forward(q, k, v, temp, null, v_null, call: _Call):
 
 def _attend_backward(call: _Call, residuals, cotangents):
   q, k, v, temp, null, v_null, direction, lse, crowding, norm = residuals
-  through = formula.through_null(cotangents, direction, _rows(lse) / LOG2_E - null, _rows(crowding), _rows(norm), v_null)
-  dq, dk, dv, dtemp = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, _rows(through.twice), _rows(through.delta),
-                                call)
-  return dq, dk, dv, _rows(jnp.sum(dtemp, axis=0)), through.d_null, through.d_v_null
+  natural_lse, crowding = _rows(lse) / LOG2_E, _rows(crowding)
+  through = formula.through_null(cotangents, direction, natural_lse - null, crowding, _rows(norm), v_null)
+  dq, dk, dv, q_dq, total = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, _rows(through.twice),
+                                      _rows(through.delta), call)
+  dtemp = formula.temperature_gradient(_rows(q_dq), _rows(total), through.d_lse, natural_lse, crowding, temp)
+  return dq, dk, dv, jnp.sum(dtemp, axis=0), through.d_null, through.d_v_null
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -292,15 +292,15 @@ def _forward(q, k, v, temp, null, v_null, call: _Call):
 # Backward: one kernel for dq, one for dk and dv, each recomputing p.
 
 
-def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, dtemp_ref,
-               q_rows_ref, go_rows_ref, sum_ref, *, call: _Call, steps: int):
+def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, q_dq_ref,
+               total_ref, q_rows_ref, go_rows_ref, sum_ref, totals_ref, *, call: _Call, steps: int):
   tile, i, step = call.tiles.dq, pl.program_id(2), pl.program_id(3)
   first, end = call.key_blocks(i, tile)
 
   @pl.when(step == 0)
   def _():
     q_rows_ref[...], go_rows_ref[...] = _stack(q_ref), _stack(go_ref)
-    sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
+    sum_ref[...], totals_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32), jnp.zeros(totals_ref.shape, jnp.float32)
 
   def body(masked):
     k, scale = k_ref[0], _line(scale_ref)
@@ -308,18 +308,20 @@ def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta
     if masked:
       p = jnp.where(call.mask(i, first + step, tile), p, 0)
     dp = _dot(v_ref[0], go_rows_ref[...], (1, 1))
-    ds = p * (dp * (scale / LOG2_E) + (p * _line(twice_ref) - _line(delta_ref)))
-    sum_ref[...] += _dot(k, ds.astype(k.dtype), (0, 0))
+    ds = (p * (dp * (scale / LOG2_E) + (p * _line(twice_ref) - _line(delta_ref)))).astype(k.dtype)
+    totals_ref[...] += jnp.sum(ds.astype(jnp.float32), axis=0, keepdims=True)
+    sum_ref[...] += _dot(k, ds, (0, 0))
 
   _when_visible(call, tile, first + step < end, i, first + step, body)
 
   @pl.when(step == steps - 1)
   def _():
-    block = dtemp_ref.shape[1]
+    block = q_dq_ref.shape[1]
     for g in range(call.members):
-      dq = sum_ref[:, g * block : (g + 1) * block]
+      at = slice(g * block, (g + 1) * block)
+      dq = sum_ref[:, at]
       q = q_ref[g].astype(jnp.float32).T
-      dtemp_ref[g : g + 1, :] = jnp.sum(dq * q, axis=0, keepdims=True)
+      q_dq_ref[g : g + 1, :], total_ref[g : g + 1, :] = jnp.sum(dq * q, axis=0, keepdims=True), totals_ref[:, at]
       dq_ref[g] = dq.T.astype(dq_ref.dtype)
 
 
@@ -351,7 +353,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delt
 
 
 def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
-  """Gradients of q, k, v and temp (B, T, H) from `go` (B, T, H, D) and the scalars (B, T, H) of each query."""
+  """Gradients of q, k, v; ``q.dq`` and the sum of a query's dlogit (B, T, H); from `go` (B, T, H, D) and (B, T, H) scalars."""
   K, G, D = call.groups, call.members, call.dim
   H, natural = K * G, temp * D**-0.5
 
@@ -376,12 +378,14 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
     first, end = call.key_blocks(i, tile)
     return jnp.minimum(first + s, end - 1)
 
-  dq, dtemp = call.run(
+  scalars = jax.ShapeDtypeStruct((call.batch, K, G, count_q * block_q), jnp.float32)
+  dq, *sums = call.run(
     "polar_attention_dq", functools.partial(_dq_kernel, call=call, steps=steps), (call.batch, K, count_q, steps),
     inputs(tile, own, key_block),
     [(jax.ShapeDtypeStruct(call.shape(H, count_q * block_q), q.dtype), call.spec(H, block_q, own)),
-     (jax.ShapeDtypeStruct((call.batch, K, G, count_q * block_q), jnp.float32), call.row_spec(block_q, own, True))],
-    [pltpu.VMEM((rows, D), q.dtype), pltpu.VMEM((rows, D), q.dtype), pltpu.VMEM((D, rows), jnp.float32)], products=3)
+     *[(scalars, call.row_spec(block_q, own, True))] * 2],
+    [pltpu.VMEM((rows, D), q.dtype), pltpu.VMEM((rows, D), q.dtype), pltpu.VMEM((D, rows), jnp.float32),
+     pltpu.VMEM((1, rows), jnp.float32)], products=3)
 
   tile_kv = call.tiles.dkv
   (_, block_k), (_, count_k) = call.blocks(tile_kv), call.counts(tile_kv)
@@ -398,7 +402,8 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
     [(jax.ShapeDtypeStruct(shape, k.dtype), spec), (jax.ShapeDtypeStruct(shape, v.dtype), spec)],
     [pltpu.VMEM((block_k, D), jnp.float32)] * 2, products=4)
   dk, dv = (call.unarray(x, K, call.keys) for x in (dk, dv))
-  return call.unarray(dq, H, call.queries), dk, dv, call.unrows(dtemp) / temp
+  q_dq, total = map(call.unrows, sums)
+  return call.unarray(dq, H, call.queries), dk, dv, q_dq, total / natural
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -415,7 +420,8 @@ def _attend_forward(q, k, v, temp, null, v_null, call: _Call):
 def _attend_backward(call: _Call, residuals, cotangents):
   q, k, v, temp, null, v_null, direction, lse, crowding, norm = residuals
   through = formula.through_null(cotangents, direction, lse / LOG2_E - null, crowding, norm, v_null)
-  dq, dk, dv, dtemp = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, through.twice, through.delta, call)
+  dq, dk, dv, q_dq, total = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, through.twice, through.delta, call)
+  dtemp = formula.temperature_gradient(q_dq, total, through.d_lse, lse / LOG2_E, crowding, temp)
   return dq, dk, dv, jnp.sum(dtemp, axis=0), through.d_null, through.d_v_null
 
 

@@ -1,0 +1,34 @@
+"""The headline comparison: polar + memory and its matched softmax models on Python source and recall material.
+
+One model, trained and evaluated to 128 times its training length:
+
+  python -m atma_jax.train --config=configs/headline.py --workdir=runs/polar
+  python -m atma_jax.evaluate --checkpoint=runs/polar --output=runs/polar/evaluation \
+    --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
+
+The main contrast, two seeds (12 cells), and the whole grid (27 cells a seed: cores, memory, bound on retention, start):
+
+  python -m atma_jax.ablate --config=configs/headline.py --output=runs/headline --seeds=0,1 \
+    --axis model.attention=polar,nope,rope --axis model.memory.enabled=true,false \
+    --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
+  python -m atma_jax.ablate --config=configs/headline.py --output=runs/grid --seeds=0,1 --preset=headline \
+    --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
+
+Data: the `.py` files of the Python installation with a SentencePiece vocabulary of 8192 (90 % of the sequences), and recall
+material over them (10 %); keys and values of the evaluation never occur in it. 59M tokens in 900 steps of 65,536.
+Hardware: one GPU of 80 GB. Expected: no figure yet; the results of these commands are to stand here.
+"""
+
+from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+
+
+def get_config() -> Config:
+  """Polar attention and memory, 8 layers of width 512, T = 512."""
+  return Config(
+    name="headline",
+    model=ModelConfig(vocab_size=8192, num_layers=8, width=512, num_heads=8, num_kv_heads=2, head_dim=64, mlp_width=2048,
+                      init="mimetic", scan=False),
+    data=DataConfig(sources=("python-source", "recall:python-source"), weights=(0.9, 0.1), recall_max_mib=16,
+                    sequence_length=512, batch_size=128),
+    train=TrainConfig(steps=900, log_every=50, checkpoint_every=450, validate_every=0),
+  )
