@@ -218,7 +218,8 @@ def _compile(lowered: jax.stages.Lowered, topology: str, chip: Chip) -> jax.stag
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     text = re.sub(r"\s+", " ", str(error))
-    used = re.search(r"[Uu]sed ([\d.]+[KMG]) of ([\d.]+[KMG]) hbm", text)
+    used = (re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", text)
+            or re.search(r"required for [\w ]+ \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", text))
     if used is None and "RESOURCE_EXHAUSTED" not in text:
       raise
     what = f"needs {used[1]} of {used[2]}" if used else text[:200]
