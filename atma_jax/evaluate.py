@@ -42,7 +42,7 @@ def _define(owner: type, prefix: str) -> dict[str, tuple[Any, flags.FlagHolder]]
   return defined
 
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where results.jsonl, the plots and the report go.")
 _REPORT = flags.DEFINE_boolean("report", False, "Write OUTPUT/report.html.")
 _COMPARE = flags.DEFINE_list("compare", [], "More results.jsonl files, for the report.")
@@ -65,6 +65,8 @@ def main() -> None:
     raise UserError("--output=DIR is required")
   if not _CHECKPOINT.value and not _REPORT.value:
     raise UserError("--checkpoint=DIR is required")
+  if _COMPARE.value and not _REPORT.value:
+    raise UserError(f"--compare={','.join(_COMPARE.value)}: is for --report")
   options = Options(**{name: _value(*defined) for name, defined in _OPTIONS.items()})
   babilong = BabilongOptions(**{name: _value(*defined) for name, defined in _BABILONG.items()})
   _DISTRIBUTED.initialize()

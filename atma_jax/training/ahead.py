@@ -79,7 +79,8 @@ class Plan:
   def seconds(self) -> dict[str, float]:
     """Time of each part at the chip's full rate."""
     links = sum(moved for _, moved in self.traffic.collectives.values())
-    return {"arithmetic": self.traffic.flops / (self.chip.tflops * 1e12),
+    ran = max(self.traffic.flops, self.flops / self.devices)  # more, where loops are counted as one round
+    return {"arithmetic": ran / (self.chip.tflops * 1e12),
             "memory": self.traffic.memory_bytes / (self.chip.memory_gbps * 1e9),
             "links": links / (self.chip.link_gbps * 1e9),
             "network": self.traffic.network_bytes / (self.chip.network_gbps * 1e9)}
