@@ -34,6 +34,11 @@ class UserError(Exception):
   """Bad input, told in one line that names the flag, field or file and what is legal. Mains exit with code 2."""
 
 
+class RunError(Exception):
+  """Something outside the program failed for good (storage, another process), in one line. Mains exit with code 1, on which
+  launchers try again."""
+
+
 @dataclasses.dataclass(unsafe_hash=True)  # modules keep it as a static attribute
 class MemoryConfig:
   """Gated-delta memory."""

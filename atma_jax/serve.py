@@ -24,6 +24,7 @@ from atma_jax.training.checkpointing import load_model
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
+_EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is every one.")
 _PORT = flags.DEFINE_integer("port", 8000, "0 takes a free one, which the log names.", lower_bound=0, upper_bound=65535)
 _MODEL_NAME = flags.DEFINE_string("model_name", None, "Name clients ask for; default is that of the recipe.")
@@ -55,7 +56,7 @@ def main() -> int:
   except ValueError as error:
     raise UserError(f"--tensor={_TENSOR.value}: {error}") from error
   listener = listen(_HOST.value, _PORT.value)
-  config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh)
+  config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh, ema=_EMA.value)
   model = with_retention_cap(model, _CAP())
   options = {"capacity": _CAPACITY.value, "prefixes": _PREFIXES.value, "cache_dtype": _CACHE_DTYPE.value}
   rows = _ROWS.value

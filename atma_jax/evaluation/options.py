@@ -53,7 +53,7 @@ class Options:
   seed: int = _option(0, "Of needles and fine-tuning.")
   batch_tokens: int = _option(8192, "Tokens in a device's batch.")
   chunk: int = _option(512, "Time steps whose logits exist at once.")
-  prefill_chunk: int = _option(65_536, "Most tokens of a row in one pass; longer rows are read piece by piece.")
+  prefill_chunk: int = _option(65_536, "Most tokens of a row in one pass; longer rows are read in pieces of up to 16384.")
   memory_gib: float | None = _option(None, "Most that a program may take on a device; default is what is free.")
   context: int = _option(1, "Devices over which a sequence is split; a divisor of all.")
   keep_window: bool = _option(False, "Keep the attention window of training; else every key is seen.")
@@ -61,11 +61,12 @@ class Options:
   retention_heads: str = _option("all", "Heads held to it: all, worst, or LAYER:HEAD pairs such as 6:3,10:1.")
   retention_cap_sweep: tuple[str, ...] = _option((), "Caps to compare, each by itself, such as none,256,1024.")
   min_documents: int = _option(4, "Fewest documents as long as the longest length.")
+  max_documents: int | None = _option(None, "Held-out documents read, the longest first; default is all.")
   stream_windows: int = _option(8, "Windows of the longest length that are read of the validation stream.")
 
   def __post_init__(self):
     _require_positive(self, "", "trials", "retrieval_trials", "batch_tokens", "chunk", "prefill_chunk", "memory_gib",
-                      "min_documents", "stream_windows", "context")
+                      "min_documents", "max_documents", "stream_windows", "context")
     if not self.multiples or min(self.multiples) < 1:
       raise UserError(f"--multiples={','.join(map(str, self.multiples))}: must be whole numbers, each at least 1")
     if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):

@@ -16,6 +16,7 @@ import pathlib
 from typing import Any
 
 from absl import logging
+import jax
 
 from atma_jax.config import UserError
 
@@ -32,7 +33,7 @@ class Measurement:
 
   measure: str
   length: int
-  value: float | None
+  value: float
   n: int
   standard_error: float | None = None
   interval: tuple[float, float] | None = None
@@ -57,10 +58,14 @@ def parse_records(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class ResultsFile:
-  """``results.jsonl``: the records of every run that named this file."""
+  """``results.jsonl``: the records of every run that named this file. Of several processes only the first writes it."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
+    self._writes = jax.process_index() == 0
+    if not self._writes:
+      self.records = []
+      return
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       with open(path, "a+b") as file:  # shows now, not after the first cell, whether it can be written
@@ -81,6 +86,9 @@ class ResultsFile:
   def append(self, records: Sequence[dict[str, Any]]) -> None:
     """Adds the records of one cell and syncs them to disk. Numbers that are not finite are written as null."""
     records = [_json_ready({"schema": SCHEMA, **record}) for record in records]
+    self.records += records
+    if not self._writes:
+      return
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     try:
       with open(self.path, "ab") as file:
@@ -90,7 +98,6 @@ class ResultsFile:
     except OSError as error:
       raise UserError(f"--output: cannot write {self.path}: {error.strerror or error}") from error
     self._ends_in_newline = True
-    self.records += records
 
 
 def _json_ready(value: Any) -> Any:

@@ -26,7 +26,7 @@ from atma_jax.models.cache import Cache
 from atma_jax.ops import token_losses, token_predictions
 from atma_jax.sharding import named_sharding, parts
 
-_SMALLEST_PIECE = 128
+_PIECES = 128, 16_384  # least and most tokens of a piece, within which later keys are masked, not skipped
 
 
 class Scorer:
@@ -39,7 +39,7 @@ class Scorer:
     cap: soft cap of the logits.
     batch_tokens: most tokens of a device's batch, except that one row always fits.
     chunk: time steps whose logits exist at once.
-    prefill_chunk: most tokens of a row in one forward pass.
+    prefill_chunk: most tokens of a row that is taken in one forward pass.
     memory_bytes: most that a program may take on a device, besides the parameters; None is what is free there.
   """
 
@@ -171,18 +171,18 @@ class Scorer:
 
   def _pieces(self, length: int) -> Iterator[tuple[int, int]]:
     """Start and width of each piece: whole ones, and a rest whose width is the next power of two."""
-    for start in range(0, length, self._prefill_chunk):
-      rest = min(self._prefill_chunk, length - start)
-      yield start, min(self._prefill_chunk, max(_SMALLEST_PIECE, 1 << (rest - 1).bit_length()))
+    least, most = _PIECES[0], min(self._prefill_chunk, _PIECES[1])
+    for start in range(0, length, most):
+      yield start, min(most, max(least, 1 << (length - start - 1).bit_length()))
 
   def _cache(self, rows: int, length: int) -> Cache:
     """An empty cache for rows of this length, padding included, in one of eight sizes an octave."""
     needed = max(start + width for start, width in self._pieces(length))
     unit = max(1, (1 << (needed - 1).bit_length()) // 16)
-    make = functools.partial(Cache.create, self._config, rows, -(-needed // unit) * unit)
+    capacity = -(-needed // unit) * unit
+    make = functools.partial(Cache.create, self._config, rows, capacity)
     shardings = jax.tree.map(lambda leaf: self._sharding(leaf.ndim > 1), jax.eval_shape(make))
-    key = ("cache", rows, needed)
-    return self.run(key, lambda: jax.jit(make, out_shardings=shardings).lower().compile())
+    return self.run(("cache", rows, capacity), lambda: jax.jit(make, out_shardings=shardings).lower().compile())
 
   # --- Programs -------------------------------------------------------------------------------------------------------
 

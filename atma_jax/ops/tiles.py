@@ -86,7 +86,8 @@ def polar(platform: str, itemsize: int, head_dim: int, length: int) -> Tiles:
 
 def delta(itemsize: int, head_dim: int, length: int) -> Carry:
   """What a program of the gated delta carries; see `polar`."""
-  return lookup(DELTA, generation(), itemsize, head_dim, length) or Carry()
+  device = generation()
+  return lookup(DELTA, device, itemsize, head_dim, length) or Carry(heads=8 if VMEM_MIB.get(device, 32) >= 32 else 2)
 
 
 def lookup(table: Mapping[tuple[Any, ...], Any], device: str, itemsize: int, head_dim: int, length: int) -> Any:

@@ -17,7 +17,7 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, 
           "u64": 8, "f64": 8, "c64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b(%s)\[([\d,]*)\](\{[^}]*\})?" % "|".join(_BYTES))
+_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\](\{{[^}}]*\}})?")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=\{?([^,}]+(?:, %[\w.\-]+)*)\}?")
 _LABELS = re.compile(r"dim_labels=([\w]+)_([\w]+)->([\w]+)")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -33,8 +33,9 @@ class Traffic:
   """What one device does in one run of a program.
 
   `collectives` maps a kind to how often it runs and the bytes that pass through a device: the whole buffer (what an
-  all-gather makes, what a reduce-scatter takes), twice for an all-reduce; `network_bytes` are those a device sends to other slices, where the compiler has
-  already cut a collective in one within a slice and one between them; `unknown_loops` counts loops whose trip count is not a constant: their bodies are counted once.
+  all-gather makes, what a reduce-scatter takes), twice for an all-reduce; `network_bytes` are those a device sends to other
+  slices, where the compiler has already cut a collective in one within a slice and one between them; `unknown_loops` counts
+  loops whose trip count is not a constant: their bodies are counted once.
   """
 
   flops: float

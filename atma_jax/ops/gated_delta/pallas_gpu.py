@@ -23,6 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from atma_jax.ops import dispatch
+from atma_jax.ops import tiles as table
+
 CHUNK = 64
 CHUNK_WARPS = 4  # one warpgroup: tiles have 64 rows
 HEAD_SIZES = (64, 128)
@@ -36,8 +39,8 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | No
     return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]} and {v.shape[-1]}"
   if any(parameters[name].dtype == jnp.float64 for name in ("log_gamma", "beta", "initial_state")):
     return "takes no float64"
-  if jax.default_backend() != "gpu":
-    return f"needs a GPU, and the default backend is {jax.default_backend()}"
+  if dispatch.platform() != "gpu":
+    return f"needs a GPU, and this runs on {dispatch.platform()}"
   return None
 
 
@@ -121,7 +124,8 @@ class _Call:
 
     Returns one array like `sliced[0]`, a state (D, Dv) of each chunk, and the last state.
     """
-    columns = 64 if self.B * self.H * self.Dv >= 96 * 64 else 32  # enough programs for the multiprocessors
+    tile = table.delta(whole[0].dtype.itemsize, self.D, self.T)
+    columns = tile.columns or (64 if self.B * self.H * self.Dv >= 96 * 64 else 32)  # enough programs for the multiprocessors
     rows = pl.BlockSpec((None, self.T, None, self.D), lambda j, h, b: (b, 0, h, 0))
     rows_slice = pl.BlockSpec((None, self.T, None, columns), lambda j, h, b: (b, 0, h, j))
     scalars = pl.BlockSpec((None, None, self.T), lambda j, h, b: (b, h, 0))
@@ -130,7 +134,7 @@ class _Call:
     in_specs = (*(rows for _ in whole), *(rows_slice for _ in sliced), scalars, state_slice)
     return self._pallas_call(name, functools.partial(kernel, chunks=self.N), (self.Dv // columns, self.H, self.B),
                              (*whole, *sliced, log_g, state), in_specs, (sliced[0], self.states, state),
-                             (rows_slice, states_slice, state_slice), warps=4, stages=3)
+                             (rows_slice, states_slice, state_slice), warps=tile.warps, stages=tile.stages)
 
   def _pallas_call(self, name, kernel, grid, inputs, in_specs, outputs, out_specs, *, warps, stages):
     return pl.pallas_call(

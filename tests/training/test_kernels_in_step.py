@@ -1,0 +1,78 @@
+"""How often each kernel runs in a training step, and the whole step with TPU kernels compiled for a TPU that is not there."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import re
+
+import jax
+from jax.interpreters import partial_eval
+import jax.numpy as jnp
+import pytest
+
+from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from atma_jax.ops import dispatch
+from atma_jax.training import ahead
+from atma_jax.training.losses import language_model_loss
+from atma_jax.training.state import ModelDefinition
+
+FORWARD = {
+  "pallas_gpu": ("polar_attention", "gated_delta_within", "gated_delta_carry", "gated_delta_read"),
+  "pallas_tpu": ("polar_attention", "gated_delta"),
+}
+BACKWARD = {
+  "pallas_gpu": ("polar_attention_dq", "polar_attention_dkv", "gated_delta_read_back", "gated_delta_carry_back",
+                 "gated_delta_read_chunks_back", "gated_delta_write_chunks_back"),
+  "pallas_tpu": ("polar_attention_dq", "polar_attention_dkv", "gated_delta_back"),
+}
+
+
+def tiny(implementation: str, remat: str, scan: bool) -> Config:
+  model = ModelConfig(vocab_size=128, num_layers=8 if scan else 3, width=128, num_heads=2, num_kv_heads=1, head_dim=64,
+                      mlp_width=128, remat=remat, scan=scan, implementation=implementation)
+  return Config(model=model, data=DataConfig(sequence_length=128, batch_size=2), train=TrainConfig(loss_chunk=64))
+
+
+def kernels(jaxpr) -> collections.Counter[str]:
+  """How often each kernel whose result is used runs, bodies of scans counted as often as they do."""
+  found, used = collections.Counter(), {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "pallas_call":
+      found[eqn.params["name"]] += any(id(v) in used for v in eqn.outvars)
+      continue
+    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns"):
+        for name, count in kernels(inner).items():
+          found[name] += count * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+  return found
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat, forwards", [("none", 1), ("dots", 1), ("block", 2)])
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu"])
+def test_a_kernel_runs_once_a_global_layer_and_forward_ones_again_only_under_full_rematerialisation(
+    monkeypatch, implementation, remat, forwards, scan):
+  monkeypatch.setattr(dispatch, "platform", lambda: implementation.removeprefix("pallas_"))
+  config = tiny(implementation, remat, scan)
+  definition = ModelDefinition(config.model)
+  with jax.set_mesh(jax.make_mesh((1, 1, 1, 1), ("data", "fsdp", "tensor", "context"))) as mesh:
+    params, tokens = definition.abstract_params(mesh), jax.ShapeDtypeStruct((2, 129), jnp.int32)
+
+    def loss(params, tokens):
+      return language_model_loss(definition.merge(params), tokens, z_loss=0.0, chunk=config.train.loss_chunk)[0]
+
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(params, tokens).jaxpr
+  live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  layers = 2 if scan else 1
+  assert kernels(live) == {name: layers * forwards for name in FORWARD[implementation]} | dict.fromkeys(
+    BACKWARD[implementation], layers)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
+def test_a_whole_training_step_compiles_for_a_tpu_and_keeps_each_kernel_once():
+  plan = ahead.plan(tiny("pallas_tpu", "dots", scan=False), "v5e:1x1", keep_text=True)
+  print("\n".join(plan.lines()))
+  assert len(re.findall(r'custom_call_target="tpu_custom_call"', plan.text)) == len(FORWARD["pallas_tpu"] + BACKWARD["pallas_tpu"])
+  assert 0 < plan.temporary_bytes < plan.peak_bytes < 2**30
