@@ -41,7 +41,7 @@ _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PRO
 
 
 class DistributedFlags:
-  """The four flags; `initialize()` acts on them and must come before anything that touches a device."""
+  """The five flags; `initialize()` acts on them and must come before anything that touches a device."""
 
   def __init__(self) -> None:
     self._mode = flags.DEFINE_enum(
@@ -55,6 +55,11 @@ class DistributedFlags:
   def initialize(self) -> None:
     """See `initialize`."""
     initialize(self._mode.value, self._address.value, self._count.value, self._id.value, self._heartbeat.value)
+
+  @property
+  def first(self) -> bool:
+    """True in the process that writes what all have found out."""
+    return jax.process_index() == 0
 
 
 def initialize(mode: str = "auto", coordinator_address: str | None = None, num_processes: int | None = None,

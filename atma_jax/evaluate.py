@@ -18,6 +18,7 @@ from absl import flags
 
 from atma_jax import cli
 from atma_jax.config import UserError
+from atma_jax.distributed import DistributedFlags
 from atma_jax.evaluation.options import BabilongOptions, Options
 from atma_jax.evaluation.report import write_report
 from atma_jax.evaluation.runner import evaluate
@@ -41,10 +42,11 @@ def _define(owner: type, prefix: str) -> dict[str, tuple[Any, flags.FlagHolder]]
   return defined
 
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where results.jsonl, the plots and the report go.")
 _REPORT = flags.DEFINE_boolean("report", False, "Write OUTPUT/report.html.")
 _COMPARE = flags.DEFINE_list("compare", [], "More results.jsonl files, for the report.")
+_DISTRIBUTED = DistributedFlags()
 _OPTIONS = _define(Options, "")
 _BABILONG = _define(BabilongOptions, "babilong_")
 
@@ -63,11 +65,14 @@ def main() -> None:
     raise UserError("--output=DIR is required")
   if not _CHECKPOINT.value and not _REPORT.value:
     raise UserError("--checkpoint=DIR is required")
+  if _COMPARE.value and not _REPORT.value:
+    raise UserError(f"--compare={','.join(_COMPARE.value)}: is for --report")
   options = Options(**{name: _value(*defined) for name, defined in _OPTIONS.items()})
   babilong = BabilongOptions(**{name: _value(*defined) for name, defined in _BABILONG.items()})
+  _DISTRIBUTED.initialize()
   if _CHECKPOINT.value:
     evaluate(_CHECKPOINT.value, _OUTPUT.value, options, babilong)
-  if _REPORT.value:
+  if _REPORT.value and _DISTRIBUTED.first:
     write_report([pathlib.Path(_OUTPUT.value) / "results.jsonl", *map(pathlib.Path, _COMPARE.value)],
                  pathlib.Path(_OUTPUT.value) / "report.html")
 

@@ -1,4 +1,4 @@
-"""Seven billion parameters for a pod: 6.99B, T = 4096, 140B tokens (20 a parameter).
+"""Seven billion parameters for a pod: 7.09B, T = 4096, 142.6B tokens (20 a parameter).
 
   python -m atma_jax.compile_ahead --config=configs/atma_7b.py --topology=v5p:4x4x8
   python -m atma_jax.train --config=configs/atma_7b.py --workdir=gs://BUCKET/atma_7b --config.data.directory=/data/atma_7b \\
@@ -21,6 +21,6 @@ def get_config() -> Config:
     data=DataConfig(sources=("bin:data/fineweb_train_*.bin",), tokenizer="gpt2/tokenizer.json", sequence_length=4096,
                     batch_size=1024),
     optimizer=OptimizerConfig(warmup_steps=500),
-    train=TrainConfig(steps=33_400, accumulation=1),
+    train=TrainConfig(steps=34_000, accumulation=1),
     mesh=MeshConfig(data=1, fsdp=-1),
   )

@@ -101,7 +101,8 @@ class TrainingData:
     split = rows.batch(self._config.batch_size // count, drop_remainder=True)
     batches = split[self._parts[0]::count]
     if len(self._parts) > 1:
-      batches = grain.experimental.ZipMapDataset([split[part::count] for part in self._parts]).map(np.concatenate)
+      end = len(split) // count * count  # of the same length, as far as there is one
+      batches = grain.experimental.ZipMapDataset([split[part:end:count] for part in self._parts]).map(np.concatenate)
     threads = min(_READ_THREADS, self._config.prefetch)
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, self._config.prefetch)))
 

@@ -224,6 +224,16 @@ def test_tokens_of_another_tokenizer(tmp_path):
     next(TrainingData(config, tmp_path / "data"))
 
 
+@pytest.mark.parametrize(("parts", "count"), [((0, 1), 4), ((1, 2), 4), ((0, 3), 4), ((0, 2, 5, 7), 8), ((6, 7, 4, 5), 8)])
+def test_any_parts_of_a_batch(config, prepared, parts, count):
+  """A process whose devices hold some parts of the batch gets their rows, in the order it names them."""
+  whole = take(TrainingData(config, prepared), 3)
+  data = TrainingData(config, prepared, parts=parts, part_count=count)
+  size = config.batch_size // count
+  for batch, rows in zip(whole, take(data, 3)):
+    np.testing.assert_array_equal(rows, np.concatenate([batch[p * size : (p + 1) * size] for p in parts]))
+
+
 def test_refusals(config, prepared, tmp_path):
   with pytest.raises(UserError, match=r"no prepared data \(manifest\.json is missing\)"):
     TrainingData(config, tmp_path / "nowhere")

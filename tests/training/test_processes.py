@@ -73,8 +73,8 @@ async def full(self, *args, **options):
   return await original(self, *args, **options)
 ocp.PyTreeCheckpointHandler.async_save = full
 from orbax.checkpoint._src.multihost import multihost
-multihost._DEFAULT_BARRIER_TIMEOUT = 3
-checkpointing.WRITE_SECONDS = 3
+multihost._DEFAULT_BARRIER_TIMEOUT = 5
+checkpointing.WRITE_SECONDS = 30
 """
 
 
