@@ -149,8 +149,8 @@ def find(directory: pathlib.Path) -> list[CellFolder]:
   return [CellFolder(path.parent) for path in sorted((directory / "cells").glob("*/cell.json"))]
 
 
-def chosen(cells: Sequence[CellFolder], ids: Sequence[str], directory: pathlib.Path) -> list[CellFolder]:
-  """The cells of these ids, or all where none is named; `UserError` where there is no such cell."""
+def chosen(cells: Sequence[Any], ids: Sequence[str], directory: pathlib.Path) -> list[Any]:
+  """The cells (of a grid, or their folders) of these ids, or all where none is named; `UserError` where there is no such cell."""
   known = {cell.id: cell for cell in cells}
   if not known:
     raise UserError(f"--output={directory}: holds no cells; give a grid: --config=RECIPE with --preset or --axis")
