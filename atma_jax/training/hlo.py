@@ -17,7 +17,7 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, 
           "u64": 8, "f64": 8, "c64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b(%s)\[([\d,]*)\](\{[^}]*\})?" % "|".join(_BYTES))
+_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\](\{{[^}}]*\}})?")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=\{?([^,}]+(?:, %[\w.\-]+)*)\}?")
 _LABELS = re.compile(r"dim_labels=([\w]+)_([\w]+)->([\w]+)")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -33,8 +33,9 @@ class Traffic:
   """What one device does in one run of a program.
 
   `collectives` maps a kind to how often it runs and the bytes that pass through a device: the whole buffer (what an
-  all-gather makes, what a reduce-scatter takes), twice for an all-reduce; `network_bytes` are those a device sends to other slices, where the compiler has
-  already cut a collective in one within a slice and one between them; `unknown_loops` counts loops whose trip count is not a constant: their bodies are counted once.
+  all-gather makes, what a reduce-scatter takes), twice for an all-reduce; `network_bytes` are those a device sends to other
+  slices, where the compiler has already cut a collective in one within a slice and one between them; `unknown_loops` counts
+  loops whose trip count is not a constant: their bodies are counted once. `kernels` is how often Pallas kernels run.
   """
 
   flops: float
@@ -42,6 +43,7 @@ class Traffic:
   collectives: dict[str, tuple[int, float]]
   network_bytes: float
   unknown_loops: int
+  kernels: int
 
 
 @dataclasses.dataclass
@@ -64,6 +66,7 @@ def traffic(text: str) -> Traffic:
   runs, unknown = _runs(computations, entry)
   collectives: dict[str, tuple[int, float]] = {}
   flops = memory = network = 0.0
+  kernels = 0
   for name, count in runs.items():
     sizes = {i.name: i.result for i in computations[name]}
     channels = set()  # an asynchronous collective is spread over several fusions of one channel
@@ -71,6 +74,7 @@ def traffic(text: str) -> Traffic:
       memory += count * _moved(instruction, sizes, computations)
       for part, shapes in _inside(instruction, sizes, computations):
         flops += count * _flops(part, shapes)
+        kernels += count * ('custom_call_target="tpu_custom_call"' in part.rest)
         kind = next((k for k in _COLLECTIVES if part.kind in (k, f"{k}-start")), None)
         channel = re.search(r"channel_id=(\d+)", part.rest)
         if kind and (channel is None or channel[1] not in channels):
@@ -79,7 +83,7 @@ def traffic(text: str) -> Traffic:
           collectives[kind] = times + count, moved + count * PASSES.get(kind, 1) * _buffer(part, shapes)
         if part.kind == "send" and "megascale" in part.rest:
           network += count * sum(_arrays(shapes[part.operands[0]]))
-  return Traffic(flops, memory, collectives, network, unknown)
+  return Traffic(flops, memory, collectives, network, unknown, kernels)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
