@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from atma_jax.config import Config, RunError, UserError, unknown_name
+from atma_jax.config import Config, RetentionCap, RunError, UserError, retention_cap, unknown_name
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -66,6 +66,13 @@ class ConfigFlag:
 def define_config_flag(default: str | None = None) -> ConfigFlag:
   """Defines ``--config`` and ``--config.FIELD`` for a main."""
   return ConfigFlag(default)
+
+
+def define_retention_flags() -> Callable[[], RetentionCap | None]:
+  """Defines ``--retention_cap`` and ``--retention_heads`` for a main; what is returned gives the cap they ask for."""
+  tokens = flags.DEFINE_float("retention_cap", None, "Half-life in tokens that the memory is held to; default is none.")
+  heads = flags.DEFINE_string("retention_heads", "all", "Heads held to it: all, worst, or LAYER:HEAD pairs such as 6:3,10:1.")
+  return lambda: retention_cap(tokens.value, heads.value)
 
 
 def load_recipe(path: str) -> Config:

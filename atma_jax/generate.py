@@ -22,11 +22,11 @@ from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
+from atma_jax.models.retention import with_retention_cap
 from atma_jax.training.checkpointing import load_model
 
-_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean,
-           tuple: flags.DEFINE_multi_string}
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
+_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, tuple: flags.DEFINE_multi_string}
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
 _EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; empty starts a document.")
@@ -40,6 +40,7 @@ _ROWS = flags.DEFINE_integer("rows", 8, "Prompts of a file decoded at once.", lo
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
 _FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.")
 _STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at the text.", lower_bound=1)
+_CAP = cli.define_retention_flags()
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Of keys and values; default is the model's.")
 
 
@@ -58,8 +59,9 @@ def main() -> None:
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
   longest = len(before) + max(len(tokenizer.encode(prompt)) for prompt in prompts)
   rows = -(-min(_ROWS.value, len(prompts)) // jax.device_count()) * jax.device_count()  # split over all devices
-  engine = Engine(model, tokenizer, rows=rows, chunk=_CHUNK.value, first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value,
-                  capacity=1 << (longest + sampling.max_tokens).bit_length(), prefixes=1, cache_dtype=_CACHE_DTYPE.value)
+  capacity = 1 << (longest + sampling.max_tokens).bit_length()
+  engine = Engine(with_retention_cap(model, _CAP()), tokenizer, rows=rows, capacity=capacity, chunk=_CHUNK.value, prefixes=1,
+                  first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value, cache_dtype=_CACHE_DTYPE.value)
   if _LOAD_STATE.value:
     engine.load(_LOAD_STATE.value)
   if given[0] is _PROMPTS_FILE:

@@ -49,6 +49,7 @@ class AtmaLM(TemplateLM):
     chunk: time steps whose logits exist at once.
     prefill_chunk: most tokens of a row in one pass.
     fsdp, tensor: devices along these axes of the mesh; the others take rows.
+    ema: the moving average of the weights (config.train.ema_decay) instead of the weights.
     keep_window: keep the attention window of training; else every token is seen.
     tokenizer: not read here: tasks that make their own text to a length (RULER) take the name of a tokenizer from it.
     device, max_batch_size: passed by the harness, which has PyTorch in mind; jax takes the devices that it sees.
@@ -56,11 +57,11 @@ class AtmaLM(TemplateLM):
 
   def __init__(self, checkpoint: str | None = None, step: int | None = None, batch_size: int | str = 1,
                max_length: int | None = None, max_gen_toks: int = 256, batch_tokens: int = 8192, chunk: int = 512,
-               prefill_chunk: int = 65_536, fsdp: int = 1, tensor: int = 1, keep_window: bool = False,
+               prefill_chunk: int = 65_536, fsdp: int = 1, tensor: int = 1, keep_window: bool = False, ema: bool = False,
                tokenizer: str | None = None, device: str | None = None, max_batch_size: int | None = None, **unknown: Any):
     super().__init__()
     legal = ("checkpoint", "step", "max_length", "max_gen_toks", "batch_tokens", "chunk", "prefill_chunk", "fsdp", "tensor",
-             "keep_window", "tokenizer")
+             "keep_window", "ema", "tokenizer")
     for name in unknown:
       raise UserError(unknown_name("--model_args field", name, legal))
     if not checkpoint:
@@ -75,7 +76,7 @@ class AtmaLM(TemplateLM):
       self._mesh = make_mesh(fsdp=fsdp, tensor=tensor)
     except ValueError as error:
       raise UserError(f"--model_args fsdp={fsdp},tensor={tensor}: {error}") from error
-    config, model, self._tokenizer, self.step = load_model(checkpoint, step, self._mesh)
+    config, model, self._tokenizer, self.step = load_model(checkpoint, step, self._mesh, ema=ema)
     self._model = model if keep_window else at_full_context(model)
     self._limit, self._default_new_tokens, self._batch_tokens = max_length, max_gen_toks, batch_tokens
     self.scorer = Scorer(self._model, self._mesh, cap=config.model.logit_cap, batch_tokens=batch_tokens, chunk=chunk,

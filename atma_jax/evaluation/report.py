@@ -107,7 +107,7 @@ def group(records: Iterable[Record]) -> list[Run]:
 def _cap(record: Record) -> str:
   """The retention cap a record was measured under, in words; "" without one."""
   cap = record["settings"].get("retention_cap")
-  return "" if cap is None else f", cap {cap['tokens']:g} on {cap['heads']}"
+  return "" if cap is None else f", cap {cap}"
 
 
 def _image(svg: bytes, alt: str) -> str:
@@ -270,22 +270,25 @@ def _babilong(runs: Sequence[Run]) -> str:
 
 
 def _retention(runs: Sequence[Run]) -> str:
-  heads = [(run.label, title, r) for run in runs for measure, title in HALF_LIVES.items() for r in run.of(measure)
-           if r.get("status", "ok") == "ok"]
+  heads = [(run.label, title, r) for run in runs for measure, title in HALF_LIVES.items()
+           for r in _at_the_longest([r for r in run.of(measure) if r.get("status", "ok") == "ok"])]
   if not heads:
     return ""
-  longest = max(record["length"] for _, _, record in heads)
-  heads = [item for item in heads if item[2]["length"] in (0, longest)]
   panels: dict[str, dict[str, list[float | None]]] = {}
   for label, title, record in heads:
     panels.setdefault(title, {}).setdefault(label, []).append(record["value"])
   heads.sort(key=lambda item: float("inf") if item[2]["value"] is None else item[2]["value"], reverse=True)
   rows = [[label, kind, r.get("layer", ""), r.get("head", ""), "never" if r["value"] is None else f"{r['value']:,.0f}",
-           "outlier" if r.get("outlier") else ""]
-          for label, kind, r in heads[:_WORST]]
+           "outlier" if r.get("outlier") else ""] for label, kind, r in heads[:_WORST]]
   table = _table(["checkpoint", "half-life", "layer", "head", "tokens", ""], rows, "numbers")
   picture = _image(figures.half_life_histograms(panels), "half-lives of the memory's heads")
-  return f"{picture}<p>The longest half-lives, in tokens.</p>{table}"
+  return f"{picture}<p>The longest half-lives, in tokens; over text, the median at the longest length.</p>{table}"
+
+
+def _at_the_longest(records: Sequence[Record]) -> list[Record]:
+  """Records at the longest length there is of them."""
+  longest = max((r["length"] for r in records), default=0)
+  return [r for r in records if r["length"] == longest]
 
 
 def _diagnostics(runs: Sequence[Run]) -> str:

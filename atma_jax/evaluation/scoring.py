@@ -9,6 +9,7 @@ keys and values of the global blocks are left.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import copy
 import functools
 import math
 import time
@@ -56,6 +57,12 @@ class Scorer:
     self._parts = math.prod(mesh.shape[axis] for axis in self._rows_sharding.spec[0])
     self.compile_seconds = 0.0
     self.largest_program = 0  # bytes on a device, of those used since it was last set to 0
+
+  def of(self, model: nnx.Module) -> Scorer:
+    """A scorer of another model; programs are shared with those of models of the same structure."""
+    other = copy.copy(self)
+    other._graph, other._state = nnx.split(model)
+    return other
 
   @property
   def compilations(self) -> int:
@@ -175,7 +182,7 @@ class Scorer:
     capacity = -(-needed // unit) * unit
     make = functools.partial(Cache.create, self._config, rows, capacity)
     shardings = jax.tree.map(lambda leaf: self._sharding(leaf.ndim > 1), jax.eval_shape(make))
-    return self._run(("cache", rows, capacity), lambda: jax.jit(make, out_shardings=shardings).lower().compile())
+    return self.run(("cache", rows, capacity), lambda: jax.jit(make, out_shardings=shardings).lower().compile())
 
   # --- Programs -------------------------------------------------------------------------------------------------------
 
@@ -213,9 +220,14 @@ class Scorer:
                      donate_argnums=1 if donate else ())
       return call.lower(self._state, *arguments).compile()
 
-    return self._run((function.__name__, *shapes), compile_, self._state, *arguments)
+    return self.run((function.__name__, self._graph, *shapes), compile_, self._state, *arguments)
 
-  def _run(self, key: tuple, compile_: Callable[[], jax.stages.Compiled], *arguments: Any) -> Any:
+  def run(self, key: tuple, compile_: Callable[[], jax.stages.Compiled], *arguments: Any) -> Any:
+    """The result of a program for these arguments, compiled where there is none of this key; the key's first entry names it.
+
+    Raises:
+      OutOfMemory: a device cannot hold what it takes.
+    """
     if key not in self._compiled:
       started = time.perf_counter()
       with jax.set_mesh(self._mesh):
