@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import math
 
 from flax import nnx
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from atma_jax.config import RetentionCap, UserError
@@ -60,12 +60,11 @@ def with_retention_cap(model: Atma, cap: RetentionCap | None) -> Atma:
       if hasattr(memory, "cap"):
         del memory.cap
       continue
-    bounds = [-math.log(2) / cap.tokens if (layer, head) in chosen else 0.0 for head in range(model.config.num_heads)]
-    if row is None:
-      memory.cap = LogGammaCap(jnp.asarray(bounds, jnp.float32))
-    else:
-      before = memory.cap[...] if row else jnp.zeros(memory.gamma.bias.shape, jnp.float32)
-      memory.cap = LogGammaCap(before.at[row].set(jnp.asarray(bounds, jnp.float32)))
+    bias = memory.gamma.bias[...]
+    bounds = np.zeros(bias.shape, np.float32) if not row else np.array(memory.cap[...])
+    bounds[... if row is None else row] = [-math.log(2) / cap.tokens if (layer, head) in chosen else 0.0
+                                           for head in range(model.config.num_heads)]
+    memory.cap = LogGammaCap(jax.device_put(bounds, bias.sharding))
   return model
 
 
