@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from atma_jax.config import AuxiliaryConfig, Config, DataConfig, MemoryConfig, ModelConfig, TrainConfig
+from atma_jax.config import AuxiliaryConfig, Config, DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, TrainConfig
 from atma_jax.sharding import make_mesh, named_sharding
 from atma_jax.training.state import ModelDefinition, create_state, optimizer_for
 from atma_jax.training.step import make_train_step
@@ -34,7 +34,7 @@ def test_terms_equal_those_of_one_device():
     model=ModelConfig(vocab_size=64, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
                       block_pattern=("local", "global"), attention="nope", memory=MemoryConfig(enabled=False),
                       activation_dtype="float32"),
-    data=DataConfig(sequence_length=16, batch_size=8),
+    data=DataConfig(sequence_length=16, batch_size=8), optimizer=OptimizerConfig(kind="adamw"),
     train=TrainConfig(steps=10, auxiliary=AuxiliaryConfig(regularizer="zipfian", sketch=8, distractors=6))).validate()
   ours = step_metrics(config, make_mesh(data=1, fsdp=2, tensor=2, context=2))
   expected = step_metrics(config, make_mesh(devices=jax.devices()[:1]))

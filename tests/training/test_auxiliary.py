@@ -9,7 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from atma_jax.config import AuxiliaryConfig, Config, DataConfig, MemoryConfig, ModelConfig, TrainConfig, UserError
+from atma_jax.config import (
+  AuxiliaryConfig,
+  Config,
+  DataConfig,
+  MemoryConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainConfig,
+  UserError,
+)
 from atma_jax.sharding import make_mesh
 from atma_jax.training.losses import auxiliary_loss
 from atma_jax.training.state import ModelDefinition, create_state, optimizer_for
@@ -23,7 +32,7 @@ def recipe(attention="polar", accumulation=1, **auxiliary) -> Config:
     model=ModelConfig(vocab_size=64, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
                       block_pattern=("local", "global"), attention=attention, memory=MemoryConfig(enabled=False),
                       activation_dtype="float32", remat="block"),
-    data=DataConfig(sequence_length=16, batch_size=4),
+    data=DataConfig(sequence_length=16, batch_size=4), optimizer=OptimizerConfig(kind="adamw", adamw_learning_rate=0.03),
     train=TrainConfig(steps=10, accumulation=accumulation, auxiliary=AuxiliaryConfig(**auxiliary))).validate()
 
 
