@@ -83,7 +83,9 @@ class Checkpointer:
     several = jax.process_count() > 1
     return ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
       max_to_keep=self._keep, enable_async_checkpointing=True, create=False,
-      async_options=ocp.AsyncOptions(timeout_secs=WRITE_SECONDS),
+      cleanup_tmp_directories=True,  # what a kill or a failed write left half-way would only take up room
+      # Directories are made before `save` returns: one that cannot be is an error at once, not a wait for all that want it.
+      async_options=ocp.AsyncOptions(timeout_secs=WRITE_SECONDS, create_directories_asynchronously=False),
       # With its processes named, Orbax waits for them with a time limit, and not in a collective of the devices. A new
       # prefix, because barriers that were left half-way are not to be met again.
       multiprocessing_options=ocp.options.MultiprocessingOptions(

@@ -119,7 +119,7 @@ class Run:
       process.kill()
       process.wait()
 
-  def codes(self, timeout: float = 300) -> list[int]:
+  def codes(self, timeout: float = 600) -> list[int]:
     """The exit codes, once all have ended."""
     deadline = time.monotonic() + timeout
     return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
@@ -128,7 +128,7 @@ class Run:
     return [(self.workdir / f"stderr-{i}").read_text() for i in range(self.count)]
 
   def wait_for_step(self, step: int) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 400
     while all(process.poll() is None for process in self.processes) and time.monotonic() < deadline:
       if max(losses(self.workdir), default=0) >= step:
         return
