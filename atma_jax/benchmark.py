@@ -12,6 +12,7 @@ Four tables, all in one process so that their numbers can be compared:
 * ``forward``: the recipe's model on long sequences.
 * ``generation``: prefill and decoding of one sequence at --contexts, decoding of --batches sequences at --batch_context, each
   step's time beside the bytes it must move over the bandwidth of a copy.
+* ``tune``, only if asked for: candidates for the kernels' block sizes, and the lines that belong into `atma_jax.ops.tiles`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from absl import flags
 from atma_jax import cli
 from atma_jax.benchmarks.generation import Options, generation_table
 from atma_jax.benchmarks.tables import forward_table, ops_table, step_table
+from atma_jax.benchmarks.tuning import tune
 from atma_jax.config import UserError
 from atma_jax.models.cache import CACHE_DTYPES
 
-TABLES = ("ops", "step", "forward", "generation")
+TABLES = ("ops", "step", "forward", "generation", "tune")
 
 _CONFIG = cli.define_config_flag("configs/atma_378m.py")
-_TABLE = flags.DEFINE_list("table", list(TABLES), f"Tables to print: {', '.join(TABLES)}.")
+_TABLE = flags.DEFINE_list("table", list(TABLES[:-1]), f"Tables to print: {', '.join(TABLES)}.")
 _SHAPES = flags.DEFINE_list("shapes", ["8x2048", "2x8192", "1x32768"], "BxT of the ops.")
 _STEP_TOKENS = flags.DEFINE_integer("step_tokens", 65_536, "Tokens of a microbatch.", lower_bound=1)
 _FORWARD_LENGTHS = flags.DEFINE_list("forward_lengths", ["65536", "262144"], "Lengths of the long forward passes.")
@@ -57,6 +59,8 @@ def main() -> None:
     raise UserError("--contexts and --batches: must be at least 1")
   if not shapes or any(len(shape) != 2 or math.prod(shape) < 1 for shape in shapes):
     raise UserError(f"--shapes={','.join(_SHAPES.value)}: must be BxT pairs such as 8x2048,1x32768")
+  if "tune" in _TABLE.value:
+    tune(_CONFIG.value, shapes, _REPEATS.value, _SEED.value)
   if "ops" in _TABLE.value:
     ops_table(_CONFIG.value, shapes, _REPEATS.value, _SEED.value)
   if "step" in _TABLE.value:

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from atma_jax.ops import tiles
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -20,7 +22,8 @@ def test_every_table_on_small_shapes():
   result = benchmark("--config=configs/debug.py", "--shapes=1x40", "--step_tokens=128", "--forward_lengths=64", "--repeats=1",
                      "--table=ops,step,forward")
   assert result.returncode == 0, result.stderr
-  for expected in ("| polar | 1 x 40 | 2 |", "| gated delta | 1 x 40 |", "| step, optimizer included |", "| 64 |"):
+  for expected in ("| polar | xla | 1 x 40 | 2 |", "| softmax | xla | 1 x 40 | 1 |", "| gated delta | xla | 1 x 40 |",
+                   "| step, optimizer included |", "| 64 |"):
     assert expected in result.stdout
 
 
@@ -30,6 +33,17 @@ def test_generation_on_small_sizes():
   assert result.returncode == 0, result.stderr
   for expected in ("copy", "int8", "| prefill | 40 | 1 |", "| decode | 40 | 1 |", "| decode | 20 | 2 |"):
     assert expected in result.stdout
+
+
+def test_tuning_tries_every_kernel_and_prints_entries():
+  result = benchmark("--config=configs/debug.py", "--config.model.head_dim=64", "--table=tune", "--shapes=1x40", "--repeats=1")
+  assert result.returncode == 0, result.stderr
+  assert "does not run" not in result.stdout
+  for kernel in ("gpu polar forward", "gpu polar dq", "gpu polar dkv", "gpu delta", "tpu polar forward", "tpu polar dq",
+                 "tpu polar dkv", "tpu delta"):
+    assert result.stdout.count(f"{kernel} 1 x 40: ") == 1
+  entries = [line.split(": ", 1)[1].rstrip(",") for line in result.stdout.splitlines() if line.startswith(("POLAR", "DELTA"))]
+  assert all(isinstance(eval(entry, vars(tiles)), (tiles.Tiles, tiles.Carry)) for entry in entries) and len(entries) == 4
 
 
 @pytest.mark.parametrize("flag", ["--table=ops,speed", "--shapes=8", "--shapes=axb", "--step_tokens=100", "--forward_lengths=x",

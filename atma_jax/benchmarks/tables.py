@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from atma_jax.config import Config, UserError
 from atma_jax.models import Atma
 from atma_jax.ops import gated_delta, polar_attention, softmax_attention
+from atma_jax.ops.gated_delta.api import OP as DELTA
+from atma_jax.ops.polar_attention.api import ATTENTION
 from atma_jax.sharding import make_mesh, named_sharding
 from atma_jax.training.state import ModelDefinition, create_state, optimizer_for
 from atma_jax.training.step import make_train_step
@@ -71,7 +73,7 @@ def delta_inputs(config: Config, B: int, T: int, key: jax.Array) -> Arrays:
           jax.nn.sigmoid(next(gates)))
 
 
-def _gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+def gradients(function: Callable[..., Any]) -> Callable[..., Any]:
   """Outputs and gradients of all arguments, each under an incoming gradient of its own size."""
   def run(*args):
     outputs, vjp = jax.vjp(function, *args)
@@ -84,9 +86,9 @@ def _gradients(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _softmax_rivals(D: int) -> dict[str, Callable[..., jax.Array]]:
-  rivals = {"softmax xla": functools.partial(softmax_attention, scale=D**-0.5)}
+  rivals = {"xla": functools.partial(softmax_attention, scale=D**-0.5)}
   if jax.default_backend() == "gpu":
-    rivals["softmax cudnn"] = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    rivals["cudnn"] = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
   return rivals
 
 
@@ -95,20 +97,20 @@ def ops_table(config: Config, shapes: list[tuple[int, int]], repeats: int, seed:
   H, D, key = config.model.num_heads, config.model.head_dim, jax.random.key(seed)
   peak = matmul_tflops(8192 if jax.default_backend() != "cpu" else 512, repeats)
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, bfloat16 matmul {peak:.1f} TFLOP/s\n")
-  print("| op | B x T | K | forward ms | fwd+bwd ms | TFLOP/s | of matmul | error out / grad |")
-  print("|---|---|---|---|---|---|---|---|")
+  print("| op | implementation | B x T | K | forward ms | fwd+bwd ms | TFLOP/s | of matmul | error out / grad |")
+  print("|---|---|---|---|---|---|---|---|---|")
 
-  def line(name, B, T, K, function, args, oracle, flops, backward):
-    forward, both = jax.jit(function), _gradients(function)
+  def line(name, implementation, B, T, K, function, args, oracle, flops, backward):
+    forward, both = jax.jit(function), gradients(function)
     ms = [milliseconds(f, *args, repeats=repeats) for f in (forward, both)]
     rates = [flops / ms[0] / 1e9, backward * flops / ms[1] / 1e9]
     errors = "-"
     if oracle is not None and T <= ORACLE_LENGTH:
       with jax.default_matmul_precision("highest"):
-        expected = _gradients(oracle)(*jax.tree.map(lambda x: x.astype(jnp.float32), args))
+        expected = gradients(oracle)(*jax.tree.map(lambda x: x.astype(jnp.float32), args))
       actual = both(*args)
       errors = " / ".join(f"{relative_error(a, b):.0e}" for a, b in zip(actual, expected))
-    print(f"| {name} | {B} x {T} | {K} | {ms[0]:.3f} | {ms[1]:.3f} | {rates[0]:.1f} / {rates[1]:.1f} | "
+    print(f"| {name} | {implementation} | {B} x {T} | {K} | {ms[0]:.3f} | {ms[1]:.3f} | {rates[0]:.1f} / {rates[1]:.1f} | "
           f"{rates[0] / peak:.2f} / {rates[1] / peak:.2f} | {errors} |", flush=True)
 
   def delta(implementation):
@@ -121,12 +123,15 @@ def ops_table(config: Config, shapes: list[tuple[int, int]], repeats: int, seed:
     attention_flops = 2 * B * H * T * (T + 1) * D
     for K in sorted({H, config.model.num_kv_heads}, reverse=True):
       arrays, raw = polar_inputs(config, B, T, K, key)
-      line("polar", B, T, K, polar(config.model.implementation), (*arrays, raw), polar("reference"), attention_flops, 3.5)
+      chosen = ATTENTION.resolve(config.model.implementation, *arrays, **raw)
+      line("polar", chosen, B, T, K, polar(chosen), (*arrays, raw), polar("reference"), attention_flops, 3.5)
       for name, rival in _softmax_rivals(D).items():
-        if name != "softmax xla" or jax.default_backend() != "gpu":
-          line(name, B, T, K, rival, arrays, None, attention_flops, 3.5)
-    line("gated delta", B, T, H, delta(config.model.implementation), delta_inputs(config, B, T, key), delta("reference"),
-         8 * B * H * T * D * D, 3)
+        if name != "xla" or jax.default_backend() != "gpu":
+          line("softmax", name, B, T, K, rival, arrays, None, attention_flops, 3.5)
+    arrays = delta_inputs(config, B, T, key)
+    chosen = DELTA.resolve(config.model.implementation, *arrays[:3], log_gamma=arrays[3], beta=arrays[4],
+                           initial_state=jax.ShapeDtypeStruct((B, H, D, D), jnp.float32))
+    line("gated delta", chosen, B, T, H, delta(chosen), arrays, delta("reference"), 8 * B * H * T * D * D, 3)
 
 
 def step_table(config: Config, step_tokens: int, repeats: int, seed: int) -> None:

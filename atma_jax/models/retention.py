@@ -12,6 +12,7 @@ import math
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atma_jax.config import RetentionCap, UserError
@@ -28,7 +29,7 @@ def half_life(log_gamma: np.ndarray) -> np.ndarray:
 def zero_input_half_lives(model: Atma) -> dict[int, np.ndarray]:
   """Half-lives (H,) of every layer with a memory, for the gate's bias alone: what a head does where its input says nothing."""
   return {layer: half_life(log_gamma if row is None else log_gamma[row]) for layer, row, memory in _memories(model)
-          for log_gamma in [np.asarray(memory.log_gamma(memory.gamma.bias[...]))]}
+          for log_gamma in [np.asarray(memory.log_gamma(jnp.asarray(np.asarray(memory.gamma.bias[...]))))]}
 
 
 def capped_heads(model: Atma, cap: RetentionCap) -> list[tuple[int, int]]:

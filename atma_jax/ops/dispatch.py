@@ -55,22 +55,26 @@ class Op:
   implementations: Mapping[str, Implementation]
 
   def __call__(self, implementation: str, *args, **kwargs) -> Any:
-    """Runs the op with `implementation`, one of `NAMES`.
+    """Runs the op with `implementation`, one of `NAMES`; raises what `resolve` does."""
+    return self.implementations[self.resolve(implementation, *args, **kwargs)].function(*args, **kwargs)
+
+  def resolve(self, implementation: str, *args, **kwargs) -> str:
+    """The implementation that serves this call; `args` may be shapes.
 
     Raises:
       ValueError: `implementation` is not a name.
       NotImplementedError: the implementation named does not exist for this op or cannot serve this call.
     """
     if implementation == "auto":
-      implementation = self.choose(*args, **kwargs)
-    elif implementation not in NAMES:
+      return self.choose(*args, **kwargs)
+    if implementation not in NAMES:
       raise ValueError(f"{self.name}: implementation={implementation!r} is none of {', '.join(NAMES)}")
-    elif implementation not in self.implementations:
+    if implementation not in self.implementations:
       raise NotImplementedError(f"{self.name} has no {implementation!r} implementation, only "
                                 + ", ".join(self.implementations))
-    elif (reason := self.implementations[implementation].refusal(*args, **kwargs)) is not None:
+    if (reason := self.implementations[implementation].refusal(*args, **kwargs)) is not None:
       raise NotImplementedError(f"{self.name}: {implementation!r} {reason}")
-    return self.implementations[implementation].function(*args, **kwargs)
+    return implementation
 
   def choose(self, *args, **kwargs) -> str:
     """What "auto" means for this call on the platform that is computed for."""

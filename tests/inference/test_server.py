@@ -52,7 +52,7 @@ class Serving:
     self.code = self.server.run(self._listener)
 
   def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
     with contextlib.closing(connection):
       connection.request(method, path, body, headers)
       response = connection.getresponse()
@@ -279,6 +279,14 @@ def test_fuzzed_requests(serving, values):
   else:
     assert all(choice["finish_reason"] in ("stop", "length") for choice in json.loads(body)["choices"])
   assert serving.request("GET", "/health")[0] == 200
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(body=st.binary(max_size=80) | st.text(max_size=40).map(lambda text: f'{{"prompt": "{text}"}}'.encode(errors="replace")))
+def test_fuzzed_bytes(serving, body):
+  """What is no JSON is refused, and what happens to be is served."""
+  status, text = serving.request("POST", "/v1/completions", body)
+  assert status in (200, 400), (status, text, body)
 
 
 def test_nothing_is_left_after_the_fuzzing(serving):

@@ -149,7 +149,7 @@ def delta_case(T, D, Dv):
 
 
 @every_delta
-@pytest.mark.parametrize("T, D, Dv", [(150, 64, 64), (1, 64, 64), (5, 64, 128), (64, 128, 64)])
+@pytest.mark.parametrize("T, D, Dv", [(150, 64, 128), (1, 128, 64)])
 def test_delta_equals_oracle(implementation, T, D, Dv):
   inputs, expected = delta_case(T, D, Dv)
   assert_near(delta_run(implementation, *inputs), expected, 2e-5)

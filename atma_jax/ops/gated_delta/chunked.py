@@ -3,7 +3,8 @@
 Within a chunk of n steps, with ``g_p`` the product of the decays up to p and M the state before it, the writes solve
 the unit lower-triangular system ``(I + diag(beta) D) U = diag(beta) (V - diag(g) K M^T)``, where
 ``D[p, s] = (g_p / g_s) k_p.k_s`` for s < p. With X its inverse, ``U = X diag(beta) V - X diag(beta g) K M^T`` is affine
-in M. Decay enters through differences of logarithms only.
+in M. Decay enters through differences of logarithms only. On a TPU this moves three to eight times the bytes of the kernels
+of `pallas_tpu`, whose docstring has the figures.
 """
 
 from __future__ import annotations

@@ -45,9 +45,11 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | No
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
-                initial_state: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.gated_delta`; `interpret` runs the kernels without a GPU."""
+                initial_state: jax.Array, carry: table.Carry | None = None,
+                interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+  """See `atma_jax.ops.gated_delta`; `carry` overrides the table, `interpret` runs the kernels without a GPU."""
   T = q.shape[1]
+  carry = carry or table.delta(q.dtype.itemsize, q.shape[3], T)
   padding = -T % CHUNK  # a padded step has gamma 1 and beta 0 and leaves the state alone
 
   def pad(x):
@@ -59,17 +61,18 @@ def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Arra
 
   log_gamma = rows(log_gamma)
   log_g = jnp.cumsum(log_gamma.reshape(*log_gamma.shape[:2], -1, CHUNK), axis=-1).reshape(log_gamma.shape)
-  readout, state = _run(pad(q), pad(k), pad(v), log_g, rows(beta), initial_state.mT.astype(jnp.float32), interpret)
+  readout, state = _run(pad(q), pad(k), pad(v), log_g, rows(beta), initial_state.mT.astype(jnp.float32), carry,
+                        interpret)
   return readout[:, :T], state.mT
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _run(q, k, v, log_g, beta, state, interpret):
-  return _run_forward(q, k, v, log_g, beta, state, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _run(q, k, v, log_g, beta, state, carry, interpret):
+  return _run_forward(q, k, v, log_g, beta, state, carry, interpret)[0]
 
 
-def _run_forward(q, k, v, log_g, beta, state, interpret):
-  call = _Call(q, v, interpret)
+def _run_forward(q, k, v, log_g, beta, state, carry, interpret):
+  call = _Call(q, v, carry, interpret)
   writes, erases, inverse = call.all_chunks("within", _within_kernel, (k, v, log_g, beta), (v, k, call.square))
   writes, states, final = call.carry("carry", _carry_kernel, (erases, k), (writes,), log_g, state)
   (readout,) = call.all_chunks("read", _read_kernel, (q, k, writes, states, log_g), (v,))
@@ -78,10 +81,10 @@ def _run_forward(q, k, v, log_g, beta, state, interpret):
   return (readout, final), (q, k, v, log_g, beta, erases, inverse, writes, states)
 
 
-def _run_backward(interpret, residuals, cotangents):
+def _run_backward(carry, interpret, residuals, cotangents):
   q, k, v, log_g, beta, erases, inverse, writes, states = residuals
   g_readout, g_final = cotangents
-  call = _Call(q, v, interpret)
+  call = _Call(q, v, carry, interpret)
   (g_writes,) = call.all_chunks("read_back", _read_back_kernel, (q, k, g_readout, log_g), (v,))
   g_writes, g_states, g_state = call.carry("carry_back", _carry_back_kernel, (q, k, erases), (g_readout, g_writes), log_g,
                                            g_final)
@@ -101,8 +104,9 @@ class _Call:
   The rank of an array tells its kind: (B, H, T) scalars, (B, T, H, D) vectors, (B, H, N, rows, columns) a matrix a chunk.
   """
 
-  def __init__(self, q, v, interpret):
-    (self.B, self.T, self.H, self.D), self.Dv, self.interpret = q.shape, v.shape[3], interpret
+  def __init__(self, q, v, carry, interpret):
+    (self.B, self.T, self.H, self.D), self.Dv = q.shape, v.shape[3]
+    self.tile, self.interpret = carry, interpret
     self.N = self.T // CHUNK
     self.square = jax.ShapeDtypeStruct((self.B, self.H, self.N, CHUNK, CHUNK), q.dtype)
     self.states = jax.ShapeDtypeStruct((self.B, self.H, self.N, self.D, self.Dv), q.dtype)
@@ -124,7 +128,7 @@ class _Call:
 
     Returns one array like `sliced[0]`, a state (D, Dv) of each chunk, and the last state.
     """
-    tile = table.delta(whole[0].dtype.itemsize, self.D, self.T)
+    tile = self.tile
     columns = tile.columns or (64 if self.B * self.H * self.Dv >= 96 * 64 else 32)  # enough programs for the multiprocessors
     rows = pl.BlockSpec((None, self.T, None, self.D), lambda j, h, b: (b, 0, h, 0))
     rows_slice = pl.BlockSpec((None, self.T, None, columns), lambda j, h, b: (b, 0, h, j))

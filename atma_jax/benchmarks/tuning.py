@@ -1,0 +1,107 @@
+"""Times candidates for the block sizes of `atma_jax.ops.tiles` and prints the lines that belong into its tables.
+
+On a GPU or TPU the kernels of that platform are timed. On a CPU all of them are interpreted in tiny blocks: what comes out
+means nothing and says so, but every candidate went the whole way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from atma_jax.benchmarks.tables import delta_inputs, gradients, milliseconds, polar_inputs
+from atma_jax.config import Config, UserError
+from atma_jax.ops import dispatch, tiles
+from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
+from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
+from atma_jax.ops.polar_attention import pallas_gpu, pallas_tpu
+from atma_jax.ops.tiles import Carry, Tile, Tiles
+
+KERNELS = {"gpu": (pallas_gpu.polar_attention, delta_gpu.gated_delta), "tpu": (pallas_tpu.polar_attention, delta_tpu.gated_delta)}
+TILES = {
+  "gpu": [Tile(q, k, warps, stages) for (q, k), warps, stages in itertools.product(
+    ((64, 32), (32, 64), (64, 64), (128, 64), (64, 128), (128, 128)), (4, 8), (2, 3))],
+  "tpu": [Tile(rows, keys) for rows, keys in itertools.product((512, 1024, 2048), (256, 512, 1024))],
+}
+CARRIES = {
+  "gpu": [Carry(columns, warps, stages) for columns, warps, stages in itertools.product((32, 64), (4, 8), (2, 3, 4))],
+  "tpu": [Carry(heads=heads) for heads in (1, 2, 4, 8)],
+}
+TINY_TILES = {"gpu": [Tile(32, 16)], "tpu": [Tile(128, 128)]}
+TINY_CARRIES = {"gpu": [Carry(columns=64)], "tpu": [Carry(heads=2)]}
+
+
+def tune(config: Config, shapes: list[tuple[int, int]], repeats: int, seed: int) -> None:
+  """Prints a line a candidate, and for every shape the entries of the best.
+
+  Raises:
+    UserError: the kernels do not serve the recipe's head size or dtype, or no candidate runs.
+  """
+  H, K, D, key = config.model.num_heads, config.model.num_kv_heads, config.model.head_dim, jax.random.key(seed)
+  if D not in pallas_gpu.HEAD_SIZES:
+    raise UserError(f"config.model.head_dim={D}: the kernels take {' and '.join(map(str, pallas_gpu.HEAD_SIZES))}")
+  platform = dispatch.platform()
+  interpret = platform not in KERNELS
+  print(f"{dispatch.device_kind()}, jax {jax.__version__}, H={H} K={K} D={D}"
+        + ("; interpreted, the times mean nothing" if interpret else ""))
+  for (B, T), name in itertools.product(shapes, KERNELS if interpret else [platform]):
+    itemsize = jnp.dtype(config.model.activation_dtype).itemsize
+    start = tiles.polar(name, itemsize, D, T)
+    candidates, carries = TILES[name], CARRIES[name]
+    if interpret:
+      candidates, carries = TINY_TILES[name], TINY_CARRIES[name]
+      start = Tiles(*candidates * 3)
+    polar, delta = (functools.partial(kernel, interpret=interpret) for kernel in KERNELS[name])
+    arrays, raw = polar_inputs(config, B, T, K, key)
+    found = _tune_polar(f"{name} polar", polar, (*arrays, raw), start, candidates, repeats)
+    carry = _tune_delta(f"{name} delta", delta, delta_inputs(config, B, T, key), carries, repeats)
+    entry = (tiles.generation(), itemsize, D, tiles.bucket(T))
+    print(f"POLAR  {entry}: {found},\nDELTA  {entry}: {carry},", flush=True)
+
+
+def _tune_polar(title: str, op: Callable[..., Any], arguments: tuple[Any, ...], found: Tiles, candidates: list[Tile],
+                repeats: int) -> Tiles:
+  """The best tile of each kernel, one kernel after the other, those before at their best."""
+  q = arguments[0]
+  for kernel in ("forward", "dq", "dkv"):
+    def run(tile: Tile, kernel: str = kernel, found: Tiles = found) -> float:
+      chosen = dataclasses.replace(found, **{kernel: tile})
+      call = lambda q, k, v, raw: op(q, k, v, **raw, tiles=chosen)
+      return milliseconds(jax.jit(call) if kernel == "forward" else gradients(call), *arguments, repeats=repeats)
+
+    best = _best(f"{title} {kernel} {q.shape[0]} x {q.shape[1]}", candidates, run)
+    found = dataclasses.replace(found, **{kernel: best})
+  return found
+
+
+def _tune_delta(title: str, op: Callable[..., Any], inputs: tuple[jax.Array, ...], candidates: list[Carry],
+                repeats: int) -> Carry:
+  B, T, H, D = inputs[0].shape
+  state = jnp.zeros((B, H, D, D))
+
+  def run(carry: Carry) -> float:
+    call = lambda q, k, v, log_gamma, beta: op(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state, carry=carry)
+    return milliseconds(gradients(call), *inputs, repeats=repeats)
+
+  return _best(f"{title} {B} x {T}", candidates, run)
+
+
+def _best(title: str, candidates: Iterable[Any], run: Callable[[Any], float]) -> Any:
+  """The candidate with the shortest time; those that the device cannot run are told and passed over."""
+  times = {}
+  for candidate in candidates:
+    try:
+      times[candidate] = run(candidate)
+    except Exception as error:  # every compiler has its own for a tile that does not fit
+      print(f"{title}: {candidate} does not run: {str(error).splitlines()[0][:120]}", flush=True)
+    else:
+      print(f"{title}: {candidate} {times[candidate]:.3f} ms", flush=True)
+  if not times:
+    raise UserError(f"--table=tune: no candidate for {title} runs on {dispatch.device_kind()}")
+  return min(times, key=times.get)
