@@ -30,7 +30,8 @@ def finished(tmp_path_factory):
     (corpus / f"{i}.txt").write_text("".join(SENTENCES.format(i, j * i) for j in range(12)))
   done = ablate(
     "--config=configs/debug.py", f"--config.data.sources=text:{corpus}/*.txt", "--config.data.sequence_length=32",
-    "--config.model.num_layers=2", "--config.model.block_pattern=local,global", "--config.model.width=16",
+    "--config.model.num_layers=1", "--config.model.block_pattern=global", "--config.model.width=16",
+    "--config.model.memory.enabled=false", "--config.optimizer.kind=adamw",
     "--config.model.window=16", "--config.train.steps=4", "--config.train.log_every=1", "--config.train.validate_every=0",
     "--config.train.auxiliary.distractors=4", "--seeds=0,1", "--multiples=1", "--trials=2", "--min_documents=2",
     f"--output={output}")

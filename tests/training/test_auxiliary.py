@@ -27,10 +27,10 @@ from atma_jax.training.step import make_train_step
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype(np.int32)
 
 
-def recipe(attention="polar", accumulation=1, **auxiliary) -> Config:
+def recipe(attention="polar", accumulation=1, pattern=("global",), **auxiliary) -> Config:
   return Config(
-    model=ModelConfig(vocab_size=64, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
-                      block_pattern=("local", "global"), attention=attention, memory=MemoryConfig(enabled=False),
+    model=ModelConfig(vocab_size=64, num_layers=len(pattern), width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
+                      block_pattern=pattern, attention=attention, memory=MemoryConfig(enabled=False),
                       activation_dtype="float32", remat="block"),
     data=DataConfig(sequence_length=16, batch_size=4), optimizer=OptimizerConfig(kind="adamw", adamw_learning_rate=0.03),
     train=TrainConfig(steps=10, accumulation=accumulation, auxiliary=AuxiliaryConfig(**auxiliary))).validate()
@@ -60,7 +60,8 @@ def run(steps=3, **options):
 @pytest.mark.parametrize("attention, kind, window", [("polar", "strong", 5), ("nope", "zipfian", None), ("rope", "weak", 5)])
 def test_total_is_the_weighted_sum_and_reaches_the_parameters(attention, kind, window):
   """Both objectives on every core; the gradient of the total is that of its terms."""
-  config = recipe(attention, regularizer=kind, regularizer_weight=0.25, distractors=6, distractor_weight=0.5, sketch=8)
+  config = recipe(attention, pattern=("local", "global"), regularizer=kind, regularizer_weight=0.25, distractors=6,
+                  distractor_weight=0.5, sketch=8)
   config.model.window = window
   definition = ModelDefinition(config.model)
   params = {name: value + 0.1 * jax.random.normal(jax.random.key(i), value.shape)
