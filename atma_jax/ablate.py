@@ -60,7 +60,8 @@ def main() -> int:
   directory = pathlib.Path(_OUTPUT.value)
   evaluation = sweep.Evaluation(tuple(_SUITE.value), cli.whole_numbers("multiples", _MULTIPLES.value), _TRIALS.value,
                                 _BATCH_TOKENS.value, _MIN_DOCUMENTS.value)
-  folders = sweep.chosen(sweep.create(directory, cells, evaluation) or sweep.find(directory), _CELLS.value, directory)
+  folders = sweep.chosen(cells or sweep.find(directory), _CELLS.value, directory)
+  folders = sweep.create(directory, folders, evaluation) if cells else folders
   if _JOBS.value:
     jobs.submit(_JOBS.value, folders, _OUTPUT.value, _LAUNCH.value, dry_run=_DRY_RUN.value)
     return 0

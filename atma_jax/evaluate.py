@@ -2,9 +2,8 @@
 
     python -m atma_jax.evaluate --checkpoint=DIR --suite=loss,needle --output=DIR [--multiples=1,2,4,8] [--report]
 
-Appends ``results.jsonl``, prints a table, draws PNG plots. Run again, it computes only what is not recorded yet. With
-``--report`` it also writes ``report.html``, of everything in ``results.jsonl`` and in the files of ``--compare``; without a
-``--checkpoint`` it only does that.
+Appends ``results.jsonl``, prints a table, draws PNG plots. Run again, it computes only what is not recorded yet. ``--report``
+writes ``report.html`` too, of all in ``results.jsonl`` and the files of ``--compare``; without a ``--checkpoint`` only that.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import typing
-from typing import Any
 
 from absl import flags
 
@@ -26,7 +24,7 @@ from atma_jax.evaluation.runner import evaluate
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_boolean}
 
 
-def _define(owner: type, prefix: str) -> dict[str, tuple[Any, flags.FlagHolder]]:
+def _define(owner: type, prefix: str) -> dict[str, tuple[typing.Any, flags.FlagHolder]]:
   """A flag for each field; of a tuple, its elements' type and the flag of a list."""
   defined = {}
   for field in dataclasses.fields(owner):
@@ -51,7 +49,7 @@ _OPTIONS = _define(Options, "")
 _BABILONG = _define(BabilongOptions, "babilong_")
 
 
-def _value(kind: type | None, flag: flags.FlagHolder) -> Any:
+def _value(kind: type | None, flag: flags.FlagHolder) -> typing.Any:
   if kind is None:
     return flag.value
   try:

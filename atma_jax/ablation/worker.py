@@ -162,22 +162,26 @@ class Worker:
     return any(not self._claims.beating(c.path) for c in self._open() if self._claims.owner(c.path))
 
   def _report(self) -> None:
-    """One line: what is done, what runs, and an ETA from the cells done so far."""
+    """One line: what is done, what runs, and an ETA."""
     self._reported = time.monotonic()
     done = [c for c in self._cells if c.done]
     failed = [c.id for c in self._cells if c.failure()]
     left = self._open()
-    owners = {c.id: self._claims.owner(c.path) for c in left}
-    running = sum(owner is not None for owner in owners.values())
-    seconds = [result["seconds"] for c in done if (result := c.result())]
-    eta = "unknown"
-    if seconds and running:
-      eta = duration(sum(seconds) / len(seconds) * len(left) / running)
-    elif not left:
-      eta = duration(0)
-    logging.info("%d of %d cells done, %d running, %d failed%s  ETA %s", len(done), len(self._cells), running, len(failed),
-                 f" ({', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}; --retry_failed tries again)" if failed else "",
-                 eta)
+    running = sum(self._claims.owner(c.path) is not None for c in left)
+    names = f" ({', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}; --retry_failed tries again)" if failed else ""
+    logging.info("%d of %d cells done, %d running, %d failed%s  ETA %s", len(done), len(self._cells), running, len(failed), names,
+                 _eta(done, left, running))
+
+
+def _eta(done: Sequence[CellFolder], left: Sequence[CellFolder], running: int) -> str:
+  """From the cells done, or else from the speed of training; what running cells have trained counts as done."""
+  if not left:
+    return duration(0)
+  progress = [c.progress() for c in left]
+  seconds = [c.result()["seconds"] for c in done] or [seconds for _, seconds in progress if seconds]
+  if not seconds or not running:
+    return "unknown"
+  return duration(sum(seconds) / len(seconds) * sum(1 - fraction for fraction, _ in progress) / running)
 
 
 def cell_command(main: str) -> Callable[[CellFolder], list[str]]:

@@ -107,7 +107,7 @@ def group(records: Iterable[Record]) -> list[Run]:
 def _cap(record: Record) -> str:
   """The retention cap a record was measured under, in words; "" without one."""
   cap = record["settings"].get("retention_cap")
-  return "" if cap is None else f", cap {cap['tokens']:g} on {cap['heads']}"
+  return "" if cap is None else f", cap {cap}"
 
 
 def _image(svg: bytes, alt: str) -> str:

@@ -14,7 +14,7 @@ import jax
 import tqdm
 
 from atma_jax import distributed
-from atma_jax.config import RetentionCap, UserError, unknown_name
+from atma_jax.config import UserError, unknown_name
 from atma_jax.data.pipeline import heldout_documents, validation_stream
 from atma_jax.evaluation import plots
 from atma_jax.evaluation.babilong import babilong_cells
@@ -86,9 +86,8 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
   for cap in options.caps():
     settings, capped = {}, inputs
     if cap is not None:
-      chosen = capped_heads(model, cap)  # what "worst" stands for is part of what was measured
-      settings = {"retention_cap": str(cap if cap.heads == "all" else RetentionCap(
-        cap.tokens, ",".join(f"{layer}:{head}" for layer, head in chosen)))}
+      heads = cap.heads if cap.heads == "all" else ",".join(f"{layer}:{head}" for layer, head in capped_heads(model, cap))
+      settings = {"retention_cap": {"tokens": cap.tokens, "heads": heads}}  # of "worst", the head it stands for
       capped = dataclasses.replace(inputs, model=with_retention_cap(model, cap))
       capped = dataclasses.replace(capped, scorer=scorer.of(capped.model))
     cells = []
@@ -97,7 +96,7 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
       cells += [(suite, dataclasses.replace(cell, settings=cell.settings | settings)) for cell in built]
     found.append((str(cap or "none"), run_cells(cells, results, common, extra, capped.scorer)))
     if jax.process_index() == 0:
-      print(tables(found[-1][1], length, "" if cap is None else f"retention cap {settings['retention_cap']}"))
+      print(tables(found[-1][1], length, "" if cap is None else f"retention cap {cap.tokens:g} tokens on {heads}"))
   if jax.process_index() == 0:
     if len(found) > 1:
       print("\n" + sweep_table(found))

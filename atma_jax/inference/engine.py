@@ -555,7 +555,7 @@ def _cast(state: nnx.State, config: ModelConfig) -> nnx.State:
   """The parameters with those in the activation dtype that the model would cast to it in every call."""
   dtype = jnp.dtype(config.activation_dtype)
   return nnx.from_flat_state([
-    (path, p.replace(p[...].astype(dtype)) if p.get_metadata("optimizer") in CAST else p)
+    (path, p.replace(p[...].astype(dtype)) if isinstance(p, nnx.Param) and p.get_metadata("optimizer") in CAST else p)
     for path, p in nnx.to_flat_state(state)])
 
 

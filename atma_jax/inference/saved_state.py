@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atma_jax.config import ModelConfig, UserError
+from atma_jax.config import Config, ModelConfig, UserError
 from atma_jax.models.cache import Cache
 
 SCHEMA = 1
@@ -97,9 +97,11 @@ def _read(path: str | os.PathLike, config: ModelConfig) -> tuple[np.ndarray, dic
     raise UserError(f"{path}: not a saved state, or damaged: {error}") from error
   except OSError as error:
     raise UserError(f"{path}: {error.strerror or error}") from error
-  if schema != SCHEMA or model != _identity(config):
-    different = [name for name, value in _identity(config).items() if model.get(name) != value]
-    raise UserError(f"{path}: the state of another model: it differs in {', '.join(different) or 'its schema'}")
+  if schema != SCHEMA:
+    raise UserError(f"{path}: a state of schema {schema}, not {SCHEMA}")
+  ours, theirs = _identity(config), _identity(Config.from_dict({"model": model}).model)  # a newer field has its default
+  if different := [name for name, value in ours.items() if theirs[name] != value]:
+    raise UserError(f"{path}: the state of another model: it differs in {', '.join(different)}")
   return tokens, dtypes, arrays
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import math
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,7 +29,7 @@ def half_life(log_gamma: np.ndarray) -> np.ndarray:
 def zero_input_half_lives(model: Atma) -> dict[int, np.ndarray]:
   """Half-lives (H,) of every layer with a memory, for the gate's bias alone: what a head does where its input says nothing."""
   return {layer: half_life(log_gamma if row is None else log_gamma[row]) for layer, row, memory in _memories(model)
-          for log_gamma in [np.asarray(memory.log_gamma(memory.gamma.bias[...]))]}
+          for log_gamma in [np.asarray(memory.log_gamma(jnp.asarray(np.asarray(memory.gamma.bias[...]))))]}
 
 
 def capped_heads(model: Atma, cap: RetentionCap) -> list[tuple[int, int]]:
@@ -60,12 +61,11 @@ def with_retention_cap(model: Atma, cap: RetentionCap | None) -> Atma:
       if hasattr(memory, "cap"):
         del memory.cap
       continue
-    bounds = [-math.log(2) / cap.tokens if (layer, head) in chosen else 0.0 for head in range(model.config.num_heads)]
-    if row is None:
-      memory.cap = LogGammaCap(jnp.asarray(bounds, jnp.float32))
-    else:
-      before = memory.cap[...] if row else jnp.zeros(memory.gamma.bias.shape, jnp.float32)
-      memory.cap = LogGammaCap(before.at[row].set(jnp.asarray(bounds, jnp.float32)))
+    bias = memory.gamma.bias[...]
+    bounds = np.zeros(bias.shape, np.float32) if not row else np.array(memory.cap[...])
+    bounds[... if row is None else row] = [-math.log(2) / cap.tokens if (layer, head) in chosen else 0.0
+                                           for head in range(model.config.num_heads)]
+    memory.cap = LogGammaCap(jax.device_put(bounds, bias.sharding))
   return model
 
 

@@ -113,6 +113,8 @@ class Plan:
       f"estimate             step {1e3 * self.step_seconds:.1f} ms or more, {self.tokens / self.step_seconds:,.0f} tokens/s or "
       f"less, MFU {100 * self.mfu:.0f} % or less",
     ]
+    if self.traffic.kernels:
+      lines.append(f"Pallas kernels       {self.traffic.kernels} a step")
     for kind, (count, moved) in sorted(self.traffic.collectives.items(), key=lambda item: -item[1][1]):
       lines.append(f"{kind:<20} {count:>6} a step, {moved / 2**20:,.1f} MiB a device")
     if self.traffic.network_bytes:
@@ -167,7 +169,10 @@ def _mesh(config: Config, topology: str, slices: int) -> Mesh:
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   try:
-    description = topologies.get_topology_desc(topology, "tpu", **({"num_slices": slices} if slices > 1 else {}))
+    options = {"num_slices": slices} if slices > 1 else {}
+    if set(re.findall(r"\d+", topology.partition(":")[2])) == {"1"}:
+      options["chips_per_host_bounds"] = (1, 1, 1)  # a host has several chips unless one is asked for
+    description = topologies.get_topology_desc(topology, "tpu", **options)
   except Exception as error:  # libtpu raises plain RuntimeErrors and ValueErrors of its own for either cause
     reason = re.sub(r"\s+", " ", str(error))[:160]
     if "libtpu" in reason or "Unable to initialize backend" in reason:

@@ -35,7 +35,7 @@ class Traffic:
   `collectives` maps a kind to how often it runs and the bytes that pass through a device: the whole buffer (what an
   all-gather makes, what a reduce-scatter takes), twice for an all-reduce; `network_bytes` are those a device sends to other
   slices, where the compiler has already cut a collective in one within a slice and one between them; `unknown_loops` counts
-  loops whose trip count is not a constant: their bodies are counted once.
+  loops whose trip count is not a constant: their bodies are counted once. `kernels` is how often Pallas kernels run.
   """
 
   flops: float
@@ -43,6 +43,7 @@ class Traffic:
   collectives: dict[str, tuple[int, float]]
   network_bytes: float
   unknown_loops: int
+  kernels: int
 
 
 @dataclasses.dataclass
@@ -65,22 +66,25 @@ def traffic(text: str) -> Traffic:
   runs, unknown = _runs(computations, entry)
   collectives: dict[str, tuple[int, float]] = {}
   flops = memory = network = 0.0
+  kernels = 0
   for name, count in runs.items():
     sizes = {i.name: i.result for i in computations[name]}
-    channels = set()  # an asynchronous collective is spread over several fusions of one channel
+    channels = set()  # fused, an asynchronous collective is spread over several fusions of one channel
     for instruction in computations[name]:
       memory += count * _moved(instruction, sizes, computations)
       for part, shapes in _inside(instruction, sizes, computations):
         flops += count * _flops(part, shapes)
+        kernels += count * ('custom_call_target="tpu_custom_call"' in part.rest)
         kind = next((k for k in _COLLECTIVES if part.kind in (k, f"{k}-start")), None)
         channel = re.search(r"channel_id=(\d+)", part.rest)
-        if kind and (channel is None or channel[1] not in channels):
-          channels.add(channel[1] if channel else part.name)
+        if kind and (part is instruction or channel is None or channel[1] not in channels):
+          if part is not instruction and channel:
+            channels.add(channel[1])
           times, moved = collectives.get(kind, (0, 0.0))
           collectives[kind] = times + count, moved + count * PASSES.get(kind, 1) * _buffer(part, shapes)
         if part.kind == "send" and "megascale" in part.rest:
           network += count * sum(_arrays(shapes[part.operands[0]]))
-  return Traffic(flops, memory, collectives, network, unknown)
+  return Traffic(flops, memory, collectives, network, unknown, kernels)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:

@@ -33,9 +33,9 @@ CONFIG = Config(data=DataConfig(sequence_length=TRAINING, batch_size=8), model=M
 
 
 def make_inputs(config: Config = CONFIG) -> Inputs:
-  graphdef, params = nnx.split(Atma(config.model, rngs=nnx.Rngs(0)), nnx.Param)
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(config.model, rngs=nnx.Rngs(0))), nnx.Param)
   rng = np.random.default_rng(1)
-  model = nnx.merge(graphdef, jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape) * 0.2, p.dtype), params))
+  model = nnx.merge(graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.3, p.dtype), params))
   mesh = make_mesh(devices=jax.devices()[:1])
   scorer = Scorer(model, mesh, cap=15.0, batch_tokens=512, chunk=16)
   documents = [rng.integers(0, 256, n).astype(np.int32) for n in (60, 52, 47, 46)]

@@ -56,7 +56,7 @@ def direct(logits_of):
   return score
 
 
-@pytest.mark.parametrize("arguments", [{"batch_size": 1}, {"batch_size": 3}, {"batch_size": "auto", "batch_tokens": 256},
+@pytest.mark.parametrize("arguments", [{"batch_size": 1}, {"batch_size": "auto", "batch_tokens": 256},
                                        {"batch_size": "2", "prefill_chunk": 32}], ids=str)
 def test_scores_equal_a_direct_computation(model, direct, arguments):
   """Whatever the batch size, the padding and the pieces."""

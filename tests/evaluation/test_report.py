@@ -69,7 +69,7 @@ def test_one_page_with_nothing_from_elsewhere(page):
 def test_the_latest_record_counts_and_checkpoints_stay_apart():
   """Measured twice, the later one; caps, steps and directories of one name are runs of their own."""
   first, second = record("a", "loss", "document_loss", 256, 3.0), record("a", "loss", "document_loss", 256, 2.0, {"trials": 9})
-  capped = record("a", "loss", "document_loss", 256, 1.0, {"retention_cap": {"tokens": 256.0, "heads": "worst"}})
+  capped = record("a", "loss", "document_loss", 256, 1.0, {"retention_cap": "256 tokens, heads 2:1"})
   other = first | {"checkpoint": "/elsewhere/a"}
   runs = group([first, second, capped, other])
   assert [run.records[0]["value"] for run in runs] == [2.0, 1.0, 3.0]

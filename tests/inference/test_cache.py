@@ -18,6 +18,7 @@ from atma_jax.models.cache import Cache, nbytes
 from atma_jax.ops import cached_attention, streaming
 from atma_jax.ops.gated_delta import reference
 from atma_jax.ops.gated_delta.step import gated_delta_step
+from atma_jax.pytorch import from_state_dict, model_config, read_state_dict
 
 TINY = ModelConfig(vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48,
                    block_pattern=("local", "global"), activation_dtype="float32")
@@ -107,6 +108,19 @@ def test_the_ops_of_the_full_pass_fill_an_empty_cache(name, x64):
     rest = TOKENS[[row, row], count : count + 16]
     after, _ = in_chunks(extend, cache.take(np.array([row, row])), rest, [rest.shape[1]], 16)
     np.testing.assert_allclose(after[0], full[row, count : count + 16], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["polar_mem1", "polar_mem0", "nope_mem1", "rope_mem1"])
+def test_published_checkpoints_in_chunks(name, golden, x64):
+  """Cached, they give the logits that the published code gives in float64."""
+  folder = golden.folder / f"checkpoint_{name}_win0"
+  expected = golden(f"checkpoint_{name}_win0/expected.npz")
+  tensors = read_state_dict(folder / "weights.pt")
+  config = model_config(folder / "config.json", tensors)
+  config.activation_dtype = config.param_dtype = "float64"
+  extend, tokens = extender(from_state_dict(tensors, config)), expected["tokens"].astype(np.int32)
+  logits, _ = in_chunks(extend, Cache.create(config, 2, 70), tokens, [16, 9, 16, 13, 16], 16)
+  np.testing.assert_allclose(logits, expected["logits"], atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["polar-published"])

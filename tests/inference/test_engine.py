@@ -115,8 +115,9 @@ def test_a_long_prompt_lets_others_decode(engine):
   second = engine.submit([2], dataclasses.replace(GREEDY, max_tokens=60))
   assert engine.step() == []  # what the first stride has given is looked at after the second has begun
   long = engine.submit(np.arange(100, dtype=np.int32), GREEDY)
-  before = engine.prefilled
+  before, rows = engine.prefilled, jax.tree.leaves(engine._rows)
   pieces = engine.step()
+  assert all(leaf.is_deleted() for leaf in rows)  # the device writes where it read: nothing of a row exists twice
   assert {piece.request for piece in pieces} == {first, second}
   assert engine.prefilled == before + 32 and engine.counts == {"waiting": 0, "prefilling": 1, "decoding": 2}
   assert engine.cancel(long).finish_reason == "cancelled" and engine.counts["prefilling"] == 0

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 
 from atma_jax.config import Config, MemoryConfig, ModelConfig, RetentionCap, UserError
+from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.inference.engine import Engine
+from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache
 from atma_jax.models.memory import Memory
 from atma_jax.models.retention import capped_heads, half_life, with_retention_cap, zero_input_half_lives
 
-TINY = ModelConfig(vocab_size=31, num_layers=6, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=24,
+TINY = ModelConfig(vocab_size=257, num_layers=6, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=24,
                    block_pattern=("global", "local"), activation_dtype="float32")  # 3 groups; memories in 0, 2, 4
-TOKENS = np.random.default_rng(0).integers(0, 31, (2, 21)).astype(np.int32)
+TOKENS = np.random.default_rng(0).integers(0, 257, (2, 21)).astype(np.int32)
 
 
 def memory_of(**changes) -> Memory:
@@ -28,9 +31,14 @@ def memory_of(**changes) -> Memory:
 
 def random_model(config: ModelConfig = TINY, seed: int = 1) -> Atma:
   """Nothing is zero, and gates say something."""
-  graphdef, params = nnx.split(Atma(config, rngs=nnx.Rngs(0)), nnx.Param)
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), nnx.Param)
   rng = np.random.default_rng(seed)
   return nnx.merge(graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.3, p.dtype), params))
+
+
+@nnx.jit
+def hidden(model: Atma) -> jax.Array:
+  return model.hidden(TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +116,7 @@ def test_cap_bounds_the_chosen_heads_and_no_other(model, heads, chosen):
 
 
 def gates_by_hand(model: Atma, cap: RetentionCap) -> Atma:
-  """A model of three separate layers whose gates of capped heads are constants, set by kernel and bias."""
+  """A model whose gates of capped heads are constants, set by kernel and bias."""
   chosen = capped_heads(model, cap)
   graphdef, state = nnx.split(model)
   model = nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
@@ -123,24 +131,35 @@ def gates_by_hand(model: Atma, cap: RetentionCap) -> Atma:
 @pytest.mark.parametrize("scan", [True, False])
 def test_capped_model_is_the_model_with_those_gates(scan):
   """A cap far below every runtime half-life of its heads makes their gates that constant; scanned and inlined."""
-  model = random_model(dataclasses.replace(TINY, scan=scan))
-  cap = RetentionCap(0.05, "2:1,4:0")
-  expected = gates_by_hand(model, cap).hidden(TOKENS)
-  np.testing.assert_allclose(with_retention_cap(model, cap).hidden(TOKENS), expected, rtol=1e-4, atol=1e-4)
-  assert not np.allclose(model.hidden(TOKENS), expected, atol=1e-2)
+  model = random_model(dataclasses.replace(TINY, scan=scan, num_layers=4))
+  cap = RetentionCap(0.05, "2:1,0:0")
+  expected = hidden(gates_by_hand(model, cap))
+  np.testing.assert_allclose(hidden(with_retention_cap(model, cap)), expected, rtol=1e-4, atol=1e-4)
+  assert not np.allclose(hidden(model), expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, num_layers=5, memory=MemoryConfig(max_half_life=4.0))])
-def test_decoding_obeys(config):
-  """Chunked prefill and single steps equal the full pass, capped and bounded; 5 layers: a tail too."""
-  model = with_retention_cap(random_model(config), RetentionCap(2.0))
-  full = model.hidden(TOKENS)
+def test_decoding_obeys():
+  """Prefill and single steps equal the full pass, with a bound on all heads and a cap on some; 5 layers: a tail too."""
+  config = dataclasses.replace(TINY, num_layers=5, memory=MemoryConfig(max_half_life=4.0))
+  model = with_retention_cap(random_model(config), RetentionCap(1.0, "0:0,2:1,4:1"))
+  full = hidden(model)
   extend = nnx.jit(lambda model, tokens, cache: model.extend(tokens, cache))
   cache, parts = Cache.create(config, 2, 32), []
-  for piece in (TOKENS[:, :13], TOKENS[:, 13:19], TOKENS[:, 19:20], TOKENS[:, 20:]):
+  for piece in (TOKENS[:, :19], TOKENS[:, 19:20], TOKENS[:, 20:]):
     out, cache = extend(model, piece, cache)
     parts.append(out)
   np.testing.assert_allclose(jnp.concatenate(parts, 1), full, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_obeys(model):
+  """The engine continues a prompt as the capped model's own full pass would, which is not as the model without a cap."""
+  capped = with_retention_cap(model, RetentionCap(0.05))
+  prompt = [int(token) for token in TOKENS[0, :16]]
+  engine = Engine(capped, ByteTokenizer(), rows=1, capacity=32, chunk=16, stride=2)
+  tokens = list(engine.generate([prompt], [Sampling(max_tokens=3, temperature=0.0)])[0].tokens)
+  logits = nnx.jit(lambda model, tokens: model(tokens))
+  expected, free = (np.argmax(logits(m, np.asarray([prompt + tokens]))[0, 15:-1], -1).tolist() for m in (capped, model))
+  assert tokens == expected != free
 
 
 def test_no_cap_costs_nothing(model):

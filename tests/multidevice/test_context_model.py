@@ -85,7 +85,7 @@ def test_scores_of_any_length_equal_one_device():
     with jax.default_matmul_precision("highest"):
       losses, = scorer.losses(rows)
       (at, predictions), = scorer.at_positions(rows, positions)
-    assert axes == {} or not any(gathered(compiled, 24) for compiled in scorer._compiled.values())
+    assert axes == {} or not any(gathered(compiled, 24) for compiled, _ in scorer._compiled.values())
     return losses, at, predictions
 
   for one, several in zip(scores(), scores(data=2, context=4), strict=True):
