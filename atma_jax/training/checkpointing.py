@@ -240,7 +240,8 @@ def save_model(workdir: str | os.PathLike, config: Config, model: Atma, tokenize
   """Writes a step of parameters alone, as `load_model` reads it; a run cannot be resumed from it.
 
   Raises:
-    UserError: there are checkpoints already, or the directory cannot be written.
+    UserError: there are checkpoints already, or the directory cannot be made.
+    RunError: several attempts to write it failed.
   """
   if (absolute(workdir) / FOLDER).exists():
     raise UserError(f"--output={workdir}: holds checkpoints already; name another directory")

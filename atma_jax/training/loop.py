@@ -255,6 +255,9 @@ def _check_divides(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def _data_directory(config: Config, workdir: str) -> pathlib.Path:
+  if config.train.profile_start is not None and is_remote(workdir):
+    raise UserError(f"config.train.profile_start={config.train.profile_start}: profiles need a --workdir on a file system, not "
+                    f"{workdir}")
   if config.data.directory:
     return pathlib.Path(config.data.directory).absolute()
   if is_remote(workdir):

@@ -72,9 +72,15 @@ async def full(self, *args, **options):
     raise OSError(28, "No space left on device")
   return await original(self, *args, **options)
 ocp.PyTreeCheckpointHandler.async_save = full
+# The other process gives up waiting soon, and afterwards waits as long as it does outside this test.
 from orbax.checkpoint._src.multihost import multihost
-multihost._DEFAULT_BARRIER_TIMEOUT = 5
-checkpointing.WRITE_SECONDS = 30
+usual = multihost._DEFAULT_BARRIER_TIMEOUT, checkpointing.WRITE_SECONDS
+multihost._DEFAULT_BARRIER_TIMEOUT, checkpointing.WRITE_SECONDS = 5, 10
+failed = checkpointing.Checkpointer._failed
+def patient(self, *arguments):
+  multihost._DEFAULT_BARRIER_TIMEOUT, checkpointing.WRITE_SECONDS = usual
+  failed(self, *arguments)
+checkpointing.Checkpointer._failed = patient
 """
 
 
