@@ -16,7 +16,6 @@ from absl import flags
 
 from atma_jax import cli
 from atma_jax.ablation import grid, jobs, report, sweep
-from atma_jax.ablation.cell_process import run_cell
 from atma_jax.ablation.worker import FAILED, PREEMPTED, Worker, cell_command
 from atma_jax.config import Config, UserError
 
@@ -29,6 +28,7 @@ _LIST = flags.DEFINE_bool("list", False, "Print the cell ids and end.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory of the sweep, shared by all workers.")
 _CELLS = flags.DEFINE_list("cells", [], "Only these cell ids.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Cells side by side on this machine, each a process.", lower_bound=1)
+_GPUS = flags.DEFINE_list("gpus", [], "GPU ids; every cell sees one of them, e.g. --gpus=0,1,2,3 --parallel=4.")
 _RETRY = flags.DEFINE_bool("retry_failed", False, "Try the cells again that failed.")
 _REPORT = flags.DEFINE_bool("report", False, "Only write the report over what is done.")
 _JOBS = flags.DEFINE_enum("jobs", None, tuple(jobs.LAUNCHERS), "Submit one job a cell.")
@@ -44,6 +44,7 @@ _RUN_CELL = flags.DEFINE_string("run_cell", None, "Of the worker's own use: the 
 
 def main() -> int:
   if _RUN_CELL.value:
+    from atma_jax.ablation.cell_process import run_cell  # JAX is for the cells' processes: a worker touches no device
     return cli.EXIT_PREEMPTED if run_cell(_RUN_CELL.value) == PREEMPTED else 0
   axes, exclude = grid.preset(_PRESET.value) if _PRESET.value else ([], ())
   axes += [grid.parse_axis(text, cli.parse_field) for text in _AXIS.value]
@@ -59,12 +60,14 @@ def main() -> int:
   directory = pathlib.Path(_OUTPUT.value)
   evaluation = sweep.Evaluation(tuple(_SUITE.value), cli.whole_numbers("multiples", _MULTIPLES.value), _TRIALS.value,
                                 _BATCH_TOKENS.value, _MIN_DOCUMENTS.value)
-  folders = sweep.chosen(sweep.create(directory, cells, evaluation) or sweep.find(directory), _CELLS.value, directory)
+  folders = sweep.chosen(cells or sweep.find(directory), _CELLS.value, directory)
+  folders = sweep.create(directory, folders, evaluation) if cells else folders
   if _JOBS.value:
     jobs.submit(_JOBS.value, folders, _OUTPUT.value, _LAUNCH.value, dry_run=_DRY_RUN.value)
     return 0
   outcome = None if _REPORT.value else Worker(
-    folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value).run()
+    folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value,
+    gpus=_GPUS.value).run()
   if outcome == PREEMPTED:
     return cli.EXIT_PREEMPTED
   if _REPORT.value or any(cell.done for cell in sweep.find(directory)):

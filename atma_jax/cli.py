@@ -3,7 +3,7 @@
 ``--config=FILE`` names a recipe, whose ``get_config()`` returns a `Config`; every field of `Config` is a flag of its
 own (``--config.model.attention=nope``) that overrides the recipe.
 
-Exit codes: 0 done, 2 bad input (one line, no traceback), 75 pre-empted after saving.
+Exit codes: 0 done, 1 something outside failed, 2 bad input (both one line, no traceback), 75 pre-empted after saving.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from atma_jax.config import Config, UserError, unknown_name
+from atma_jax.config import Config, RetentionCap, RunError, UserError, retention_cap, unknown_name
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
 
@@ -67,6 +68,13 @@ def define_config_flag(default: str | None = None) -> ConfigFlag:
   return ConfigFlag(default)
 
 
+def define_retention_flags() -> Callable[[], RetentionCap | None]:
+  """Defines ``--retention_cap`` and ``--retention_heads`` for a main; what is returned gives the cap they ask for."""
+  tokens = flags.DEFINE_float("retention_cap", None, "Half-life in tokens that the memory is held to; default is none.")
+  heads = flags.DEFINE_string("retention_heads", "all", "Heads held to it: all, worst, or LAYER:HEAD pairs such as 6:3,10:1.")
+  return lambda: retention_cap(tokens.value, heads.value)
+
+
 def load_recipe(path: str) -> Config:
   """What `get_config()` of the Python file `path` returns; `UserError` where there is no such thing."""
   if not pathlib.Path(path).is_file():
@@ -85,7 +93,10 @@ def load_recipe(path: str) -> Config:
 
 
 def run(main: Callable[[], int | None]) -> None:
-  """Parses flags, calls `main` and exits with its code; bad flags and `UserError` become one line and exit code 2."""
+  """Parses flags, calls `main` and exits with its code.
+
+  Bad flags and `UserError` become one line and exit code 2, `RunError` one line and exit code 1.
+  """
 
   def guarded(argv: list[str]) -> None:
     try:
@@ -94,6 +105,8 @@ def run(main: Callable[[], int | None]) -> None:
       code = main() or 0
     except UserError as error:
       bad_input(error)
+    except RunError as error:
+      _end(error, EXIT_FAILED)
     sys.exit(code)
 
   app.run(guarded, flags_parser=_parse)
@@ -133,8 +146,12 @@ def _unknown_field(name: str) -> str:
 
 def bad_input(error: Exception | str) -> typing.NoReturn:
   """Says what is wrong in one line and ends with exit code 2."""
+  _end(error, EXIT_BAD_INPUT)
+
+
+def _end(error: Exception | str, code: int) -> typing.NoReturn:
   print("error:", " ".join(str(error).split()), file=sys.stderr)
-  sys.exit(EXIT_BAD_INPUT)
+  sys.exit(code)
 
 
 def _leaves(owner: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

@@ -34,6 +34,11 @@ class UserError(Exception):
   """Bad input, told in one line that names the flag, field or file and what is legal. Mains exit with code 2."""
 
 
+class RunError(Exception):
+  """Something outside the program failed for good (storage, another process), in one line. Mains exit with code 1, on which
+  launchers try again."""
+
+
 @dataclasses.dataclass(unsafe_hash=True)  # modules keep it as a static attribute
 class MemoryConfig:
   """Gated-delta memory."""
@@ -199,6 +204,41 @@ class Config:
     """Inverse of `to_dict`. Unknown fields raise `UserError`; one that an older version had not yet gets its default,
     which is why the default of every new field must be what was done before it existed."""
     return _from_dict(cls, values, "config")
+
+
+@dataclasses.dataclass(frozen=True)
+class RetentionCap:
+  """A bound of `tokens` on the half-lives of `heads` at inference (`models.retention`); no part of a model's configuration.
+
+  `heads` is "all", "worst" (the head with the longest zero-input half-life) or ``LAYER:HEAD,...``, counted from 0.
+  """
+
+  tokens: float
+  heads: str = "all"
+
+  def __post_init__(self):
+    if not 0 < self.tokens < math.inf:
+      raise UserError(f"--retention_cap={self.tokens}: must be a half-life in tokens, greater than 0")
+    self.pairs()
+
+  def pairs(self) -> tuple[tuple[int, int], ...] | None:
+    """The (layer, head) pairs of a list of heads, or None where `heads` is a word."""
+    if self.heads in ("all", "worst"):
+      return None
+    try:
+      return tuple((int(layer), int(head)) for layer, head in (part.split(":") for part in self.heads.split(",")))
+    except ValueError as error:
+      raise UserError(f"--retention_heads={self.heads}: must be all, worst or LAYER:HEAD pairs such as 6:3,10:1") from error
+
+  def __str__(self) -> str:
+    return f"{self.tokens:g} ({self.heads})"
+
+
+def retention_cap(tokens: float | None, heads: str) -> RetentionCap | None:
+  """The cap that ``--retention_cap`` and ``--retention_heads`` ask for; None for no tokens."""
+  if tokens is None and heads != "all":
+    raise UserError(f"--retention_heads={heads}: says which heads --retention_cap=TOKENS holds; it is missing")
+  return None if tokens is None else RetentionCap(tokens, heads)
 
 
 def unknown_name(kind: str, name: str, legal: typing.Iterable[str]) -> str:

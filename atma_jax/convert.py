@@ -22,6 +22,7 @@ _INPUT = flags.DEFINE_string("input", None, "A published checkpoint (weights.pt 
 _OUTPUT = flags.DEFINE_string("output", None, "A new directory.")
 _FORMAT = flags.DEFINE_enum("format", None, ("atma", *FORMATS), "Default: atma for a published input, pytorch for ours.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json or SentencePiece .model; default is the input's own.")
+_EMA = flags.DEFINE_boolean("ema", False, "Take the moving average of the weights (config.train.ema_decay).")
 _STEP = flags.DEFINE_integer("step", None, "Step of a training workdir; default is the newest good one.")
 
 
@@ -33,13 +34,13 @@ def main() -> None:
     raise UserError(f"--input={_INPUT.value}: no such directory")
   started = time.perf_counter()
   if is_published(_INPUT.value):
-    if _STEP.value:
-      raise UserError(f"--step={_STEP.value}: a published checkpoint has one step, 0")
+    if _STEP.value or _EMA.value:
+      raise UserError("--step, --ema: a published checkpoint has one step, 0, and no average")
     (config, model, tokenizer), step = read_published(_INPUT.value, _TOKENIZER.value), 0
   else:
     if _TOKENIZER.value is not None:
       raise UserError("--tokenizer: a training workdir holds the tokenizer it was trained with; leave it out")
-    config, model, tokenizer, step = load_model(_INPUT.value, _STEP.value)
+    config, model, tokenizer, step = load_model(_INPUT.value, _STEP.value, ema=_EMA.value)
   kind = _FORMAT.value or ("atma" if is_published(_INPUT.value) else "pytorch")
   if kind == "atma":
     save_model(_OUTPUT.value, config, model, tokenizer, step)

@@ -2,9 +2,8 @@
 
     python -m atma_jax.evaluate --checkpoint=DIR --suite=loss,needle --output=DIR [--multiples=1,2,4,8] [--report]
 
-Appends ``results.jsonl``, prints a table, draws PNG plots. Run again, it computes only what is not recorded yet. With
-``--report`` it also writes ``report.html``, of everything in ``results.jsonl`` and in the files of ``--compare``; without a
-``--checkpoint`` it only does that.
+Appends ``results.jsonl``, prints a table, draws PNG plots. Run again, it computes only what is not recorded yet. ``--report``
+writes ``report.html`` too, of all in ``results.jsonl`` and the files of ``--compare``; without a ``--checkpoint`` only that.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import typing
-from typing import Any
 
 from absl import flags
 
 from atma_jax import cli
 from atma_jax.config import UserError
+from atma_jax.distributed import DistributedFlags
 from atma_jax.evaluation.options import BabilongOptions, Options
 from atma_jax.evaluation.report import write_report
 from atma_jax.evaluation.runner import evaluate
@@ -25,7 +24,7 @@ from atma_jax.evaluation.runner import evaluate
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_boolean}
 
 
-def _define(owner: type, prefix: str) -> dict[str, tuple[Any, flags.FlagHolder]]:
+def _define(owner: type, prefix: str) -> dict[str, tuple[typing.Any, flags.FlagHolder]]:
   """A flag for each field; of a tuple, its elements' type and the flag of a list."""
   defined = {}
   for field in dataclasses.fields(owner):
@@ -41,15 +40,16 @@ def _define(owner: type, prefix: str) -> dict[str, tuple[Any, flags.FlagHolder]]
   return defined
 
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where results.jsonl, the plots and the report go.")
 _REPORT = flags.DEFINE_boolean("report", False, "Write OUTPUT/report.html.")
 _COMPARE = flags.DEFINE_list("compare", [], "More results.jsonl files, for the report.")
+_DISTRIBUTED = DistributedFlags()
 _OPTIONS = _define(Options, "")
 _BABILONG = _define(BabilongOptions, "babilong_")
 
 
-def _value(kind: type | None, flag: flags.FlagHolder) -> Any:
+def _value(kind: type | None, flag: flags.FlagHolder) -> typing.Any:
   if kind is None:
     return flag.value
   try:
@@ -63,11 +63,14 @@ def main() -> None:
     raise UserError("--output=DIR is required")
   if not _CHECKPOINT.value and not _REPORT.value:
     raise UserError("--checkpoint=DIR is required")
+  if _COMPARE.value and not _REPORT.value:
+    raise UserError(f"--compare={','.join(_COMPARE.value)}: is for --report")
   options = Options(**{name: _value(*defined) for name, defined in _OPTIONS.items()})
   babilong = BabilongOptions(**{name: _value(*defined) for name, defined in _BABILONG.items()})
+  _DISTRIBUTED.initialize()
   if _CHECKPOINT.value:
     evaluate(_CHECKPOINT.value, _OUTPUT.value, options, babilong)
-  if _REPORT.value:
+  if _REPORT.value and _DISTRIBUTED.first:
     write_report([pathlib.Path(_OUTPUT.value) / "results.jsonl", *map(pathlib.Path, _COMPARE.value)],
                  pathlib.Path(_OUTPUT.value) / "report.html")
 

@@ -2,76 +2,77 @@
 
     python -m atma_jax.generate --checkpoint=DIR --prompt="def main(" [--max_tokens=128 --temperature=0.8 --top_p=0.95]
     python -m atma_jax.generate --checkpoint=DIR --prompts_file=FILE > completions.jsonl
+    python -m atma_jax.generate --checkpoint=DIR --prompt_file=BOOK --save_state=STATE; ... --load_state=STATE --prompt=QUESTION
 
-A single prompt is streamed to the terminal; a file holds a prompt a line and gives a JSON line for each, in order.
+A single prompt is streamed to the terminal; a file of prompts holds one a line and gives a JSON line for each, in order.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
-import sys
-import time
 
 from absl import flags
+import jax
+import numpy as np
 
 from atma_jax import cli
-from atma_jax.config import DTYPES, UserError
+from atma_jax.config import UserError
+from atma_jax.inference.console import complete_all, read_lines, read_text, stream_one
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
+from atma_jax.inference.saved_state import stored_tokens
+from atma_jax.models.cache import CACHE_DTYPES
+from atma_jax.models.retention import with_retention_cap
 from atma_jax.training.checkpointing import load_model
 
-_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean,
-           tuple: flags.DEFINE_multi_string}
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
+_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, tuple: flags.DEFINE_multi_string}
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
 _EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; empty starts a document.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File whose text is continued.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A prompt a line.")
+_LOAD_STATE = flags.DEFINE_string("load_state", None, "File of --save_state, whose prompt comes before the one given.")
+_SAVE_STATE = flags.DEFINE_string("save_state", None, "File that gets the state after the prompt.")
 _SAMPLING = {field.name: _DEFINE[type(field.default)](field.name, field.default, field.metadata["help"])
              for field in dataclasses.fields(Sampling)}
 _ROWS = flags.DEFINE_integer("rows", 8, "Prompts of a file decoded at once.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
+_FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.")
 _STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at the text.", lower_bound=1)
-_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, DTYPES, "Of keys and values; default is the model's.")
+_CAP = cli.define_retention_flags()
+_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Of keys and values; default is the model's.")
 
 
 def main() -> None:
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint=DIR is required")
-  if (_PROMPT.value is None) == (_PROMPTS_FILE.value is None):
-    raise UserError("--prompt=TEXT or --prompts_file=FILE is required, and only one of them")
+  given = [flag for flag in (_PROMPT, _PROMPT_FILE, _PROMPTS_FILE) if flag.value is not None]
+  if len(given) != 1:
+    raise UserError("--prompt=TEXT, --prompt_file=FILE or --prompts_file=FILE is required, and only one of them")
+  if given[0] is _PROMPTS_FILE and (_LOAD_STATE.value or _SAVE_STATE.value):
+    raise UserError("--load_state and --save_state: of one prompt, so not with --prompts_file")
   sampling = Sampling(**{name: tuple(flag.value) if name == "stop" else flag.value for name, flag in _SAMPLING.items()})
-  prompts = [_PROMPT.value]
-  if _PROMPTS_FILE.value is not None:
-    try:
-      prompts = pathlib.Path(_PROMPTS_FILE.value).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f"--prompts_file={_PROMPTS_FILE.value}: {error}") from error
-    if not prompts:
-      raise UserError(f"--prompts_file={_PROMPTS_FILE.value}: holds no line; a prompt a line is needed")
-  _, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value)
-  longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
-  engine = Engine(model, tokenizer, rows=min(_ROWS.value, len(prompts)), chunk=_CHUNK.value,
-                  capacity=1 << (longest + sampling.max_tokens).bit_length(), stride=_STRIDE.value,
-                  cache_dtype=_CACHE_DTYPE.value)
-  times = [time.perf_counter()]
-  if _PROMPTS_FILE.value is None:
-    for piece in engine.stream(prompts, sampling):
-      print(piece.text, end="", flush=True)
-      times += [time.perf_counter()] * (piece.token is not None)
-    print()
-    first = times[: engine.stride + 1]  # with prefill and compilation
-    print(f"{len(first) - 1} tokens after {first[-1] - first[0]:.2f} s, then {len(times) - len(first)} in "
-          f"{times[-1] - first[-1]:.2f} s", file=sys.stderr)
-  else:
-    seeds = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(len(prompts))]
-    completions = engine.generate(prompts, seeds)
-    for prompt, completion in zip(prompts, completions):
-      print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}))
-    seconds, count = time.perf_counter() - times[0], sum(len(completion.tokens) for completion in completions)
-    print(f"{count} tokens in {seconds:.2f} s with compilation: {count / seconds:.1f} tokens/s", file=sys.stderr)
+  prompts = [_PROMPT.value] if given[0] is _PROMPT else [read_text("prompt_file", _PROMPT_FILE.value)] if (
+    given[0] is _PROMPT_FILE) else read_lines("prompts_file", _PROMPTS_FILE.value)
+  config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value)
+  before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
+  longest = len(before) + max(len(tokenizer.encode(prompt)) for prompt in prompts)
+  rows = -(-min(_ROWS.value, len(prompts)) // jax.device_count()) * jax.device_count()  # split over all devices
+  capacity = 1 << (longest + sampling.max_tokens).bit_length()
+  engine = Engine(with_retention_cap(model, _CAP()), tokenizer, rows=rows, capacity=capacity, chunk=_CHUNK.value, prefixes=1,
+                  first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value, cache_dtype=_CACHE_DTYPE.value)
+  if _LOAD_STATE.value:
+    engine.load(_LOAD_STATE.value)
+  if given[0] is _PROMPTS_FILE:
+    return complete_all(engine, prompts, sampling)
+  prompt = np.concatenate([before, tokenizer.encode(prompts[0])])
+  if len(prompt) == len(before) > 0:
+    raise UserError("--load_state: needs a prompt of at least one token that goes on from it")
+  prompt = engine.check(prompt, sampling)
+  if _SAVE_STATE.value:
+    engine.save(_SAVE_STATE.value, prompt)
+  return stream_one(engine, prompt, sampling)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ def main() -> None:
     parser.execute(parser.parse_args())
   except UserError as error:
     bad_input(error)
+  except ValueError as error:
+    if not str(error).startswith("Tasks not found"):
+      raise
+    bad_input(f"--tasks: {error}; `ls tasks` lists those of the harness, --include_path=DIR adds your own")
 
 
 if __name__ == "__main__":

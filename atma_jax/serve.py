@@ -17,12 +17,14 @@ from atma_jax.config import UserError
 from atma_jax.inference.engine import Engine, rows_within
 from atma_jax.inference.openai_protocol import Limits
 from atma_jax.models.cache import CACHE_DTYPES
+from atma_jax.models.retention import with_retention_cap
 from atma_jax.sharding import make_mesh
 from atma_jax.training.checkpointing import load_model
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
+_EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is every one.")
 _PORT = flags.DEFINE_integer("port", 8000, "0 takes a free one, which the log names.", lower_bound=0, upper_bound=65535)
 _MODEL_NAME = flags.DEFINE_string("model_name", None, "Name clients ask for; default is that of the recipe.")
@@ -36,6 +38,7 @@ _STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at
 _PREFIXES = flags.DEFINE_integer("prefixes", 4, "Prompts whose state is kept for those that go on from them.", lower_bound=0)
 _LOGPROBS = flags.DEFINE_integer("max_logprobs", 5, "Likeliest tokens a request may ask for.", lower_bound=0)
 _PROMPT_LOGPROBS = flags.DEFINE_boolean("prompt_logprobs", True, "Serve echo with logprobs, which scores prompts.")
+_CAP = cli.define_retention_flags()
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share a copy of the model; the others split the rows.", lower_bound=1)
 _LIMITS = {field.name: _DEFINE[type(field.default)](field.name, field.default, field.metadata["help"])
            for field in dataclasses.fields(Limits)}
@@ -53,7 +56,8 @@ def main() -> int:
   except ValueError as error:
     raise UserError(f"--tensor={_TENSOR.value}: {error}") from error
   listener = listen(_HOST.value, _PORT.value)
-  config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh)
+  config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh, ema=_EMA.value)
+  model = with_retention_cap(model, _CAP())
   options = {"capacity": _CAPACITY.value, "prefixes": _PREFIXES.value, "cache_dtype": _CACHE_DTYPE.value}
   rows = _ROWS.value
   if _CACHE_GIB.value is not None:

@@ -1,7 +1,8 @@
 """Trains a recipe: ``python -m atma_jax.train --config=configs/quickstart.py --workdir=DIR [--config.FIELD=VALUE ...]``.
 
 Prepares the data if the working directory holds none, resumes the newest good checkpoint if there is one, and says that
-it is done when there is nothing left. Exit codes: 0 done, 2 bad input, 75 pre-empted after saving.
+it is done when there is nothing left. Programs compiled once are kept in ``WORKDIR/xla_cache``, so that a restart does not
+compile again. Exit codes: 0 done, 1 a failure that a restart may mend, 2 bad input, 75 pre-empted after saving.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from absl import flags
 from atma_jax import cli
 from atma_jax.config import UserError
 from atma_jax.distributed import DistributedFlags
+from atma_jax.training.compilation_cache import use_compilation_cache
 from atma_jax.training.loop import PREEMPTED, train
 
 _CONFIG = cli.define_config_flag()
 _DISTRIBUTED = DistributedFlags()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and prepared data go.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and prepared data go; checkpoints and metrics may "
+                               "go to gs://BUCKET/PATH.")
+_CACHE = flags.DEFINE_string("compilation_cache", "auto", "Directory of compiled programs; auto: JAX_COMPILATION_CACHE_DIR where "
+                             "that is set, else WORKDIR/xla_cache; off: none.")
 
 
 def main() -> int:
@@ -23,6 +28,7 @@ def main() -> int:
     raise UserError("--workdir=DIR is required: where checkpoints, metrics and prepared data go")
   config = _CONFIG.value
   _DISTRIBUTED.initialize()
+  use_compilation_cache(_CACHE.value, _WORKDIR.value)
   return cli.EXIT_PREEMPTED if train(config, _WORKDIR.value) == PREEMPTED else 0
 
 

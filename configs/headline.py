@@ -9,7 +9,8 @@ One model, trained and evaluated to 128 times its training length:
 The main contrast, two seeds (12 cells), and the whole grid (27 cells a seed: cores, memory, bound on retention, start):
 
   python -m atma_jax.ablate --config=configs/headline.py --output=runs/headline --seeds=0,1 \
-    --axis model.attention=polar,nope,rope --axis model.memory.enabled=true,false --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
+    --axis model.attention=polar,nope,rope --axis model.memory.enabled=true,false \
+    --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
   python -m atma_jax.ablate --config=configs/headline.py --output=runs/grid --seeds=0,1 --preset=headline \
     --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
 

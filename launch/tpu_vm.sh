@@ -27,7 +27,7 @@ options
   --queued                     the TPU is a queued resource (every command)
   --slices=N                   the queued resource has N slices (every command; 1)
   --network=NAME, --subnetwork=NAME, --service-account=EMAIL     create
-  --nfs=SERVER:/EXPORT         setup: mounts it at /mnt/atma on every worker, for checkpoints and data that all see
+  --nfs=SERVER:/EXPORT         setup: mounts it at /mnt/atma on every worker, for data (and checkpoints) that all see
   --worker=N                   logs: which worker (0)
   --dry-run                    prints the commands, runs none
 Example: launch/tpu_vm.sh launch --name=atma --zone=us-east5-b --accelerator=v6e-16 --spot --queued \
@@ -181,7 +181,7 @@ start() {  # training argument...
   local training
   # shellcheck disable=SC2088  # expanded over there
   training="~/atma_venv/bin/python -m atma_jax.train --distributed=cloud_tpu $(quoted "$@")"
-  everywhere "cd atma_jax; export JAX_COMPILATION_CACHE_DIR=~/atma_compilation_cache; nohup launch/run.sh --generation=$generation -- $training >>~/atma_jax.log 2>&1 </dev/null & echo \$! >~/atma_jax.pid"
+  everywhere "cd atma_jax; nohup launch/run.sh --generation=$generation -- $training >>~/atma_jax.log 2>&1 </dev/null & echo \$! >~/atma_jax.pid"
 }
 
 follow() {

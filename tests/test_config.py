@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import pathlib
+
+import jax
 import pytest
 
+from atma_jax.cli import load_recipe
 from atma_jax.config import Config, UserError
+from atma_jax.training.state import ModelDefinition
 
 
 def test_stored_configuration_comes_back():
@@ -24,3 +30,17 @@ def test_a_field_this_version_does_not_have_is_named():
   values["model"]["atention"] = "polar"
   with pytest.raises(UserError, match=r"'atention'.*did you mean 'attention'"):
     Config.from_dict(values)
+
+
+@pytest.mark.parametrize(("recipe", "millions"), [("atma_378m", 378.22), ("atma_7b", 7094.85)])
+def test_recipes_have_the_size_they_state(recipe, millions):
+  config = load_recipe(str(pathlib.Path(__file__).parent.parent / "configs" / f"{recipe}.py")).validate()
+  definition = ModelDefinition(config.model)
+  shapes = jax.eval_shape(definition.init, jax.random.key(0)).values()
+  assert sum(math.prod(shape.shape) for shape in shapes) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_the_7b_recipe_trains_twenty_tokens_a_parameter():
+  config = load_recipe(str(pathlib.Path(__file__).parent.parent / "configs" / "atma_7b.py")).validate()
+  tokens = config.train.steps * config.data.batch_size * config.data.sequence_length
+  assert tokens == pytest.approx(20 * 7.09485e9, rel=0.01)

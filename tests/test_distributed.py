@@ -128,6 +128,15 @@ def test_no_cluster_around(monkeypatch, capsys):
     "error: the processes cannot find each other: coordinator_address should be defined.\n")
 
 
+def test_alone_everything_agreed_is_ones_own():
+  """One process hears itself, and its errors come out as they are."""
+  assert distributed.exchange("said") == ["said"] and distributed.from_first("said") == "said"
+  with pytest.raises(KeyError), distributed.agreed():
+    raise KeyError("own")
+  assert distributed.attempt(lambda: None) == ""
+  assert distributed.attempt(pathlib.Path("/proc/none").read_text).startswith("FileNotFoundError: ")
+
+
 def test_alone(monkeypatch):
   """Nothing in the environment, or "off": the process stays alone."""
   tpu = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES")

@@ -64,9 +64,10 @@ def test_core_pins_no_accelerator():
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_constraints_pin_every_dependency(python):
-  """Every core and development dependency has one exact version, inside its range."""
+  """Every core, serving and development dependency has one exact version, inside its range."""
   pinned = pins(python)
-  for group in (PROJECT["dependencies"], PROJECT["optional-dependencies"]["dev"]):
+  extras = PROJECT["optional-dependencies"]
+  for group in (PROJECT["dependencies"], extras["dev"], extras["serve"]):
     for name, requirement in requirements(group, python).items():
       assert name in pinned
       (pin,) = pinned[name].specifier

@@ -16,6 +16,7 @@ from absl import logging
 import jax
 
 from atma_jax.ablation.sweep import CellFolder, write_json
+from atma_jax.ablation.worker import PARENT_VARIABLE
 from atma_jax.config import DataConfig, UserError
 from atma_jax.data.manifest import MANIFEST
 from atma_jax.data.prepare import prepare
@@ -23,8 +24,6 @@ from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.runner import evaluate
 from atma_jax.models import count_parameters
 from atma_jax.training.loop import DONE, train
-
-PARENT_VARIABLE = "ATMA_ABLATE_PARENT"  # process id of the worker, with which its cells end
 
 
 def run_cell(path: str | os.PathLike) -> str:

@@ -53,7 +53,7 @@ class Setting:
 
   @property
   def name(self) -> str:
-    return " ".join(value if axis == "attention" else f"{axis}={value}" for axis, value in self.labels) or "base"
+    return " ".join(value if axis == "attention" else f"{axis}={value}" for axis, value in self.labels if value) or "base"
 
 
 def interval(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -80,6 +80,23 @@ class CellFolder:
     """What `result.json` says, or None."""
     return json.loads((self.path / "result.json").read_text()) if self.done else None
 
+  def progress(self) -> tuple[float, float | None]:
+    """The share of the training that is done, and the seconds that all of it takes at the last speed, if known."""
+    try:
+      with (self.path / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+        lines = file.read().splitlines()
+    except FileNotFoundError:
+      return 0.0, None
+    steps = self.describe()["config"]["train"]["steps"]
+    for line in reversed(lines):
+      try:
+        record = json.loads(line)
+        return record["step"] / steps, record["seconds_per_step"] * steps
+      except (ValueError, KeyError):  # being written, or a record of validation
+        continue
+    return 0.0, None
+
   def failure(self) -> dict[str, Any] | None:
     """What `failed.json` says, or None."""
     try:
@@ -132,8 +149,8 @@ def find(directory: pathlib.Path) -> list[CellFolder]:
   return [CellFolder(path.parent) for path in sorted((directory / "cells").glob("*/cell.json"))]
 
 
-def chosen(cells: Sequence[CellFolder], ids: Sequence[str], directory: pathlib.Path) -> list[CellFolder]:
-  """The cells of these ids, or all where none is named; `UserError` where there is no such cell."""
+def chosen(cells: Sequence[Any], ids: Sequence[str], directory: pathlib.Path) -> list[Any]:
+  """The cells (of a grid, or their folders) of these ids, or all where none is named; `UserError` where there is no such cell."""
   known = {cell.id: cell for cell in cells}
   if not known:
     raise UserError(f"--output={directory}: holds no cells; give a grid: --config=RECIPE with --preset or --axis")

@@ -18,13 +18,13 @@ import time
 
 from absl import logging
 
-from atma_jax.ablation.cell_process import PARENT_VARIABLE
 from atma_jax.ablation.claims import Claim, Claims
 from atma_jax.ablation.sweep import CellFolder
-from atma_jax.training.loop import PREEMPTED
 
-FINISHED, FAILED = "finished", "failed"  # all cells done, or none left but such that failed
+FINISHED, FAILED, PREEMPTED = "finished", "failed", "preempted"  # all done; done but for what failed; told to end
+PARENT_VARIABLE = "ATMA_ABLATE_PARENT"  # process id of the worker, with which its cells end
 _POLL_SECONDS = 0.2
+_LOOK_SECONDS = 2.0  # between two looks for a cell to start, unless one just ended
 _REPORT_SECONDS = 60.0
 _KILLED_AFTER = 600.0  # seconds that a cell has to save after SIGTERM
 _EXIT_PREEMPTED = 75
@@ -37,6 +37,7 @@ class _Running:
   claim: Claim
   process: subprocess.Popen
   started: float
+  gpu: str | None
 
 
 class Worker:
@@ -47,15 +48,16 @@ class Worker:
     command: ``command(folder)`` is the command line that runs a cell; it exits with 0, 75 (pre-empted) or another code (failed).
     parallel: cells at a time.
     retry_failed: try the cells again, once, that had failed before this worker started.
+    gpus: ids of which every cell sees one, the one that fewest use; none leaves them as they are.
   """
 
   def __init__(self, cells: Sequence[CellFolder], command: Callable[[CellFolder], list[str]], *, parallel: int = 1,
-               retry_failed: bool = False):
-    self._cells, self._command, self._parallel = list(cells), command, parallel
+               retry_failed: bool = False, gpus: Sequence[str] = ()):
+    self._cells, self._command, self._parallel, self._gpus = list(cells), command, parallel, gpus
     self._claims, self._running = Claims(), []
     self._retry = {c.id: c.failure()["attempt"] for c in self._cells if retry_failed and c.failure()}
     self._terminated = threading.Event()
-    self._reported = time.monotonic()
+    self._reported, self._looked = time.monotonic(), -_LOOK_SECONDS
 
   def run(self) -> str:
     """Returns `FINISHED`, `FAILED` or `PREEMPTED`."""
@@ -72,10 +74,12 @@ class Worker:
     self._report()
     while not self._terminated.is_set():
       self._reap()
-      while len(self._running) < self._parallel and not self._terminated.is_set() and self._start_one():
-        pass
-      if not self._running and not self._waits():
-        break
+      if time.monotonic() - self._looked >= _LOOK_SECONDS and len(self._running) < self._parallel:
+        while len(self._running) < self._parallel and not self._terminated.is_set() and self._start_one():
+          pass
+        self._looked = time.monotonic()
+        if not self._running and not self._waits():
+          break
       if time.monotonic() - self._reported > _REPORT_SECONDS:
         self._report()
       self._terminated.wait(_POLL_SECONDS)
@@ -101,15 +105,20 @@ class Worker:
         claim.release()
         continue
       folder.forget_failure()
-      self._running.append(_Running(folder, claim, self._spawn(folder), time.monotonic()))
+      used = [running.gpu for running in self._running]
+      gpu = min(self._gpus, key=used.count, default=None)
+      self._running.append(_Running(folder, claim, self._spawn(folder, gpu), time.monotonic(), gpu))
       logging.info("%s: started, log %s", folder.id, folder.path / "log.txt")
       return True
     return False
 
-  def _spawn(self, folder: CellFolder) -> subprocess.Popen:
+  def _spawn(self, folder: CellFolder, gpu: str | None) -> subprocess.Popen:
     environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}
-    if self._parallel > 1:
-      environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{_MEMORY_SHARE / self._parallel:.3f}")
+    if gpu is not None:
+      environment["CUDA_VISIBLE_DEVICES"] = gpu
+    together = -(-self._parallel // max(len(self._gpus), 1))
+    if together > 1:
+      environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{_MEMORY_SHARE / together:.3f}")
     with (folder.path / "log.txt").open("ab") as log:
       return subprocess.Popen(self._command(folder), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                               env=environment, start_new_session=True)
@@ -135,6 +144,7 @@ class Worker:
         running.folder.fail(error, code)
         logging.error("%s: failed after %s: %s", running.folder.id, duration(seconds), error)
       running.claim.release()
+      self._looked = -_LOOK_SECONDS
       self._report()
 
   def _stop(self) -> str:
@@ -152,22 +162,26 @@ class Worker:
     return any(not self._claims.beating(c.path) for c in self._open() if self._claims.owner(c.path))
 
   def _report(self) -> None:
-    """One line: what is done, what runs, and an ETA from the cells done so far."""
+    """One line: what is done, what runs, and an ETA."""
     self._reported = time.monotonic()
     done = [c for c in self._cells if c.done]
     failed = [c.id for c in self._cells if c.failure()]
     left = self._open()
-    owners = {c.id: self._claims.owner(c.path) for c in left}
-    running = sum(owner is not None for owner in owners.values())
-    seconds = [result["seconds"] for c in done if (result := c.result())]
-    eta = "unknown"
-    if seconds and running:
-      eta = duration(sum(seconds) / len(seconds) * len(left) / running)
-    elif not left:
-      eta = duration(0)
-    logging.info("%d of %d cells done, %d running, %d failed%s  ETA %s", len(done), len(self._cells), running, len(failed),
-                 f" ({', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}; --retry_failed tries again)" if failed else "",
-                 eta)
+    running = sum(self._claims.owner(c.path) is not None for c in left)
+    names = f" ({', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}; --retry_failed tries again)" if failed else ""
+    logging.info("%d of %d cells done, %d running, %d failed%s  ETA %s", len(done), len(self._cells), running, len(failed), names,
+                 _eta(done, left, running))
+
+
+def _eta(done: Sequence[CellFolder], left: Sequence[CellFolder], running: int) -> str:
+  """From the cells done, or else from the speed of training; what running cells have trained counts as done."""
+  if not left:
+    return duration(0)
+  progress = [c.progress() for c in left]
+  seconds = [c.result()["seconds"] for c in done] or [seconds for _, seconds in progress if seconds]
+  if not seconds or not running:
+    return "unknown"
+  return duration(sum(seconds) / len(seconds) * sum(1 - fraction for fraction, _ in progress) / running)
 
 
 def cell_command(main: str) -> Callable[[CellFolder], list[str]]:

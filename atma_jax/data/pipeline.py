@@ -8,7 +8,7 @@ the run was interrupted, so the state is the index of the next sequence, and see
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import os
 import pathlib
 from typing import Any
@@ -47,22 +47,21 @@ class TokenWindows:
 
 
 class TrainingData:
-  """Iterator over training batches, {"tokens": (batch_size / process_count, T + 1) int32}, without end.
+  """Iterator over training batches, {"tokens": (rows, T + 1) int32}, without end.
 
-  Process p of n gets rows [p B / n, (p + 1) B / n) of every global batch. `get_state` counts what was handed out, not
-  what was read ahead.
+  Part p of n is the rows [p B / n, (p + 1) B / n) of every global batch; a process reads the `parts` that its devices
+  hold, one after the other. `get_state` counts what was handed out, not what was read ahead.
   """
 
-  def __init__(self, config: DataConfig, directory: str | os.PathLike, *, process_index: int = 0,
-               process_count: int = 1):
-    if config.batch_size % process_count:
-      raise UserError(f"config.data.batch_size={config.batch_size}: must be a multiple of {process_count} processes")
+  def __init__(self, config: DataConfig, directory: str | os.PathLike, *, parts: Sequence[int] = (0,), part_count: int = 1):
+    if config.batch_size % part_count:
+      raise UserError(f"config.data.batch_size={config.batch_size}: must be a multiple of {part_count} parts")
     directory = pathlib.Path(directory)
     self.manifest = load_manifest(directory)
     check_settings(self.manifest.settings, settings_of(config), directory)
     self.tokenizer = load_prepared_tokenizer(directory, self.manifest)
     self._config = config
-    self._process = (process_index, process_count)
+    self._parts, self._part_count = _coarsest(parts, part_count)
     self._sequences = _mixed_sequences(config, directory, self.manifest.train, self.tokenizer.vocab_size)
     self._fingerprint = self.manifest.fingerprint
     self._next_sequence = 0
@@ -97,11 +96,24 @@ class TrainingData:
       self._batches = None
 
   def _open(self) -> grain.DatasetIterator:
-    index, count = self._process
+    count = self._part_count
     rows = self._sequences[self._next_sequence:]  # without end, so there is no remainder
-    batches = rows.batch(self._config.batch_size // count, drop_remainder=True)[index::count]
+    split = rows.batch(self._config.batch_size // count, drop_remainder=True)
+    batches = split[self._parts[0]::count]
+    if len(self._parts) > 1:
+      end = len(split) // count * count  # of the same length, as far as there is one
+      batches = grain.experimental.ZipMapDataset([split[part:end:count] for part in self._parts]).map(np.concatenate)
     threads = min(_READ_THREADS, self._config.prefetch)
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, self._config.prefetch)))
+
+
+def _coarsest(parts: Sequence[int], count: int) -> tuple[list[int], int]:
+  """The same rows in as few and large parts as possible."""
+  parts = list(parts)
+  while len(parts) > 1 and count % 2 == 0 and len(parts) % 2 == 0 and all(
+      a % 2 == 0 and b == a + 1 for a, b in zip(parts[::2], parts[1::2])):
+    parts, count = [part // 2 for part in parts[::2]], count // 2
+  return parts, count
 
 
 def _mixed_sequences(config: DataConfig, directory: pathlib.Path, records: list[dict[str, Any]],

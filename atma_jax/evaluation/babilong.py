@@ -43,6 +43,7 @@ from atma_jax.sharding import named_sharding
 _SHORTEST_BATCH = 32  # tokens a row
 _CHUNK = 512  # time steps whose logits exist at once
 _ROWS, _ROWS_TOKENS = 8, 65_536  # decoded at once: so many rows, or tokens of cache
+_PASS = 2048  # prompt tokens in a pass
 _SEED = 0x6261
 
 
@@ -186,19 +187,25 @@ def answers(model: Atma, tokenizer: Tokenizer, examples: Sequence[Example], mesh
   """
   most = max(len(e.answer) for e in examples) + 4
   capacity = 1 << (max(len(e.prompt) for e in examples) + most - 1).bit_length()
-  rows = max(1, min(_ROWS, _ROWS_TOKENS // capacity, len(examples)))
+  parts = math.prod(mesh.shape[axis] for axis in named_sharding(mesh, ("batch",)).spec[0])
+  rows = -(-max(1, min(_ROWS, _ROWS_TOKENS // capacity, len(examples))) // parts) * parts
   needed = nbytes(jax.eval_shape(lambda: Cache.create(model.config, rows + 1, capacity)))
   free = available_bytes(mesh.devices.flat[0])
   if free is not None and 2 * needed > free:
     raise OutOfMemory(f"decoding at {capacity} tokens needs {2 * needed / 2**30:.2f} GiB, {free / 2**30:.2f} are free")
   texts = [""] * len(examples)
   with memory_errors(), jax.set_mesh(mesh):
-    engine = Engine(model, tokenizer, rows=rows, capacity=capacity)
+    engine = Engine(model, tokenizer, rows=rows, capacity=capacity, chunk=chunk_for(capacity))
     for piece in engine.stream([e.prompt for e in examples], Sampling(max_tokens=most, temperature=0.0)):
       texts[piece.request] += piece.text
       if piece.finish_reason is not None:
         progress(len(examples[piece.request].prompt))
   return texts
+
+
+def chunk_for(capacity: int) -> int:
+  """Prompt tokens in a pass of an engine of this capacity: a power of two."""
+  return 1 << (min(_PASS, capacity).bit_length() - 1)
 
 
 def _cell(inputs: Inputs, options: BabilongOptions, task: str, length: str, tuned: Callable[[], Atma],

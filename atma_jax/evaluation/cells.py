@@ -26,14 +26,14 @@ class Cell:
 
   Attributes:
     label: for the progress bar.
-    expected: the (measure, length) of everything that `run` measures.
+    expected: the (measure, length), or (measure, length, layer, head), of everything that `run` measures.
     settings: what the numbers depend on besides the checkpoint; JSON-ready. Equal settings mean equal cells.
     tokens: processed by `run`.
     run: computes the cell.
   """
 
   label: str
-  expected: tuple[tuple[str, int], ...]
+  expected: tuple[tuple[Any, ...], ...]
   settings: dict[str, Any]
   tokens: int
   run: Callable[[Progress], list[Measurement]]

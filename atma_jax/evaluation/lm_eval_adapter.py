@@ -20,6 +20,8 @@ import numpy as np
 import tqdm
 
 from atma_jax.config import UserError, unknown_name
+from atma_jax.evaluation.babilong import chunk_for
+from atma_jax.evaluation.runner import at_full_context
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
@@ -47,23 +49,24 @@ class AtmaLM(TemplateLM):
     chunk: time steps whose logits exist at once.
     prefill_chunk: most tokens of a row in one pass.
     fsdp, tensor: devices along these axes of the mesh; the others take rows.
+    ema: the moving average of the weights (config.train.ema_decay) instead of the weights.
+    keep_window: keep the attention window of training; else every token is seen.
     tokenizer: not read here: tasks that make their own text to a length (RULER) take the name of a tokenizer from it.
-    device, max_batch_size: passed by the harness; must be left alone.
+    device, max_batch_size: passed by the harness, which has PyTorch in mind; jax takes the devices that it sees.
   """
 
   def __init__(self, checkpoint: str | None = None, step: int | None = None, batch_size: int | str = 1,
                max_length: int | None = None, max_gen_toks: int = 256, batch_tokens: int = 8192, chunk: int = 512,
-               prefill_chunk: int = 65_536, fsdp: int = 1, tensor: int = 1, tokenizer: str | None = None,
-               device: str | None = None, max_batch_size: int | None = None, **unknown: Any):
+               prefill_chunk: int = 65_536, fsdp: int = 1, tensor: int = 1, keep_window: bool = False, ema: bool = False,
+               tokenizer: str | None = None, device: str | None = None, max_batch_size: int | None = None, **unknown: Any):
     super().__init__()
     legal = ("checkpoint", "step", "max_length", "max_gen_toks", "batch_tokens", "chunk", "prefill_chunk", "fsdp", "tensor",
-             "tokenizer")
+             "keep_window", "ema", "tokenizer")
     for name in unknown:
       raise UserError(unknown_name("--model_args field", name, legal))
     if not checkpoint:
       raise UserError("--model_args: checkpoint=DIR is required")
-    if device is not None or max_batch_size is not None:
-      raise UserError("--device, --max_batch_size: not used here; jax takes all devices it sees (JAX_PLATFORMS chooses the kind)")
+    del device, max_batch_size, tokenizer
     self._batch_size = _batch_size(batch_size)
     for name, value in (("max_length", max_length), ("max_gen_toks", max_gen_toks), ("batch_tokens", batch_tokens),
                         ("chunk", chunk), ("prefill_chunk", prefill_chunk), ("fsdp", fsdp), ("tensor", tensor)):
@@ -73,7 +76,8 @@ class AtmaLM(TemplateLM):
       self._mesh = make_mesh(fsdp=fsdp, tensor=tensor)
     except ValueError as error:
       raise UserError(f"--model_args fsdp={fsdp},tensor={tensor}: {error}") from error
-    config, self._model, self._tokenizer, self.step = load_model(checkpoint, step, self._mesh)
+    config, model, self._tokenizer, self.step = load_model(checkpoint, step, self._mesh, ema=ema)
+    self._model = model if keep_window else at_full_context(model)
     self._limit, self._default_new_tokens, self._batch_tokens = max_length, max_gen_toks, batch_tokens
     self.scorer = Scorer(self._model, self._mesh, cap=config.model.logit_cap, batch_tokens=batch_tokens, chunk=chunk,
                          prefill_chunk=prefill_chunk)
@@ -145,8 +149,9 @@ class AtmaLM(TemplateLM):
     texts = [""] * len(requests)
     with tqdm.tqdm(total=len(requests), disable=disable_tqdm, desc="atma_jax generate_until") as bar, jax.set_mesh(self._mesh):
       for capacity, indices in sorted(jobs.items(), reverse=True):
-        rows = self._rows(capacity) if self._batch_size is not None else max(1, min(64, _MOST_CACHED // capacity))
-        engine = Engine(self._model, self._tokenizer, rows=rows, capacity=capacity)
+        rows = min(64, max(1, _MOST_CACHED // capacity)) if self._batch_size is None else self._batch_size
+        rows = -(-rows // self._devices) * self._devices
+        engine = Engine(self._model, self._tokenizer, rows=rows, capacity=capacity, chunk=chunk_for(capacity))
         for piece in engine.stream([prompts[i] for i in indices], [samplings[i] for i in indices]):
           texts[indices[piece.request]] += piece.text
           bar.update(piece.finish_reason is not None)

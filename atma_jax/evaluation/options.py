@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from atma_jax.config import UserError
+from atma_jax.config import RetentionCap, UserError, retention_cap
 
 
 def _option(default: Any, description: str) -> Any:
@@ -53,19 +53,37 @@ class Options:
   seed: int = _option(0, "Of needles and fine-tuning.")
   batch_tokens: int = _option(8192, "Tokens in a device's batch.")
   chunk: int = _option(512, "Time steps whose logits exist at once.")
-  prefill_chunk: int = _option(65_536, "Most tokens of a row in one pass; longer rows are read piece by piece.")
+  prefill_chunk: int = _option(65_536, "Most tokens of a row in one pass; longer rows are read in pieces of up to 16384.")
   memory_gib: float | None = _option(None, "Most that a program may take on a device; default is what is free.")
   context: int = _option(1, "Devices over which a sequence is split; a divisor of all.")
   keep_window: bool = _option(False, "Keep the attention window of training; else every key is seen.")
+  retention_cap: float | None = _option(None, "Half-life in tokens that the memory is held to; default is none.")
+  retention_heads: str = _option("all", "Heads held to it: all, worst, or LAYER:HEAD pairs such as 6:3,10:1.")
+  retention_cap_sweep: tuple[str, ...] = _option((), "Caps to compare, each by itself, such as none,256,1024.")
   min_documents: int = _option(4, "Fewest documents as long as the longest length.")
+  max_documents: int | None = _option(None, "Held-out documents read, the longest first; default is all.")
   stream_windows: int = _option(8, "Windows of the longest length that are read of the validation stream.")
 
   def __post_init__(self):
     _require_positive(self, "", "trials", "retrieval_trials", "batch_tokens", "chunk", "prefill_chunk", "memory_gib",
-                      "min_documents", "stream_windows", "context")
+                      "min_documents", "max_documents", "stream_windows", "context")
     if not self.multiples or min(self.multiples) < 1:
       raise UserError(f"--multiples={','.join(map(str, self.multiples))}: must be whole numbers, each at least 1")
     if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):
       raise UserError(f"--depths={','.join(f'{d:g}' for d in self.depths)}: must be percentages from 0 to 100")
     if self.seed < 0 or self.bpb_span < 0:
       raise UserError(f"--seed={self.seed}, --bpb_span={self.bpb_span}: must be at least 0")
+    self.caps()
+
+  def caps(self) -> tuple[RetentionCap | None, ...]:
+    """The retention caps to evaluate under, each by itself; None leaves the memory as it is."""
+    if self.retention_cap_sweep and self.retention_cap is not None:
+      raise UserError("--retention_cap and --retention_cap_sweep: only one of them can be given")
+    if not self.retention_cap_sweep:
+      return (retention_cap(self.retention_cap, self.retention_heads),)
+    try:
+      return tuple(None if text == "none" else RetentionCap(float(text), self.retention_heads)
+                   for text in self.retention_cap_sweep)
+    except ValueError as error:
+      raise UserError(f"--retention_cap_sweep={','.join(self.retention_cap_sweep)}: must be half-lives in tokens or none, such "
+                      "as none,256,1024") from error

@@ -16,6 +16,7 @@ import pathlib
 from typing import Any
 
 from absl import logging
+import jax
 
 from atma_jax.config import UserError
 
@@ -24,15 +25,22 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """One number: `value` over `n` samples at a context of `length` tokens, with a standard error or an interval."""
+  """One number: `value` over `n` samples at a context of `length` tokens, with a standard error or an interval.
+
+  `layer` and `head`, counted from 0, say where in the model it was measured; `outlier`, whether it stands out by the rule of
+  its suite.
+  """
 
   measure: str
   length: int
-  value: float | None
+  value: float
   n: int
   standard_error: float | None = None
   interval: tuple[float, float] | None = None
-  bins: Sequence[dict[str, Any]] | None = None  # of a curve over positions
+  bins: Sequence[dict[str, Any]] | None = None  # of a curve over positions, of a distribution, or one a head
+  layer: int | None = None
+  head: int | None = None
+  outlier: bool | None = None
 
 
 def parse_records(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
@@ -50,10 +58,14 @@ def parse_records(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class ResultsFile:
-  """``results.jsonl``: the records of every run that named this file."""
+  """``results.jsonl``: the records of every run that named this file. Of several processes only the first writes it."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
+    self._writes = jax.process_index() == 0
+    if not self._writes:
+      self.records = []
+      return
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       with open(path, "a+b") as file:  # shows now, not after the first cell, whether it can be written
@@ -64,14 +76,19 @@ class ResultsFile:
     self._ends_in_newline = content.endswith(b"\n") or not content
     self.records = parse_records(content, path)
 
-  def find(self, identity: dict[str, Any], measure: str, length: int) -> dict[str, Any] | None:
+  def find(self, identity: dict[str, Any], measure: str, length: int, layer: int | None = None,
+           head: int | None = None) -> dict[str, Any] | None:
     """The latest record of `measure` at `length` whose fields equal those of `identity`; None where there is none."""
     wanted = {**identity, "measure": measure, "length": length}
-    return next((r for r in reversed(self.records) if all(k in r and r[k] == v for k, v in wanted.items())), None)
+    return next((r for r in reversed(self.records) if all(k in r and r[k] == v for k, v in wanted.items())
+                 and r.get("layer") == layer and r.get("head") == head), None)
 
   def append(self, records: Sequence[dict[str, Any]]) -> None:
     """Adds the records of one cell and syncs them to disk. Numbers that are not finite are written as null."""
     records = [_json_ready({"schema": SCHEMA, **record}) for record in records]
+    self.records += records
+    if not self._writes:
+      return
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     try:
       with open(self.path, "ab") as file:
@@ -81,7 +98,6 @@ class ResultsFile:
     except OSError as error:
       raise UserError(f"--output: cannot write {self.path}: {error.strerror or error}") from error
     self._ends_in_newline = True
-    self.records += records
 
 
 def _json_ready(value: Any) -> Any:

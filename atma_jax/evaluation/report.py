@@ -27,12 +27,14 @@ _NEEDLE = {"needle_accuracy": "digits right", "needle_exact": "all five right", 
 _GRID = {"retrieval_accuracy": "token accuracy", "retrieval_exact": "all five right"}
 _KEY = ("layer", "head")  # fields that tell records of one measure and length apart, besides these settings
 _SETTINGS = ("task", "haystack", "depth")
+_NEEDED = {"checkpoint": str, "step": int, "name": str, "suite": str, "settings": dict, "measure": str, "length": int, "n": int,
+           "config": dict, "hardware": str, "jax": str, "training_length": int}
 _WORST = 12  # heads listed
 
 
 @dataclasses.dataclass
 class Run:
-  """What was measured of one checkpoint step, under one retention cap: the latest record of everything."""
+  """What was measured of one checkpoint step, in one way of running it: the latest record of everything."""
 
   label: str
   records: list[Record]
@@ -57,6 +59,10 @@ def write_report(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
       raise UserError(f"--report: cannot read {path}: {error.strerror or error}") from error
     if not found:
       raise UserError(f"--report: {path} holds no results")
+    for record in found:
+      wrong = [name for name, kind in _NEEDED.items() if not isinstance(record.get(name), kind)]
+      if wrong or not isinstance(record.get("value", ""), int | float | None):
+        raise UserError(f"--report: {path}: a record of {record.get('measure')!r} has no legal {(wrong or ['value'])[0]}")
     records += found
   try:
     target.write_text(render(records), encoding="utf-8")
@@ -83,17 +89,25 @@ def group(records: Iterable[Record]) -> list[Run]:
   """Runs in the order of their first record. Of what was measured more than once, with whatever options, the latest counts."""
   grouped: dict[tuple, dict[tuple, Record]] = {}
   for record in records:
-    run = record["checkpoint"], record["step"], str(record.get("retention_cap") or record["settings"].get("retention_cap") or "")
+    run = record["checkpoint"], record["step"], bool(record.get("ema")), record.get("window"), _cap(record)
     key = (record["suite"], record["measure"], record["length"], *(record.get(name) for name in _KEY),
            *(record["settings"].get(name) for name in _SETTINGS))
-    grouped.setdefault(run, {})[key] = record
+    grouped.setdefault(run, {}).pop(key, None)
+    grouped[run][key] = record
   runs = []
-  for (checkpoint, step, cap), latest in grouped.items():
-    label = f"{next(iter(latest.values()))['name']}, step {step}" + (f", cap {cap}" if cap else "")
+  for (checkpoint, step, ema, window, cap), latest in grouped.items():
+    window = "" if window is None else f", window {window}"
+    label = f"{next(iter(latest.values()))['name']}, step {step}" + ", EMA" * ema + window + cap
     if any(run.label == label for run in runs):
       label += f" ({pathlib.PurePath(checkpoint).name} {len(runs) + 1})"
     runs.append(Run(label, list(latest.values())))
   return runs
+
+
+def _cap(record: Record) -> str:
+  """The retention cap a record was measured under, in words; "" without one."""
+  cap = record["settings"].get("retention_cap")
+  return "" if cap is None else f", cap {cap}"
 
 
 def _image(svg: bytes, alt: str) -> str:
@@ -256,19 +270,25 @@ def _babilong(runs: Sequence[Run]) -> str:
 
 
 def _retention(runs: Sequence[Run]) -> str:
-  heads = [(run.label, title, r) for run in runs for measure, title in HALF_LIVES.items() for r in run.of(measure)
-           if r.get("status", "ok") == "ok"]
+  heads = [(run.label, title, r) for run in runs for measure, title in HALF_LIVES.items()
+           for r in _at_the_longest([r for r in run.of(measure) if r.get("status", "ok") == "ok"])]
   if not heads:
     return ""
   panels: dict[str, dict[str, list[float | None]]] = {}
   for label, title, record in heads:
     panels.setdefault(title, {}).setdefault(label, []).append(record["value"])
   heads.sort(key=lambda item: float("inf") if item[2]["value"] is None else item[2]["value"], reverse=True)
-  rows = [[label, kind, r.get("layer", ""), r.get("head", ""), "never" if r["value"] is None else f"{r['value']:,.0f}"]
-          for label, kind, r in heads[:_WORST]]
-  table = _table(["checkpoint", "half-life", "layer", "head", "tokens"], rows, "numbers")
+  rows = [[label, kind, r.get("layer", ""), r.get("head", ""), "never" if r["value"] is None else f"{r['value']:,.0f}",
+           "outlier" if r.get("outlier") else ""] for label, kind, r in heads[:_WORST]]
+  table = _table(["checkpoint", "half-life", "layer", "head", "tokens", ""], rows, "numbers")
   picture = _image(figures.half_life_histograms(panels), "half-lives of the memory's heads")
-  return f"{picture}<p>The longest half-lives, in tokens.</p>{table}"
+  return f"{picture}<p>The longest half-lives, in tokens; over text, the median at the longest length.</p>{table}"
+
+
+def _at_the_longest(records: Sequence[Record]) -> list[Record]:
+  """Records at the longest length there is of them."""
+  longest = max((r["length"] for r in records), default=0)
+  return [r for r in records if r["length"] == longest]
 
 
 def _diagnostics(runs: Sequence[Run]) -> str:

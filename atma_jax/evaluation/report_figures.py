@@ -69,11 +69,11 @@ def half_life_histograms(panels: Mapping[str, Mapping[str, Sequence[float | None
       axes.hist(where, edges, color=color, alpha=0.25)
       axes.hist(where, edges, color=color, histtype="step", linewidth=1.6, label=label)
     _heading(axes, title)
-    stride = max(1, (high - low) // 6)
-    ticks = list(range(low, high + 1, stride))
-    axes.set_xticks(ticks, [short_tokens(2.0**t) for t in ticks])
-    if any(v is None for heads in series.values() for v in heads):
-      axes.set_xticks([*ticks, high + 0.5], [*(short_tokens(2.0**t) for t in ticks), "never"])
+    endless = any(v is None for heads in series.values() for v in heads)
+    stride = max(1, math.ceil((high - low) / 6))
+    ticks = [t for t in range(low, high + 1, stride) if not endless or t <= high - stride / 2]
+    labels = [short_tokens(2.0**t) for t in ticks]
+    axes.set_xticks([*ticks, high + 0.5] if endless else ticks, [*labels, "never"] if endless else labels)
     axes.set_xlabel("half-life (tokens)")
     axes.yaxis.get_major_locator().set_params(integer=True)
   all_axes[0].set_ylabel("heads")
@@ -132,7 +132,8 @@ def _lines(axes: Axes, series: Series, scale: float = 1.0) -> None:
     records = sorted(records, key=lambda r: r["length"])
     value = np.array([np.nan if r["value"] is None else r["value"] for r in records]) * scale
     bounds = np.array([_bounds(r) for r in records]) * scale
-    axes.errorbar([max(r["length"], 1) for r in records], value, yerr=np.maximum(0, [value - bounds[:, 0], bounds[:, 1] - value]),
+    zero = _zero([r["length"] for records in series.values() for r in records])
+    axes.errorbar([r["length"] or zero for r in records], value, yerr=np.maximum(0, [value - bounds[:, 0], bounds[:, 1] - value]),
                   color=PALETTE[index % len(PALETTE)], marker=_MARKERS[index % len(_MARKERS)], markersize=5, linewidth=1.7,
                   elinewidth=1, capsize=2.5, label=label)
 
@@ -151,22 +152,33 @@ def _heading(axes: Axes, text: str) -> None:
 
 
 def _length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
-  """log2, with a tick at every length, or at a few powers of two where those are many."""
+  """log2, with ticks at lengths, or at powers of two where a curve starts at 1; 0 stands where half the least would."""
   axes.set_xscale("log", base=2)
-  ticks = sorted({max(n, 1) for n in lengths})
-  if len(ticks) > 7 or (ticks[0] == 1 and len(ticks) == 2):
-    low, high = math.ceil(math.log2(ticks[0])), math.floor(math.log2(ticks[-1]))
-    ticks = [2**p for p in range(low, high + 1, max(1, math.ceil((high - low + 1) / 7)))]
-  axes.set_xticks(ticks, [short_tokens(t) if t > 1 or min(lengths) == 1 else "0" for t in ticks])
+  zero = _zero(lengths)
+  places = sorted({float(n or zero) for n in lengths})
+  if 1 in lengths:
+    places = [2.0**p for p in range(math.floor(math.log2(max(lengths))) + 1)]
+  apart, ticks = max(0.9, math.log2(places[-1] / places[0]) / 6), []
+  for place in places:
+    if not ticks or math.log2(place / ticks[-1]) >= apart:
+      ticks.append(place)
+  axes.set_xticks(ticks, ["0" if 0 in lengths and t == zero else short_tokens(t) for t in ticks])
   axes.set_xticks([], minor=True)
-  axes.set_xlim(min(max(n, 1) for n in lengths) / 1.2, max(max(n, 1) for n in lengths) * 1.2)
+  axes.set_xlim(places[0] / 1.2, max(*places, *lengths) * 1.2)
   axes.set_xlabel(label)
+
+
+def _zero(lengths: Sequence[int]) -> float:
+  """Where on the axis the length 0 is shown."""
+  return min((n for n in lengths if n), default=2) / 2
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
   handles, labels = axes.get_legend_handles_labels()
   if labels:
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
+    width = 0.075 * max(map(len, labels)) + 0.7  # inches that the longest entry takes
+    columns = max(1, min(len(labels), 4, int(figure.get_figwidth() / width)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _svg(figure: Figure) -> bytes:

@@ -45,10 +45,11 @@ def available_bytes(device: jax.Device) -> int | None:
     free = int(fields["MemAvailable"].split()[0]) * 1024
   except (OSError, KeyError, ValueError):
     return None
-  try:  # a container may have less
-    limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    return min(free, int(limit) - int(used)) if limit != "max" else free
-  except (OSError, ValueError):
+  try:  # a container may have less; file pages in its cache are given up for the asking
+    limit, used, stat = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
+    cached = int(dict(line.split() for line in stat.splitlines())["inactive_file"])
+    return min(free, int(limit) - int(used) + cached) if limit.strip() != "max" else free
+  except (OSError, ValueError, KeyError):
     return free
 
 

@@ -13,26 +13,32 @@ from absl import logging
 import jax
 import tqdm
 
+from atma_jax import distributed
 from atma_jax.config import UserError, unknown_name
 from atma_jax.data.pipeline import heldout_documents, validation_stream
 from atma_jax.evaluation import plots
 from atma_jax.evaluation.babilong import babilong_cells
 from atma_jax.evaluation.bits_per_byte import bits_per_byte_cells
 from atma_jax.evaluation.cells import Cell, Inputs
+from atma_jax.evaluation.diagnostics import diagnostics_cells, diagnostics_table
 from atma_jax.evaluation.losses import loss_cells
 from atma_jax.evaluation.needle import needle_cells
 from atma_jax.evaluation.options import BabilongOptions, Options
 from atma_jax.evaluation.records import ResultsFile
 from atma_jax.evaluation.resources import OutOfMemory, code_version, hardware
+from atma_jax.evaluation.retention import retention_cells, retention_table
 from atma_jax.evaluation.retrieval import retrieval_cells
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.models import Atma
+from atma_jax.models.retention import capped_heads, with_retention_cap
 from atma_jax.sharding import make_mesh
 from atma_jax.training.checkpointing import load_model
 from atma_jax.training.state import ModelDefinition, params_of
 
 SUITES = {"loss": loss_cells, "needle": needle_cells, "retrieval": retrieval_cells, "bpb": bits_per_byte_cells,
-          "babilong": babilong_cells}
+          "babilong": babilong_cells, "retention": retention_cells, "diagnostics": diagnostics_cells}
+COLUMNS = ("document_loss", "stream_loss", "bits_per_byte", "needle_accuracy", "needle_exact", "needle_loss", "absent_accuracy",
+           "retrieval_accuracy", "retrieval_exact", "babilong_exact")  # of tables
 
 
 def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongOptions | None = None) -> list[dict[str, Any]]:
@@ -62,10 +68,12 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
                   prefill_chunk=options.prefill_chunk, memory_bytes=limit)
   length = config.data.sequence_length
   lengths = tuple(sorted({m * length for m in options.multiples}))
-  inputs = Inputs(scorer, tokenizer, [document[1:] for document in heldout_documents(directory)], validation_stream(directory),
-                  lengths, options.trials, options.seed, options.min_documents, options.stream_windows, config, model, mesh,
+  documents = [document[1:] for document in heldout_documents(directory)[:options.max_documents]]
+  inputs = Inputs(scorer, tokenizer, documents, validation_stream(directory), lengths, options.trials, options.seed,
+                  options.min_documents, options.stream_windows, config, model, mesh,
                   tuple(depth / 100 for depth in options.depths), options.bpb_span, babilong)
-  results = ResultsFile(pathlib.Path(output) / "results.jsonl")
+  with distributed.agreed():
+    results = ResultsFile(pathlib.Path(output) / "results.jsonl")
   common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
   if options.ema:
     common["ema"] = True
@@ -74,14 +82,26 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
   extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__, "code": code_version(),
            "hardware": hardware(), "limits": {"batch_tokens": options.batch_tokens, "chunk": options.chunk,
                                               "prefill_chunk": options.prefill_chunk, "memory_gib": options.memory_gib}}
-  cells = []
-  for suite in options.suite:
-    built = SUITES[suite](dataclasses.replace(inputs, trials=options.retrieval_trials) if suite == "retrieval" else inputs)
-    cells += [(suite, cell) for cell in built]
-  records = run_cells(cells, results, common, extra, scorer)
-  print(table(records, length))
-  _plot(records, pathlib.Path(output), f"{config.name}, step {step}", length)
-  return records
+  found = []
+  for cap in options.caps():
+    settings, capped = {}, inputs
+    if cap is not None:
+      heads = cap.heads if cap.heads == "all" else ",".join(f"{layer}:{head}" for layer, head in capped_heads(model, cap))
+      settings = {"retention_cap": {"tokens": cap.tokens, "heads": heads}}  # of "worst", the head it stands for
+      capped = dataclasses.replace(inputs, model=with_retention_cap(model, cap))
+      capped = dataclasses.replace(capped, scorer=scorer.of(capped.model))
+    cells = []
+    for suite in options.suite:
+      built = SUITES[suite](dataclasses.replace(capped, trials=options.retrieval_trials) if suite == "retrieval" else capped)
+      cells += [(suite, dataclasses.replace(cell, settings=cell.settings | settings)) for cell in built]
+    found.append((str(cap or "none"), run_cells(cells, results, common, extra, capped.scorer)))
+    if jax.process_index() == 0:
+      print(tables(found[-1][1], length, "" if cap is None else f"retention cap {cap.tokens:g} tokens on {heads}"))
+  if jax.process_index() == 0:
+    if len(found) > 1:
+      print("\n" + sweep_table(found))
+    _plot(found[0][1], pathlib.Path(output), f"{config.name}, step {step}", length)
+  return [record for _, records in found for record in records]
 
 
 def at_full_context(model: Atma) -> Atma:
@@ -95,13 +115,15 @@ def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: d
               scorer: Scorer) -> list[dict[str, Any]]:
   """The records of all cells, those found in the file and those measured now, each cell appended as soon as it is done."""
   records = []
-  with tqdm.tqdm(total=sum(cell.tokens for _, cell in cells), unit="tok", unit_scale=True, mininterval=1) as bar:
+  with tqdm.tqdm(total=sum(cell.tokens for _, cell in cells), unit="tok", unit_scale=True, mininterval=1,
+                 disable=jax.process_index() > 0) as bar:
     for suite, cell in cells:
       identity = {**common, "suite": suite, "settings": cell.settings}
-      found = [results.find(identity, measure, length) for measure, length in cell.expected]
+      found = [results.find(identity, *number) for number in cell.expected]
       bar.set_description(cell.label)
-      if all(record is not None and _is_final(record, extra) for record in found):
-        records += found
+      known = all(record is not None and _is_final(record, extra) for record in found)
+      if distributed.from_first(str(known)) == "True":  # only process 0 knows the file
+        records += filter(None, found)
         bar.update(cell.tokens)
         continue
       started, compiled, done = time.perf_counter(), scorer.compile_seconds, bar.n
@@ -110,10 +132,11 @@ def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: d
         measured = [dataclasses.asdict(m) | {"status": "ok"} for m in cell.run(bar.update)]
       except OutOfMemory as error:
         logging.warning("%s: out of memory: %s", cell.label, error)
-        gc.collect()  # what the cell held
-        measured = [{"measure": measure, "length": length, "value": None, "n": 0, "status": "out_of_memory",
-                     "reason": str(error)} for measure, length in cell.expected]
+        names = ("measure", "length", "layer", "head")
+        measured = [dict(zip(names, number)) | {"value": None, "n": 0, "status": "out_of_memory", "reason": str(error)}
+                    for number in cell.expected]
         bar.update(cell.tokens - (bar.n - done))
+      gc.collect()  # what a failed cell held
       seconds = max(time.perf_counter() - started - (scorer.compile_seconds - compiled), 1e-9)
       rate = {"tokens_per_second": round(cell.tokens / seconds, 1)} if measured[0]["status"] == "ok" else {}
       results.append([{**identity, **m, **extra, "seconds": round(seconds, 3), **rate,
@@ -129,21 +152,55 @@ def _is_final(record: dict[str, Any], extra: dict[str, Any]) -> bool:
   return record["hardware"] == extra["hardware"] and record["limits"] == extra["limits"]
 
 
+def tables(records: Sequence[dict[str, Any]], training_length: int, title: str = "") -> str:
+  """The tables of the suites that were run."""
+  measures = {record["measure"] for record in records}
+  parts = [title] if title else []
+  if measures & set(COLUMNS):
+    parts.append(table(records, training_length))
+  if any(measure.startswith("half_life") for measure in measures):
+    parts.append(retention_table(records))
+  if any(measure.startswith("residual") for measure in measures):
+    parts.append(diagnostics_table(records))
+  return "\n\n".join(parts)
+
+
+def sweep_table(results: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
+  """A block a measure: one line a length, one column a retention cap; means, as in `table`."""
+  lines = []
+  for measure in COLUMNS:
+    values: dict[tuple[str, int], list[float | None]] = {}
+    failed = set()
+    for name, records in results:
+      for record in records:
+        if record["measure"] == measure:
+          values.setdefault((name, record["length"]), []).append(record["value"])
+          if record.get("status", "ok") == "out_of_memory":
+            failed.add((name, record["length"]))
+    if values:
+      lines.append("  ".join([f"{measure:>18}", *(f"{f'cap {name}':>16}" for name, _ in results)]))
+      for length in sorted({length for _, length in values}):
+        lines.append("  ".join([f"{length:>18}", *(f"{_mean(values.get((name, length), []), (name, length) in failed):>16}"
+                                                     for name, _ in results)]))
+  return "\n".join(lines)
+
+
+def _mean(values: Sequence[float | None], out_of_memory: bool) -> str:
+  if None in values:
+    return "no memory" if out_of_memory else "not finite"
+  return f"{sum(values) / len(values):.4f}" if values else ""
+
+
 def table(records: Sequence[dict[str, Any]], training_length: int) -> str:
   """One line a length, one column a measure; the retrieval grid as means over its depths and haystacks."""
-  columns = [m for m in ("document_loss", "stream_loss", "bits_per_byte", "needle_accuracy", "needle_exact", "needle_loss",
-                         "absent_accuracy", "retrieval_accuracy", "retrieval_exact", "babilong_exact")
-             if any(r["measure"] == m for r in records)]
+  columns = [m for m in COLUMNS if any(r["measure"] == m for r in records)]
   values: dict[tuple[str, int], list[float | None]] = {}
+  failed = {(r["measure"], r["length"]) for r in records if r.get("status", "ok") == "out_of_memory"}
   for record in records:
     values.setdefault((record["measure"], record["length"]), []).append(record["value"])
   lines = ["  ".join(["  length", "     x", *(f"{c:>18}" for c in columns)])]
   for length in sorted({length for measure, length in values if measure in columns}):
-    cells = []
-    for column in columns:
-      found = values.get((column, length), [])
-      missing = "no memory" if found else ""
-      cells.append(missing if not found or None in found else f"{sum(found) / len(found):.4f}")
+    cells = [_mean(values.get((column, length), []), (column, length) in failed) for column in columns]
     lines.append("  ".join([f"{length:>8}", f"{length / training_length:>6g}", *(f"{c:>18}" for c in cells)]))
   return "\n".join(lines)
 

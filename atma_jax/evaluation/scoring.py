@@ -9,6 +9,7 @@ keys and values of the global blocks are left.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import copy
 import functools
 import math
 import time
@@ -25,7 +26,7 @@ from atma_jax.models.cache import Cache
 from atma_jax.ops import token_losses, token_predictions
 from atma_jax.sharding import named_sharding, parts
 
-_SMALLEST_PIECE = 128
+_PIECES = 128, 16_384  # least and most tokens of a piece, within which later keys are masked, not skipped
 
 
 class Scorer:
@@ -38,7 +39,7 @@ class Scorer:
     cap: soft cap of the logits.
     batch_tokens: most tokens of a device's batch, except that one row always fits.
     chunk: time steps whose logits exist at once.
-    prefill_chunk: most tokens of a row in one forward pass.
+    prefill_chunk: most tokens of a row that is taken in one forward pass.
     memory_bytes: most that a program may take on a device, besides the parameters; None is what is free there.
   """
 
@@ -56,6 +57,12 @@ class Scorer:
     self._parts = math.prod(mesh.shape[axis] for axis in self._rows_sharding.spec[0])
     self.compile_seconds = 0.0
     self.largest_program = 0  # bytes on a device, of those used since it was last set to 0
+
+  def of(self, model: nnx.Module) -> Scorer:
+    """A scorer of another model; programs are shared with those of models of the same structure."""
+    other = copy.copy(self)
+    other._graph, other._state = nnx.split(model)
+    return other
 
   @property
   def compilations(self) -> int:
@@ -164,18 +171,18 @@ class Scorer:
 
   def _pieces(self, length: int) -> Iterator[tuple[int, int]]:
     """Start and width of each piece: whole ones, and a rest whose width is the next power of two."""
-    for start in range(0, length, self._prefill_chunk):
-      rest = min(self._prefill_chunk, length - start)
-      yield start, min(self._prefill_chunk, max(_SMALLEST_PIECE, 1 << (rest - 1).bit_length()))
+    least, most = _PIECES[0], min(self._prefill_chunk, _PIECES[1])
+    for start in range(0, length, most):
+      yield start, min(most, max(least, 1 << (length - start - 1).bit_length()))
 
   def _cache(self, rows: int, length: int) -> Cache:
     """An empty cache for rows of this length, padding included, in one of eight sizes an octave."""
     needed = max(start + width for start, width in self._pieces(length))
     unit = max(1, (1 << (needed - 1).bit_length()) // 16)
-    make = functools.partial(Cache.create, self._config, rows, -(-needed // unit) * unit)
+    capacity = -(-needed // unit) * unit
+    make = functools.partial(Cache.create, self._config, rows, capacity)
     shardings = jax.tree.map(lambda leaf: self._sharding(leaf.ndim > 1), jax.eval_shape(make))
-    key = ("cache", rows, needed)
-    return self._run(key, lambda: jax.jit(make, out_shardings=shardings).lower().compile())
+    return self.run(("cache", rows, capacity), lambda: jax.jit(make, out_shardings=shardings).lower().compile())
 
   # --- Programs -------------------------------------------------------------------------------------------------------
 
@@ -213,9 +220,14 @@ class Scorer:
                      donate_argnums=1 if donate else ())
       return call.lower(self._state, *arguments).compile()
 
-    return self._run((function.__name__, *shapes), compile_, self._state, *arguments)
+    return self.run((function.__name__, self._graph, *shapes), compile_, self._state, *arguments)
 
-  def _run(self, key: tuple, compile_: Callable[[], jax.stages.Compiled], *arguments: Any) -> Any:
+  def run(self, key: tuple, compile_: Callable[[], jax.stages.Compiled], *arguments: Any) -> Any:
+    """The result of a program for these arguments, compiled where there is none of this key; the key's first entry names it.
+
+    Raises:
+      OutOfMemory: a device cannot hold what it takes.
+    """
     if key not in self._compiled:
       started = time.perf_counter()
       with jax.set_mesh(self._mesh):

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -26,6 +27,7 @@ import numpy as np
 from atma_jax.config import ModelConfig, UserError
 from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.inference.sampling import Knobs, Sampling, sample
+from atma_jax.inference.saved_state import load_state, save_state
 from atma_jax.inference.text import TextStream
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache, GlobalPast, nbytes
@@ -151,7 +153,7 @@ class Engine:
     self.tokenizer, self.capacity, self.chunk, self.stride = tokenizer, capacity, chunk, stride
     self.first_chunk, self.alternatives, self.scores_prompts = first_chunk, alternatives, prompt_logprobs
     self.config: ModelConfig = model.config
-    self._mesh = mesh
+    self._mesh, self._cache_dtype = mesh, cache_dtype
     self._graphdef, self._state = nnx.split(model)
     self._state = _cast(self._state, self.config)
     self._create = functools.partial(Cache.create, self.config, capacity=capacity, dtype=cache_dtype)
@@ -313,6 +315,19 @@ class Engine:
       self._kept[content] = self._copy(cache)
       while len(self._kept) > self._prefixes:
         self._kept.popitem(last=False)
+
+  def save(self, path: str | os.PathLike, prompt: str | Sequence[int]) -> None:
+    """Writes the state after a prompt to a file that `load` of any engine of this model and cache dtype takes."""
+    tokens = self.check(prompt, Sampling(max_tokens=1))
+    save_state(path, tokens, self.prefill(tokens), self.config)
+
+  def load(self, path: str | os.PathLike) -> np.ndarray:
+    """Keeps the state in a file, for prompts that go on from its tokens (n,), which are returned."""
+    if not self._prefixes:
+      raise UserError("prefixes=0: must be at least 1 to keep a loaded state")
+    tokens, cache = load_state(path, self.config, self.capacity, self._cache_dtype)
+    self.keep(tokens, cache if self._mesh is None else jax.device_put(cache, NamedSharding(self._mesh, PartitionSpec())))
+    return tokens
 
   def _start(self, tokens: np.ndarray) -> tuple[Cache, int]:
     """A state to go on from, and how many of the tokens it has seen."""
@@ -540,7 +555,7 @@ def _cast(state: nnx.State, config: ModelConfig) -> nnx.State:
   """The parameters with those in the activation dtype that the model would cast to it in every call."""
   dtype = jnp.dtype(config.activation_dtype)
   return nnx.from_flat_state([
-    (path, p.replace(p[...].astype(dtype)) if p.get_metadata("optimizer") in CAST else p)
+    (path, p.replace(p[...].astype(dtype)) if isinstance(p, nnx.Param) and p.get_metadata("optimizer") in CAST else p)
     for path, p in nnx.to_flat_state(state)])
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atma_jax.config import ModelConfig, UserError
+from atma_jax.config import Config, ModelConfig, UserError
 from atma_jax.models.cache import Cache
 
 SCHEMA = 1
@@ -51,6 +51,11 @@ def save_state(path: str | os.PathLike, tokens: np.ndarray, cache: Cache, config
     raise UserError(f"{path}: the state cannot be written: {error}") from error
 
 
+def stored_tokens(path: str | os.PathLike, config: ModelConfig) -> np.ndarray:
+  """The tokens (n,) that the state in a file comes after; raises as `load_state` does."""
+  return _read(path, config)[0]
+
+
 def load_state(path: str | os.PathLike, config: ModelConfig, capacity: int,
                dtype: str | None = None) -> tuple[np.ndarray, Cache]:
   """The tokens and the state of one row, in a cache of `capacity` and of keys and values in `dtype` as `Cache.create` makes.
@@ -58,18 +63,7 @@ def load_state(path: str | os.PathLike, config: ModelConfig, capacity: int,
   Raises:
     UserError: no such file, not a state, of another model, of other keys and values, or too long.
   """
-  try:
-    with np.load(path) as file:
-      arrays = {name: file[name] for name in file.files}
-    header = json.loads(arrays.pop("header").tobytes())
-    tokens, dtypes = arrays.pop("tokens"), header["dtypes"]
-  except OSError as error:
-    raise UserError(f"{path}: {error.strerror or error}") from error
-  except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise UserError(f"{path}: not a saved state, or damaged: {error}") from error
-  if header["schema"] != SCHEMA or header["model"] != _identity(config):
-    different = [name for name, value in _identity(config).items() if header["model"].get(name) != value]
-    raise UserError(f"{path}: the state of another model: it differs in {', '.join(different) or 'its schema'}")
+  tokens, dtypes, arrays = _read(path, config)
   if config.window is None and len(tokens) > capacity:
     raise UserError(f"{path}: holds {len(tokens)} tokens, more than the {capacity} that fit")
   cache = Cache.create(config, 1, capacity, dtype)
@@ -86,6 +80,29 @@ def load_state(path: str | os.PathLike, config: ModelConfig, capacity: int,
       array = ring
     restored[name] = jnp.asarray(array)
   return tokens, _with_arrays(cache, restored)
+
+
+def _read(path: str | os.PathLike, config: ModelConfig) -> tuple[np.ndarray, dict[str, str], dict[str, np.ndarray]]:
+  """Tokens, dtypes and bits of every array."""
+  try:
+    with pathlib.Path(path).open("rb") as raw:
+      if not zipfile.is_zipfile(raw):
+        raise ValueError("no archive of arrays")
+      raw.seek(0)
+      with np.load(raw) as file:
+        arrays = {name: file[name] for name in file.files}
+    header = json.loads(arrays.pop("header").tobytes())
+    tokens, dtypes, model, schema = arrays.pop("tokens"), header["dtypes"], header["model"], header["schema"]
+  except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise UserError(f"{path}: not a saved state, or damaged: {error}") from error
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror or error}") from error
+  if schema != SCHEMA:
+    raise UserError(f"{path}: a state of schema {schema}, not {SCHEMA}")
+  ours, theirs = _identity(config), _identity(Config.from_dict({"model": model}).model)  # a newer field has its default
+  if different := [name for name, value in ours.items() if theirs[name] != value]:
+    raise UserError(f"{path}: the state of another model: it differs in {', '.join(different)}")
+  return tokens, dtypes, arrays
 
 
 def _identity(config: ModelConfig) -> dict:

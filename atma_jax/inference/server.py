@@ -347,7 +347,10 @@ class _Stream(StreamingResponse):
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-  if int(request.headers.get("content-length", "0")) > limit:
+  length = request.headers.get("content-length", "0")
+  if not length.isdecimal():
+    raise ProtocolError(400, f"Content-Length {length[:60]!r} is no number")
+  if int(length[:20]) > limit:
     raise ProtocolError(413, f"the body is larger than {limit} bytes", code="body_too_large")
   body = bytearray()
   try:

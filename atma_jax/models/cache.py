@@ -61,13 +61,13 @@ class GlobalPast:
     slots, T = self.slots, update.keys.shape[3]
     index = jnp.arange(T)
     written = (index < span.counts[:, None]) & (index >= span.counts[:, None] - slots)
-    slot = jnp.where(written, (span.lengths[:, None] + index) % slots, slots)  # past the end: dropped
+    slot = jnp.where(written, (span.lengths[:, None] + index) % slots, slots + index)  # past the end: dropped
 
     row = jnp.arange(slot.shape[0])[:, None]
 
     def write(ring: jax.Array, new: jax.Array) -> jax.Array:
       new = jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype)  # (B, T, repetition, K, ...)
-      return ring.at[:, row, :, slot].set(new, mode="drop")
+      return ring.at[:, row, :, slot].set(new, mode="drop", unique_indices=True)
 
     new = {"keys": update.keys, "values": update.values}
     if self.key_scale is not None:

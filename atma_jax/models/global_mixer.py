@@ -39,7 +39,7 @@ class PolarCore(nnx.Module):
   def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array,
                trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
     """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and an addend (B, T, C)."""
-    direction, magnitude = polar_attention(q, k, v, **self._parameters(), implementation=self.config.implementation)
+    direction, magnitude = polar_attention(q, k, v, **self.parameters(), implementation=self.config.implementation)
     if trace is not None:
       trace |= {"heads": direction, "magnitude": magnitude}
     return direction, self.mu_proj(magnitude)
@@ -49,7 +49,7 @@ class PolarCore(nnx.Module):
     """The same after `past`, and the keys to remember."""
     if reach == 0:
       return *self(q, k, v), k
-    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self._parameters(),
+    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self.parameters(),
                                                   scales=past.scales, reach=reach)
     return direction, self.mu_proj(magnitude), k
 
@@ -61,7 +61,8 @@ class PolarCore(nnx.Module):
                                           window=self.config.window)
     return polar_distractor_loss(trace["q"], keys, temperature / math.sqrt(D), null)
 
-  def _parameters(self) -> dict[str, Any]:
+  def parameters(self) -> dict[str, Any]:
+    """Keyword arguments of `polar_attention` and `polar_statistics`."""
     return {"v_null": self.v_null[...], "null_base": self.null_base[...], "null_slope": self.null_slope[...],
             "len_gain": self.len_gain[...], "mag_beta": self.mag_beta[...], "window": self.config.window}
 

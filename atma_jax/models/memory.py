@@ -15,7 +15,7 @@ from atma_jax.models.parallel import gated_delta
 from atma_jax.ops.gated_delta.step import gated_delta_step
 
 
-class RetentionCap(nnx.Variable):
+class LogGammaCap(nnx.Variable):
   """Largest log-decay of each head (H,), 0 for no cap. A module has one only where one was set; it is no parameter."""
 
 

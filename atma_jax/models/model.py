@@ -146,7 +146,7 @@ class Atma(nnx.Module):
         params, pasts = inputs
         return nnx.merge(graphdef, params).extend(x, pasts, span, reach)
 
-      x, updates["groups"] = jax.lax.scan(apply, x, (stacked, cache.layers["groups"]), unroll=not self.config.scan)
+      x, updates["groups"] = jax.lax.scan(apply, x, (stacked, cache.layers["groups"]))  # inlined, it would copy the cache
     if hasattr(self, "tail"):
       x, update = self.tail.extend(x, jax.tree.map(lambda leaf: leaf[0], cache.layers["tail"]), span, reach)
       updates["tail"] = jax.tree.map(lambda leaf: leaf[None], update)

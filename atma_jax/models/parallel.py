@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ SPLIT_IMPLEMENTATIONS = ("auto", "xla")  # of a sequence split over devices
 
 _CONTEXT, = LOGICAL_AXES["sequence"]
 _TENSOR, = LOGICAL_AXES["heads"]
+_log = logging.getLogger(__name__)
 
 
 def check_length(T: int) -> None:
@@ -91,6 +93,12 @@ def _check_implementation(name: str, implementation: str) -> None:
   if implementation not in SPLIT_IMPLEMENTATIONS:
     raise NotImplementedError(f"{name}: {implementation!r} cannot take a sequence split over mesh context={parts('sequence')}; "
                               f"only {' and '.join(map(repr, SPLIT_IMPLEMENTATIONS))} can")
+  _log_once(f"{name}: 'xla' over a sequence split over mesh context={parts('sequence')}")
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+  _log.info(message)
 
 
 def _activations(x: jax.Array) -> tuple[str | None, ...]:

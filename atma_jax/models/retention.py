@@ -8,54 +8,16 @@ training length and harmful far past it (Polar Attention, arXiv 2606.25156).
 from __future__ import annotations
 
 from collections.abc import Iterator
-import dataclasses
 import math
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atma_jax.config import UserError
-from atma_jax.models.memory import Memory, RetentionCap
+from atma_jax.config import RetentionCap, UserError
+from atma_jax.models.memory import LogGammaCap, Memory
 from atma_jax.models.model import Atma
-
-ALL, WORST = "all", "worst"
-
-
-@dataclasses.dataclass(frozen=True)
-class Cap:
-  """A bound of `tokens` on the half-lives of `heads`.
-
-  `heads` is "all", "worst" (the head with the longest zero-input half-life) or ``LAYER:HEAD,...``, counted from 0.
-  """
-
-  tokens: float
-  heads: str = ALL
-
-  def __post_init__(self):
-    if not 0 < self.tokens < math.inf:
-      raise UserError(f"--retention_cap={self.tokens}: must be a half-life in tokens, greater than 0")
-
-  def chosen(self, model: Atma) -> list[tuple[int, int]]:
-    """The (layer, head) pairs it bounds in a model."""
-    half_lives = zero_input_half_lives(model)
-    if not half_lives:
-      raise UserError("--retention_cap: the model has no memory")
-    every = [(layer, head) for layer, values in half_lives.items() for head in range(len(values))]
-    if self.heads == ALL:
-      return every
-    if self.heads == WORST:
-      return [max(every, key=lambda pair: half_lives[pair[0]][pair[1]])]
-    try:
-      chosen = [(int(layer), int(head)) for layer, head in (part.split(":") for part in self.heads.split(","))]
-    except ValueError as error:
-      raise UserError(f"--retention_heads={self.heads}: must be all, worst or LAYER:HEAD pairs such as 6:3,10:1") from error
-    for pair in chosen:
-      if pair not in every:
-        heads = len(next(iter(half_lives.values())))
-        raise UserError(f"--retention_heads={self.heads}: no memory head {pair[0]}:{pair[1]}; layers with a memory: "
-                        f"{', '.join(map(str, half_lives))}; heads: 0 to {heads - 1}")
-    return chosen
 
 
 def half_life(log_gamma: np.ndarray) -> np.ndarray:
@@ -67,28 +29,43 @@ def half_life(log_gamma: np.ndarray) -> np.ndarray:
 def zero_input_half_lives(model: Atma) -> dict[int, np.ndarray]:
   """Half-lives (H,) of every layer with a memory, for the gate's bias alone: what a head does where its input says nothing."""
   return {layer: half_life(log_gamma if row is None else log_gamma[row]) for layer, row, memory in _memories(model)
-          for log_gamma in [np.asarray(memory.log_gamma(memory.gamma.bias[...]))]}
+          for log_gamma in [np.asarray(memory.log_gamma(jnp.asarray(np.asarray(memory.gamma.bias[...]))))]}
 
 
-def with_retention_cap(model: Atma, cap: Cap | None) -> Atma:
+def capped_heads(model: Atma, cap: RetentionCap) -> list[tuple[int, int]]:
+  """The (layer, head) pairs that a cap bounds in a model."""
+  half_lives = zero_input_half_lives(model)
+  if not half_lives:
+    raise UserError("--retention_cap: the model has no memory")
+  every = [(layer, head) for layer, values in half_lives.items() for head in range(len(values))]
+  chosen = cap.pairs()
+  if chosen is None:
+    return every if cap.heads == "all" else [max(every, key=lambda pair: half_lives[pair[0]][pair[1]])]
+  for layer, head in chosen:
+    if (layer, head) not in every:
+      raise UserError(f"--retention_heads={cap.heads}: no memory head {layer}:{head}; layers with a memory: "
+                      f"{', '.join(map(str, half_lives))}; heads: 0 to {model.config.num_heads - 1}")
+  return list(chosen)
+
+
+def with_retention_cap(model: Atma, cap: RetentionCap | None) -> Atma:
   """A model of the same arrays whose memory decays at least as fast as `cap` says; None takes a cap away.
 
   Weights stay as they are; full passes, prefill and decoding all obey. The cap is an array beside the parameters, so models
   that differ in it share a compiled program; without one nothing is computed.
   """
   model = nnx.merge(*nnx.split(model))
-  chosen = set() if cap is None else set(cap.chosen(model))
+  chosen = set() if cap is None else set(capped_heads(model, cap))
   for layer, row, memory in _memories(model):
     if cap is None:
       if hasattr(memory, "cap"):
         del memory.cap
       continue
-    bounds = [-math.log(2) / cap.tokens if (layer, head) in chosen else 0.0 for head in range(model.config.num_heads)]
-    if row is None:
-      memory.cap = RetentionCap(jnp.asarray(bounds, jnp.float32))
-    else:
-      before = memory.cap[...] if row else jnp.zeros(memory.gamma.bias.shape, jnp.float32)
-      memory.cap = RetentionCap(before.at[row].set(jnp.asarray(bounds, jnp.float32)))
+    bias = memory.gamma.bias[...]
+    bounds = np.zeros(bias.shape, np.float32) if not row else np.array(memory.cap[...])
+    bounds[... if row is None else row] = [-math.log(2) / cap.tokens if (layer, head) in chosen else 0.0
+                                           for head in range(model.config.num_heads)]
+    memory.cap = LogGammaCap(jax.device_put(bounds, bias.sharding))
   return model
 
 

@@ -79,7 +79,8 @@ class Plan:
   def seconds(self) -> dict[str, float]:
     """Time of each part at the chip's full rate."""
     links = sum(moved for _, moved in self.traffic.collectives.values())
-    return {"arithmetic": self.traffic.flops / (self.chip.tflops * 1e12),
+    ran = max(self.traffic.flops, self.flops / self.devices)  # more, where loops are counted as one round
+    return {"arithmetic": ran / (self.chip.tflops * 1e12),
             "memory": self.traffic.memory_bytes / (self.chip.memory_gbps * 1e9),
             "links": links / (self.chip.link_gbps * 1e9),
             "network": self.traffic.network_bytes / (self.chip.network_gbps * 1e9)}
@@ -222,7 +223,8 @@ def _compile(lowered: jax.stages.Lowered, topology: str, chip: Chip) -> jax.stag
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     text = re.sub(r"\s+", " ", str(error))
-    used = re.search(r"[Uu]sed ([\d.]+[KMG]) of ([\d.]+[KMG]) hbm", text)
+    used = (re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", text)
+            or re.search(r"required for [\w ]+ \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", text))
     if used is None and "RESOURCE_EXHAUSTED" not in text:
       raise
     what = f"needs {used[1]} of {used[2]}" if used else text[:200]

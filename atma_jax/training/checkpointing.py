@@ -3,24 +3,31 @@
 A step has three items: ``state`` (arrays), ``data`` (the iterator's state) and ``meta`` (configuration, tokenizer, checksums).
 Orbax writes it in the background and renames it into place, so a kill leaves the step before. A restore verifies a
 position-dependent checksum of every array: a truncated or altered step is reported and the one before it used.
+
+The directory is any that Orbax takes, ``gs://BUCKET/PATH`` included; several processes must all see it. Whether a step was
+written or can be read is agreed between them: a disk that fails in one of them is a failure for all, and none is left waiting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
+import json
 import os
-import pathlib
 import re
+import time
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import orbax.checkpoint as ocp
 
-from atma_jax.config import Config, UserError
+from atma_jax import distributed
+from atma_jax.config import Config, RunError, UserError
 from atma_jax.data.tokenizers import Tokenizer, tokenizer_from_dict
 from atma_jax.models import Atma
 from atma_jax.pytorch import is_published, read_published
@@ -29,6 +36,8 @@ from atma_jax.training.state import ModelDefinition, Params, params_of
 
 FOLDER = "checkpoints"
 SCHEMA = 1
+WRITE_SECONDS = 1200  # a step not written by all processes within this time has failed
+FINAL_PAUSES = (0, 2, 5)  # seconds before each attempt to write the last step
 _HOW_IT_IS_COMPUTED = ("remat", "scan", "implementation")  # fields of the model that a resumed run may change
 
 
@@ -39,33 +48,119 @@ class Weights:
   params: Params
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+  """True for ``gs://...`` and the like, which only Orbax and etils read and write."""
+  return "://" in os.fspath(path)
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+  """The path as Orbax wants it."""
+  return epath.Path(path if is_remote(path) else os.path.abspath(path))
+
+
 class Checkpointer:
-  """Saves to and restores from ``WORKDIR/checkpoints``."""
+  """Saves to and restores from ``WORKDIR/checkpoints``.
+
+  A write that fails is reported and counted in `failed_saves`, and the caller goes on; earlier steps are intact. Every method
+  is called by all processes alike, and answers the same in all.
+  """
 
   def __init__(self, workdir: str | os.PathLike, keep: int):
-    self.directory = pathlib.Path(workdir).absolute() / FOLDER
+    self.directory = absolute(workdir) / FOLDER
+    self.failed_saves = self.failed_in_a_row = 0
+    self._keep = keep
+    self._writing: int | None = None
+    self._reason = ""
     try:
-      self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=True, create=True))
+      with distributed.agreed():
+        if jax.process_index() == 0:
+          self.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise UserError(f"--workdir={workdir}: cannot write checkpoints: {error}") from error
+    self._manager: ocp.CheckpointManager | None = self._open()  # None after a failure, until the next attempt
 
-  def save(self, step: int, state: Any, *, config: Config, tokenizer: Tokenizer, data_state: dict[str, Any]) -> None:
-    """Starts writing a step; failures of this or of the write before it raise `UserError`, the last good step intact."""
+  def _open(self) -> ocp.CheckpointManager:
+    several = jax.process_count() > 1
+    return ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+      max_to_keep=self._keep, enable_async_checkpointing=True, create=False,
+      cleanup_tmp_directories=True,  # what a kill or a failed write left half-way would only take up room
+      # Directories are made before `save` returns: one that cannot be is an error at once, not a wait for all that want it.
+      async_options=ocp.AsyncOptions(timeout_secs=WRITE_SECONDS, create_directories_asynchronously=False),
+      # With its processes named, Orbax waits for them with a time limit, and not in a collective of the devices. A new
+      # prefix, because barriers that were left half-way are not to be met again.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        active_processes=set(range(jax.process_count())), barrier_sync_key_prefix=f"atma_jax_{self.failed_saves}")
+      if several else ocp.options.MultiprocessingOptions()))
+
+  def save(self, step: int, state: Any, *, config: Config, tokenizer: Tokenizer, data_state: dict[str, Any]) -> bool:
+    """Starts writing a step, once the write before it has ended; False where this one could not be started."""
+    self.settle()
     tree = _as_dict(state)
     meta = {"schema": SCHEMA, "config": config.to_dict(), "tokenizer": tokenizer.to_dict(), "checksums": checksums(tree)}
-    try:
-      self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(tree), data=ocp.args.JsonSave(data_state), meta=ocp.args.JsonSave(meta)), force=True)
-    except (OSError, ValueError, RuntimeError) as error:
-      raise UserError(f"{self.directory}: step {step} could not be saved, earlier steps are intact: {error}") from error
+    arguments = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(tree), data=ocp.args.JsonSave(data_state), meta=ocp.args.JsonSave(meta))
+    reason = distributed.attempt(self._probe)  # finds out quickly, and without Orbax waiting, what only one process suffers
+    reason = reason or distributed.attempt(lambda: self._start(step, arguments))
+    if reason:
+      self._failed(step, reason)
+      return False
+    self._writing = step
+    return True
 
-  def wait(self) -> None:
-    """Returns once everything is on disk; a write that failed in the background raises `UserError`."""
-    try:
-      self._manager.wait_until_finished()
-    except (OSError, ValueError, RuntimeError) as error:
-      raise UserError(f"{self.directory}: the last checkpoint could not be written: {error}") from error
+  def _start(self, step: int, arguments: ocp.args.Composite) -> None:
+    self._manager = self._manager or self._open()
+    self._manager.save(step, args=arguments, force=True)
+
+  def settle(self) -> bool:
+    """Waits for the write that was started; False where it failed."""
+    if self._writing is None:
+      return True
+    step, self._writing = self._writing, None
+    reason = distributed.attempt(self._manager.wait_until_finished)
+    if reason:
+      self._failed(step, reason)
+    else:
+      self.failed_in_a_row = 0
+    return not reason
+
+  def check(self) -> bool:
+    """Without waiting: False where the write that was started is known to have failed."""
+    if self._writing is None:
+      return True
+    if "writing" in distributed.exchange("writing" if self._manager.is_saving_in_progress() else ""):
+      return True
+    return self.settle()
+
+  def save_last(self, step: int, state: Any, **options: Any) -> None:
+    """Writes a step and returns once it is on disk.
+
+    Raises:
+      RunError: several attempts failed.
+    """
+    for pause in FINAL_PAUSES:
+      time.sleep(pause)
+      if self.save(step, state, **options) and self.settle():
+        return
+    raise RunError(f"{self.directory}: step {step} could not be written in {len(FINAL_PAUSES)} attempts, earlier steps are "
+                   f"intact: {self._reason}")
+
+  def _failed(self, step: int, reason: str) -> None:
+    self.failed_saves += 1
+    self.failed_in_a_row += 1
+    self._reason = reason
+    if jax.process_index() == 0:
+      logging.error("checkpoint %s could not be written (%d failed so far), earlier steps are intact: %s",
+                    self.directory / str(step), self.failed_saves, reason)
+    with contextlib.suppress(Exception):  # of a manager that has failed already
+      self._manager.close()
+    self._manager = None
+    distributed.exchange("closed")
+
+  def _probe(self) -> None:
+    """Writes and removes a small file; raises what keeps this process from writing."""
+    file = self.directory / f".probe-{jax.process_index()}"
+    file.write_text("atma_jax\n")
+    file.unlink()
 
   def restore(self, config: Config, target: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest good step as (state shaped and sharded like `target`, data state), or None where there is none yet.
@@ -75,26 +170,24 @@ class Checkpointer:
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
 
-    def load(step: int) -> tuple[Any, dict[str, Any]]:
-      meta = _read_meta(self._manager, step)
+    def load(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+      meta = _read_json(folder / "meta")
       _check_model(config, meta["config"], self.directory)
-      tree = _as_dict(target)
-      restored = self._manager.restore(step, args=ocp.args.Composite(state=_restore_args(tree), data=ocp.args.JsonRestore()))
-      _verify(restored.state, meta["checksums"])
-      return type(target)(**restored.state), restored.data
+      return _read_arrays(folder, _as_dict(target)), _read_json(folder / "data"), meta["checksums"]
 
     result = _first_good(self.directory, steps, load)
     if result is None:
       return None
-    step, loaded = result
+    step, (tree, data_state, _) = result
     for newer in [s for s in steps if s > step]:
       self._manager.delete(newer)
-    return loaded
+    return type(target)(**tree), data_state
 
   def close(self) -> None:
-    """Waits and releases the directory."""
-    self.wait()
-    self._manager.close()
+    """Waits and releases the directory; what failed was reported."""
+    self.settle()
+    if self._manager is not None:
+      self._manager.close()
 
 
 def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None, *,
@@ -107,12 +200,12 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
   Raises:
     UserError: no such directory or step, no good step, no average in it, or a malformed published checkpoint.
   """
-  folder = pathlib.Path(directory).absolute()
+  folder = absolute(directory)
   folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
   if not folder.is_dir():
     raise UserError(f"--checkpoint={directory}: no such directory")
   mesh = make_mesh() if mesh is None else mesh
-  if is_published(folder):
+  if not is_remote(folder) and is_published(folder):
     if step:
       raise UserError(f"--step={step}: {directory} is a published checkpoint, which has one step, 0")
     if ema:
@@ -121,26 +214,26 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
     return config, place(model, mesh), tokenizer, 0
   manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, read_only=True))
   steps = sorted(manager.all_steps(), reverse=True)
+  manager.close()
   if not steps:
     raise UserError(f"--checkpoint={directory}: holds no checkpoint step")
   if step is not None and step not in steps:
     raise UserError(f"--step={step}: not in {folder}; legal: {', '.join(map(str, reversed(steps)))}")
 
-  def load(step: int) -> tuple[Config, Atma, Tokenizer]:
-    meta = _read_meta(manager, step)
+  weights = "ema" if ema else "params"
+
+  def load(folder: epath.Path) -> tuple[dict[str, Any], tuple[Config, ModelDefinition, Tokenizer], dict[str, int]]:
+    meta = _read_json(folder / "meta")
     config = Config.from_dict(meta["config"])
     definition = ModelDefinition(config.model)
     if ema and config.train.ema_decay is None:
-      raise UserError(f"--ema: step {step} of {folder} holds no average; it was trained with config.train.ema_decay=None")
-    weights = "ema" if ema else "params"
-    target = {weights: definition.abstract_params(mesh)}
-    restored = manager.restore(step, args=ocp.args.Composite(state=_restore_args(target, partial_restore=True)))
-    _verify(restored.state, meta["checksums"])
-    return config, definition.merge(restored.state[weights]), tokenizer_from_dict(meta["tokenizer"])
+      raise UserError(f"--ema: step {folder.name} of {folder.parent} holds no average; it was trained with "
+                      "config.train.ema_decay=None")
+    tree = _read_arrays(folder, {weights: definition.abstract_params(mesh)}, partial_restore=True)
+    return tree, (config, definition, tokenizer_from_dict(meta["tokenizer"])), meta["checksums"]
 
-  chosen, (config, model, tokenizer) = _first_good(folder, steps if step is None else [step], load)
-  manager.close()
-  return config, model, tokenizer, chosen
+  chosen, (tree, (config, definition, tokenizer), _) = _first_good(folder, steps if step is None else [step], load)
+  return config, definition.merge(tree[weights]), tokenizer, chosen
 
 
 def save_model(workdir: str | os.PathLike, config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> None:
@@ -149,10 +242,10 @@ def save_model(workdir: str | os.PathLike, config: Config, model: Atma, tokenize
   Raises:
     UserError: there are checkpoints already, or the directory cannot be written.
   """
-  if (pathlib.Path(workdir) / FOLDER).exists():
+  if (absolute(workdir) / FOLDER).exists():
     raise UserError(f"--output={workdir}: holds checkpoints already; name another directory")
   checkpointer = Checkpointer(workdir, keep=1)
-  checkpointer.save(step, Weights(params_of(model)), config=config, tokenizer=tokenizer, data_state={})
+  checkpointer.save_last(step, Weights(params_of(model)), config=config, tokenizer=tokenizer, data_state={})
   checkpointer.close()
 
 
@@ -186,39 +279,45 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
   return [checksum(leaf) for leaf in leaves]
 
 
-class _BadStep(Exception):
-  """A step whose contents are not what was saved."""
+_Loaded = tuple[dict[str, Any], Any, dict[str, int]]  # arrays, whatever else, and the checksums stored with the arrays
 
 
-def _verify(tree: Any, stored: dict[str, int]) -> None:
-  for path, value in checksums(tree).items():
-    if stored[path] != value:
-      raise _BadStep(f"checksum of {path} differs")
-
-
-def _first_good(directory: pathlib.Path, steps: list[int], load: Callable[[int], Any]) -> tuple[int, Any] | None:
+def _first_good(directory: epath.Path, steps: list[int], load: Callable[[epath.Path], _Loaded]) -> tuple[int, _Loaded] | None:
+  """The first of `steps` that every process can load and whose checksums are right; `load` waits for no other process."""
+  steps = json.loads(distributed.from_first(json.dumps(steps)))
   for step in steps:
-    try:
-      return step, load(step)
-    except UserError:
-      raise
-    except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or a decoder raise
-      reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
+    loaded, reason = None, ""
+    with distributed.agreed():
+      try:
+        loaded = load(directory / str(step))
+      except UserError:
+        raise
+      except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or a decoder raise
+        reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
+    reason = next(filter(None, distributed.exchange(reason)), "")
+    if not reason:
+      values = checksums(loaded[0])
+      reason = next((f"checksum of {path} differs" for path, value in values.items() if loaded[2].get(path) != value), "")
+    if not reason:
+      return step, loaded
+    if jax.process_index() == 0:
       logging.warning("checkpoint %s is damaged and was passed over: %s", directory / str(step), reason)
   if steps:
     raise UserError(f"{directory}: none of the steps {', '.join(map(str, reversed(steps)))} can be restored")
   return None
 
 
-def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-  return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+def _read_json(folder: epath.Path) -> dict[str, Any]:
+  return ocp.JsonCheckpointHandler().restore(folder)
 
 
-def _restore_args(target: Any, **options: bool) -> ocp.args.PyTreeRestore:
-  return ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), **options)
+def _read_arrays(folder: epath.Path, target: Any, **options: bool) -> dict[str, Any]:
+  """The item ``state``, read by its handler alone: the manager's own `restore` waits for all processes at its end."""
+  arguments = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), **options)
+  return ocp.PyTreeCheckpointHandler().restore(folder / "state", args=arguments)
 
 
-def _check_model(config: Config, stored: dict[str, Any], directory: pathlib.Path) -> None:
+def _check_model(config: Config, stored: dict[str, Any], directory: epath.Path) -> None:
   def differences(ours: dict[str, Any], theirs: dict[str, Any], path: str):
     for name, value in ours.items():
       if isinstance(value, dict):

@@ -69,7 +69,7 @@ def traffic(text: str) -> Traffic:
   kernels = 0
   for name, count in runs.items():
     sizes = {i.name: i.result for i in computations[name]}
-    channels = set()  # an asynchronous collective is spread over several fusions of one channel
+    channels = set()  # fused, an asynchronous collective is spread over several fusions of one channel
     for instruction in computations[name]:
       memory += count * _moved(instruction, sizes, computations)
       for part, shapes in _inside(instruction, sizes, computations):
@@ -77,8 +77,9 @@ def traffic(text: str) -> Traffic:
         kernels += count * ('custom_call_target="tpu_custom_call"' in part.rest)
         kind = next((k for k in _COLLECTIVES if part.kind in (k, f"{k}-start")), None)
         channel = re.search(r"channel_id=(\d+)", part.rest)
-        if kind and (channel is None or channel[1] not in channels):
-          channels.add(channel[1] if channel else part.name)
+        if kind and (part is instruction or channel is None or channel[1] not in channels):
+          if part is not instruction and channel:
+            channels.add(channel[1])
           times, moved = collectives.get(kind, (0, 0.0))
           collectives[kind] = times + count, moved + count * PASSES.get(kind, 1) * _buffer(part, shapes)
         if part.kind == "send" and "megascale" in part.rest:

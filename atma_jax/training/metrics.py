@@ -6,23 +6,42 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 import time
 
 from absl import logging
+from etils import epath
 import tensorboardX
+
+_RECORDS = "metrics.jsonl"
 
 
 class MetricWriter:
-  """Appends records to ``WORKDIR/metrics.jsonl`` and ``WORKDIR/tensorboard``; silent in other processes than the first."""
+  """Appends records to ``WORKDIR/metrics.jsonl`` and ``WORKDIR/tensorboard``; silent in other processes than the first.
 
-  def __init__(self, workdir: pathlib.Path, *, first_step: int, active: bool):
-    self._file = self._board = None
+  Under a remote WORKDIR (``gs://...``) files cannot grow: they are kept on this machine and copied at every `flush`.
+  """
+
+  def __init__(self, workdir: epath.Path, *, first_step: int, active: bool):
+    self._file = self._board = self._scratch = None
     if not active:
       return
-    path = workdir / "metrics.jsonl"
-    _drop_after(path, first_step)
-    self._file = path.open("a", buffering=1)
+    self._remote = workdir if "://" in str(workdir) else None
+    if self._remote is not None:
+      self._scratch = tempfile.TemporaryDirectory(prefix="atma_jax-metrics-")
+      workdir = epath.Path(self._scratch.name)
+      if (self._remote / _RECORDS).exists():
+        (self._remote / _RECORDS).copy(workdir / _RECORDS)
+    self._folder = workdir
+    _drop_after(pathlib.Path(workdir / _RECORDS), first_step)
+    self._file = pathlib.Path(workdir / _RECORDS).open("a", buffering=1)  # noqa: SIM115, closed by `close`
     self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+
+  def __enter__(self) -> MetricWriter:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """One record; None values are left out, those that are not finite are null (JSON has no word for them)."""
@@ -34,11 +53,26 @@ class MetricWriter:
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
 
+  def flush(self) -> None:
+    """Brings what was written to a remote WORKDIR; a failure is told, and the next flush brings it all."""
+    if self._scratch is None:
+      return
+    self._board.flush()
+    try:
+      for file in (self._folder / _RECORDS, *(self._folder / "tensorboard").iterdir()):
+        target = self._remote / file.relative_to(self._folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.copy(target, overwrite=True)
+    except Exception as error:  # file systems in the clouds raise errors of their own
+      logging.warning("metrics could not be copied to %s: %s", self._remote, error)
+
   def close(self) -> None:
     """Flushes."""
     if self._file is not None:
       self._file.close()
       self._board.close()
+      self.flush()
+      self._file = None
 
 
 def log_progress(step: int, total: int, values: dict[str, float | None]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 import itertools
 import pathlib
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from atma_jax.config import Config
@@ -27,7 +28,7 @@ def make_validation(config: Config, definition: ModelDefinition, mesh: Mesh,
   T, rows = config.data.sequence_length, mesh.shape["data"] * mesh.shape["fsdp"]
   sharding = named_sharding(mesh, ("batch", None))
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # every process sees all losses
   def losses(params: Params, tokens: jax.Array) -> jax.Array:
     model = definition.merge(params)
     return token_losses(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
@@ -39,14 +40,16 @@ def make_validation(config: Config, definition: ModelDefinition, mesh: Mesh,
   documents = [d[: max(reached) * T + 1] for d in documents if len(d) > max(reached) * T] if reached else []
   documents = np.stack([documents[i % len(documents)] for i in range(-(-len(documents) // rows) * rows)]) if documents else None
 
+  def place(rows: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+
   def validate(params: Params) -> dict[str, float]:
     batches = itertools.islice(validation_batches(config.data, directory, batch_size, T), config.train.validation_batches)
     with jax.set_mesh(mesh):
-      sums = [losses(params, jax.device_put(batch["tokens"], sharding)) for batch in batches]
+      sums = [losses(params, place(batch["tokens"])) for batch in batches]
       results = {"validation/loss": float(np.mean([np.asarray(s) for s in sums]))}
       if documents is not None:
-        parts = [np.asarray(losses(params, jax.device_put(documents[i : i + rows], sharding)))
-                 for i in range(0, len(documents), rows)]
+        parts = [np.asarray(losses(params, place(documents[i : i + rows]))) for i in range(0, len(documents), rows)]
         per_token = np.concatenate(parts)
         results |= {f"validation/loss_at_{m}x": float(per_token[:, : m * T].mean()) for m in reached}
     return results

@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
     "--config=configs/debug.py", f"--config.data.sources=text:{corpus}/*.txt", "--config.data.sequence_length=32",
     "--config.model.num_layers=2", "--config.model.block_pattern=local,global", "--config.model.width=16",
     "--config.model.window=16", "--config.train.steps=4", "--config.train.log_every=1", "--config.train.validate_every=0",
-    "--config.train.auxiliary.distractors=4", "--seeds=0,1", "--multiples=1,2", "--trials=2", "--min_documents=2",
+    "--config.train.auxiliary.distractors=4", "--seeds=0,1", "--multiples=1", "--trials=2", "--min_documents=2",
     f"--output={output}")
   assert done.returncode == 0, done.stderr
   return output
@@ -48,7 +48,7 @@ def test_results_and_resumption(finished):
   assert results.keys() == {"seed-0", "seed-1"}
   for result in results.values():
     measured = {(m["measure"], m["length"]) for m in result["measures"]}
-    assert {("document_loss", 64), ("needle_accuracy", 32)} <= measured and len(result["training"]["loss"]) == 4
+    assert {("document_loss", 32), ("needle_accuracy", 32)} <= measured and len(result["training"]["loss"]) == 4
   assert results["seed-0"]["training"]["loss"] != results["seed-1"]["training"]["loss"]
   assert len(list((finished / "data").glob("*/manifest.json"))) == 1
   assert {"results.parquet", "results.csv", "tables.md", "tables.tex", "dashboard.html"} <= {p.name for p in finished.iterdir()}

@@ -19,7 +19,7 @@ from atma_jax.ablation import claims, jobs
 from atma_jax.ablation.claims import Claims
 from atma_jax.ablation.grid import expand, make_axis
 from atma_jax.ablation.sweep import CellFolder, Evaluation, create, find
-from atma_jax.ablation.worker import FAILED, FINISHED, Worker
+from atma_jax.ablation.worker import FAILED, FINISHED, Worker, _eta
 from atma_jax.config import Config, UserError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -144,6 +144,17 @@ def test_a_sweep_keeps_its_settings(tmp_path):
     create(tmp_path, expand([make_axis("model.window", (1,))], Config()), Evaluation(trials=5))
   shared = {cell.config().data.directory for cell in cells}
   assert len(shared) == 1 and pathlib.Path(shared.pop()).parent == tmp_path / "data"
+
+
+def test_eta_counts_what_running_cells_have_trained(tmp_path):
+  cells = sweep(tmp_path, 3)
+  assert _eta([], cells, 0) == _eta([], cells, 2) == "unknown" and _eta(cells, [], 0) == "0:00:00"
+  records = ['{"step": 9361, "seconds_per_step": 0.01}', '{"step": 9361, "validation/loss": 2}', '{"st']
+  (cells[0].path / "metrics.jsonl").write_text("\n".join(records))
+  assert cells[0].progress() == (0.5, 187.22)
+  assert _eta([], cells, 2) == "0:03:54"  # two cells and a half, two at a time
+  (cells[2].path / "result.json").write_text('{"seconds": 100}')
+  assert _eta(cells[2:], cells[:2], 1) == "0:02:30"
 
 
 def test_jobs_are_launcher_commands(tmp_path):

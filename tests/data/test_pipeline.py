@@ -104,7 +104,7 @@ def test_resumes_exactly(with_recall, tmp_path, consumed):
 
 def global_batches(config, directory, process_count, batches, state=None):
   """What `process_count` processes read together, (batches, B, T + 1), and the state that all of them are left in."""
-  parts = [TrainingData(config, directory, process_index=i, process_count=process_count) for i in range(process_count)]
+  parts = [TrainingData(config, directory, parts=[i], part_count=process_count) for i in range(process_count)]
   for part in parts:
     if state is not None:
       part.set_state(state)
@@ -224,11 +224,21 @@ def test_tokens_of_another_tokenizer(tmp_path):
     next(TrainingData(config, tmp_path / "data"))
 
 
+@pytest.mark.parametrize(("parts", "count"), [((0, 1), 4), ((1, 2), 4), ((0, 3), 4), ((0, 2, 5, 7), 8), ((6, 7, 4, 5), 8)])
+def test_any_parts_of_a_batch(config, prepared, parts, count):
+  """A process whose devices hold some parts of the batch gets their rows, in the order it names them."""
+  whole = take(TrainingData(config, prepared), 3)
+  data = TrainingData(config, prepared, parts=parts, part_count=count)
+  size = config.batch_size // count
+  for batch, rows in zip(whole, take(data, 3)):
+    np.testing.assert_array_equal(rows, np.concatenate([batch[p * size : (p + 1) * size] for p in parts]))
+
+
 def test_refusals(config, prepared, tmp_path):
   with pytest.raises(UserError, match=r"no prepared data \(manifest\.json is missing\)"):
     TrainingData(config, tmp_path / "nowhere")
-  with pytest.raises(UserError, match=r"config\.data\.batch_size=8: must be a multiple of 3 processes"):
-    TrainingData(config, prepared, process_count=3)
+  with pytest.raises(UserError, match=r"config\.data\.batch_size=8: must be a multiple of 3 parts"):
+    TrainingData(config, prepared, part_count=3)
   with pytest.raises(UserError, match=r"prepared with config\.data\.heldout_documents 3, now it is 5"):
     TrainingData(dataclasses.replace(config, heldout_documents=5), prepared)
   data = TrainingData(config, prepared)

@@ -52,14 +52,13 @@ def test_only_answers_are_trained_on(folder):
 def test_the_probe_learns_to_answer(inputs_of, folder, lively):
   """Exact match after fine-tuning is what the one word learnt makes of the test files; the model itself stays as it was."""
   options = BabilongOptions(str(folder / "train"), str(folder / "test"), train_lengths=("0k", "1k"), test_lengths=("0k", "1k"),
-                            steps=60, batch_size=4, learning_rate=2e-2)
+                            steps=40, batch_size=4, learning_rate=2e-2)
   inputs = dataclasses.replace(inputs_of(["text"], (32,)), babilong=options)
   before = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(lively))]
   cells = babilong.babilong_cells(inputs)
   assert [cell.expected for cell in cells] == [(("babilong_exact", 0),), (("babilong_exact", 1024),)]
-  first, second = (cell.run(lambda tokens: None)[0] for cell in cells)
-  assert (first.value, first.n) == (0.75, 4) and (second.value, second.n) == (1.0, 1)
-  assert first.interval[0] < 0.75 < first.interval[1]
+  (found,) = cells[0].run(lambda tokens: None)
+  assert (found.value, found.n) == (0.75, 4) and found.interval[0] < 0.75 < found.interval[1]
   for old, new in zip(before, jax.tree.leaves(nnx.state(lively))):
     np.testing.assert_array_equal(old, new)
 

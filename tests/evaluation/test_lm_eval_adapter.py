@@ -18,8 +18,8 @@ from lm_eval.api.registry import get_model
 from atma_jax.evaluation import lm_eval_adapter
 
 TOKENIZER = ByteTokenizer()
-PAIRS = [("The fox", " jumps"), ("", "alone"), ("A context of some length, then", " more than eight tokens of continuation"), ("x", "y"),
-         ("The fox", " sleeps "), ("trailing space ", "word"), ("é", "漢字"), ("The fox", "")]
+PAIRS = [("The fox", " jumps"), ("", "alone"), ("A context of some length, then", " more than eight tokens of continuation"),
+         ("x", "y"), ("The fox", " sleeps "), ("trailing space ", "word"), ("é", "漢字"), ("The fox", "")]
 
 
 def requests(*arguments, kind="loglikelihood"):
@@ -56,7 +56,7 @@ def direct(logits_of):
   return score
 
 
-@pytest.mark.parametrize("arguments", [{"batch_size": 1}, {"batch_size": 3}, {"batch_size": "auto", "batch_tokens": 256},
+@pytest.mark.parametrize("arguments", [{"batch_size": 1}, {"batch_size": "auto", "batch_tokens": 256},
                                        {"batch_size": "2", "prefill_chunk": 32}], ids=str)
 def test_scores_equal_a_direct_computation(model, direct, arguments):
   """Whatever the batch size, the padding and the pieces."""
@@ -99,7 +99,8 @@ def test_generation_is_greedy_and_stops(model, logits_of):
       break
   expected = TOKENIZER.decode(tokens[start:])
   made = model(batch_size=2)
-  ask = [("The fox", {"until": [], "max_gen_toks": 8}), ("The fox", {"until": [expected[2]], "max_gen_toks": 8, "do_sample": False}),
+  ask = [("The fox", {"until": [], "max_gen_toks": 8}),
+         ("The fox", {"until": [expected[2]], "max_gen_toks": 8, "do_sample": False}),
          ("x", {"until": "\n", "max_gen_toks": 3, "temperature": 0.0})]
   found = made.generate_until(requests(*ask, kind="generate_until"), disable_tqdm=True)
   assert found[0] == expected
@@ -116,8 +117,7 @@ def test_nothing_is_cut_or_ignored(model):
   with pytest.raises(UserError, match="'num_beams' does not exist"):
     made.generate_until(requests(("", {"until": [], "num_beams": 4})), disable_tqdm=True)
   for arguments, said in (({"chekpoint": "x"}, "did you mean 'checkpoint'"), ({"batch_size": "many"}, "--batch_size=many"),
-                          ({"fsdp": 3}, "fsdp=3"), ({"max_length": 0}, "max_length=0"), ({"checkpoint": ""}, "checkpoint=DIR"),
-                          ({"device": "cuda"}, "--device")):
+                          ({"fsdp": 3}, "fsdp=3"), ({"max_length": 0}, "max_length=0"), ({"checkpoint": ""}, "checkpoint=DIR")):
     with pytest.raises(UserError, match=said):
       model(**arguments)
 

@@ -21,8 +21,8 @@ def record(name: str, suite: str, measure: str, length: int, value: float | None
            **fields: Any) -> dict[str, Any]:
   return {"schema": 1, "checkpoint": f"/runs/{name}", "step": 100, "name": name, "suite": suite, "settings": settings or {},
           "measure": measure, "length": length, "value": value, "n": 8, "standard_error": 0.01, "interval": None, "bins": None,
-          "training_length": 256, "config": Config().to_dict(), "jax": "0", "hardware": "1 x test", "code": "0.1.0 abc", "seconds": 1.0,
-          **fields}
+          "training_length": 256, "config": Config().to_dict(), "jax": "0", "hardware": "1 x test", "code": "0.1.0 abc",
+          "seconds": 1.0, **fields}
 
 
 def results(name: str, shift: float) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def test_one_page_with_nothing_from_elsewhere(page):
 def test_the_latest_record_counts_and_checkpoints_stay_apart():
   """Measured twice, the later one; caps, steps and directories of one name are runs of their own."""
   first, second = record("a", "loss", "document_loss", 256, 3.0), record("a", "loss", "document_loss", 256, 2.0, {"trials": 9})
-  capped = record("a", "loss", "document_loss", 256, 1.0) | {"retention_cap": "256"}
+  capped = record("a", "loss", "document_loss", 256, 1.0, {"retention_cap": "256 tokens, heads 2:1"})
   other = first | {"checkpoint": "/elsewhere/a"}
   runs = group([first, second, capped, other])
   assert [run.records[0]["value"] for run in runs] == [2.0, 1.0, 3.0]
@@ -85,6 +85,9 @@ def test_files_are_read_and_named(tmp_path):
   assert json.loads((tmp_path / "results.jsonl").read_text())["name"] == "old"
   with pytest.raises(UserError, match="--report: cannot read"):
     write_report([tmp_path / "absent.jsonl"], tmp_path / "report.html")
+  (tmp_path / "odd.jsonl").write_text(json.dumps(record("odd", "loss", "document_loss", 256, 3.0) | {"settings": None}) + "\n")
+  with pytest.raises(UserError, match=r"odd\.jsonl: a record of 'document_loss' has no legal settings"):
+    write_report([tmp_path / "odd.jsonl"], tmp_path / "report.html")
   (tmp_path / "empty.jsonl").write_text("{}\n")
   with pytest.raises(UserError, match=r"empty\.jsonl holds no results"):
     write_report([tmp_path / "empty.jsonl"], tmp_path / "report.html")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pickle
 
 from flax import nnx
 import jax
@@ -12,10 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import MemoryConfig, ModelConfig
+from atma_jax.config import MemoryConfig, ModelConfig, UserError
+from atma_jax.inference.saved_state import load_state, save_state
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache, nbytes
 from atma_jax.ops import cached_attention, streaming
+from atma_jax.ops.gated_delta import reference
+from atma_jax.ops.gated_delta.step import gated_delta_step
+from atma_jax.pytorch import from_state_dict, model_config, read_state_dict
 
 TINY = ModelConfig(vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48,
                    block_pattern=("local", "global"), activation_dtype="float32")
@@ -51,16 +54,16 @@ def full_logits(model: Atma, tokens: np.ndarray) -> np.ndarray:
 
 
 def extender(model: Atma):
-  """``extend(tokens, cache, counts) -> (logits, cache)``, compiled."""
+  """``extend(tokens, cache, counts, reach) -> (logits, cache)``, compiled."""
   graphdef, state = nnx.split(model)
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
-  def extend(state, tokens, cache, counts):
+  @functools.partial(jax.jit, compiler_options=QUICK, static_argnames="reach")
+  def extend(state, tokens, cache, counts, reach):
     model = nnx.merge(graphdef, state)
-    hidden, cache = model.extend(tokens, cache, counts)
+    hidden, cache = model.extend(tokens, cache, counts, reach=reach)
     return model.head(hidden), cache
 
-  return lambda tokens, cache, counts=None: extend(state, tokens, cache, counts)
+  return lambda tokens, cache, counts=None, reach=None: extend(state, tokens, cache, counts, reach)
 
 
 def in_chunks(extend, cache: Cache, tokens: np.ndarray, chunks: list[int], width: int) -> tuple[np.ndarray, Cache]:
@@ -92,6 +95,32 @@ def test_chunks_equal_the_full_forward_pass(name, x64):
     caches.append(cache)
   for cache in caches[1:]:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), caches[0], cache)
+
+
+@pytest.mark.parametrize("name", ["polar", "nope-window", "rope-window"])
+def test_the_ops_of_the_full_pass_fill_an_empty_cache(name, x64):
+  """A first chunk that knows nothing came before it, padded, leaves what small chunks leave; the rest goes on from it."""
+  model, full, extend = prepared(name)
+  counts = np.array([30, 21], np.int32)
+  logits, cache = extend(np.pad(TOKENS[:, :30], ((0, 0), (0, 2))), Cache.create(model.config, 2, LENGTH), counts, 0)
+  for row, count in enumerate(counts):
+    np.testing.assert_allclose(logits[row, :count], full[row, :count], atol=1e-9)
+    rest = TOKENS[[row, row], count : count + 16]
+    after, _ = in_chunks(extend, cache.take(np.array([row, row])), rest, [rest.shape[1]], 16)
+    np.testing.assert_allclose(after[0], full[row, count : count + 16], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["polar_mem1", "polar_mem0", "nope_mem1", "rope_mem1"])
+def test_published_checkpoints_in_chunks(name, golden, x64):
+  """Cached, they give the logits that the published code gives in float64."""
+  folder = golden.folder / f"checkpoint_{name}_win0"
+  expected = golden(f"checkpoint_{name}_win0/expected.npz")
+  tensors = read_state_dict(folder / "weights.pt")
+  config = model_config(folder / "config.json", tensors)
+  config.activation_dtype = config.param_dtype = "float64"
+  extend, tokens = extender(from_state_dict(tensors, config)), expected["tokens"].astype(np.int32)
+  logits, _ = in_chunks(extend, Cache.create(config, 2, 70), tokens, [16, 9, 16, 13, 16], 16)
+  np.testing.assert_allclose(logits, expected["logits"], atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["polar-published"])
@@ -135,8 +164,8 @@ def test_longer_than_a_block(window, chunks, x64):
   assert cache.layers["groups"][1].keys.shape[3] == (768 if window is None else 512)
 
 
-def test_rows_are_taken_put_forked_and_stored(x64):
-  """Gathered and stored rows go on as the sequences they hold; nothing of a replaced row stays."""
+def test_rows_are_taken_put_and_forked(x64):
+  """Gathered rows go on as the sequences they hold; nothing of a replaced row stays."""
   model, full, extend = prepared("polar")
   empty = Cache.create(model.config, 2, LENGTH)
   _, cache = in_chunks(extend, empty, TOKENS[:, :21], [16, 5], 16)
@@ -149,9 +178,50 @@ def test_rows_are_taken_put_forked_and_stored(x64):
   goes_on_from(cache.take(np.array([1, 1])), [1, 1], 21)
   goes_on_from(cache.put(np.array([1]), cache.take(np.array([0]))), [0, 0], 21)
   goes_on_from(cache.put(np.array([0, 1]), empty), [0, 1], 0)
-  leaves, structure = jax.tree.flatten(cache)
-  stored = pickle.dumps([np.asarray(leaf) for leaf in leaves])
-  goes_on_from(jax.tree.unflatten(structure, pickle.loads(stored)), [0, 1], 21)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+  ("polar", None), ("nope-window", None), ("rope-bare", "int8"), ("polar", "bfloat16")])
+def test_a_stored_state_goes_on(name, dtype, tmp_path, x64):
+  """On disk and back, into a cache of any capacity: every array is bit for bit what it was, and so is what follows."""
+  model, _, extend = prepared(name)
+  config = model.config
+  _, cache = in_chunks(extend, Cache.create(config, 2, LENGTH, dtype), TOKENS[:, :21], [16, 5], 16)
+  row, path = cache.take(np.array([1])), tmp_path / "state.npz"
+  save_state(path, TOKENS[1, :21], row, config)
+  tokens, restored = load_state(path, config, LENGTH, dtype)
+  np.testing.assert_array_equal(tokens, TOKENS[1, :21])
+  slots = 21 if config.window is None else None  # beyond them, what padding left behind
+  for old, new in zip(jax.tree.leaves(row), jax.tree.leaves(restored), strict=True):
+    ring = old.ndim > 3 and old.shape[3] == row.layers["groups"][1].slots
+    np.testing.assert_array_equal(old[:, :, :, :slots] if ring else old, new[:, :, :, :slots] if ring else new)
+  _, larger = load_state(path, config, 100, dtype)
+  both = [in_chunks(extender(model), jax.tree.map(lambda x: x, c), TOKENS[1:, 21:22], [1], 1)[0] for c in (row, larger)]
+  np.testing.assert_allclose(*both, atol=1e-9)
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_state_is_refused(tmp_path):
+  """One line each: another model, other keys and values, too little room, damage, no file."""
+  path, tokens = tmp_path / "state.npz", np.arange(9, dtype=np.int32)
+  cache = dataclasses.replace(Cache.create(TINY, 1, 16), lengths=jnp.array([9]))
+  save_state(path, tokens, cache, TINY)
+  assert load_state(path, dataclasses.replace(TINY, scan=False), 16)[1].lengths == 9
+  for config, capacity, dtype, words in (
+      (dataclasses.replace(TINY, attention="nope"), 16, None, "another model: it differs in attention"),
+      (TINY, 8, None, "9 tokens, more than the 8"), (TINY, 16, "int8", "keys is float32, not int8")):
+    with pytest.raises(UserError, match=words):
+      load_state(path, config, capacity, dtype)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  for bad in (bytes(content), bytes(content[: len(content) // 2]), b"", b"text"):
+    path.write_bytes(bad)
+    with pytest.raises(UserError, match="not a saved state, or damaged"):
+      load_state(path, TINY, 16)
+  with pytest.raises(UserError, match="No such file"):
+    load_state(tmp_path / "absent", TINY, 16)
+  with pytest.raises(UserError, match="cannot be written"):
+    save_state(tmp_path / "absent" / "state", tokens, cache, TINY)
 
 
 @pytest.mark.parametrize(("T", "rtol"), [(6, 0), (1, 1e-6)])
@@ -165,9 +235,11 @@ def test_slots_out_of_sight(T, rtol):
   q, k, v = normal(1, T, 4, 8), normal(1, T, 2, 8), normal(1, T, 2, 8)
   keys, values, lengths = normal(1, 2, 2560, 8), normal(1, 2, 2560, 8), jnp.array([700])
   scale = jnp.full((1, T, 4), 0.3)
-  few, many = (jax.jit(cached_attention.cached_statistics)(q, k, v, keys[:, :, :n], values[:, :, :n], lengths, scale)
-               for n in (768, 2560))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5 * (rtol > 0)), few, many)
+  statistics = jax.jit(cached_attention.cached_statistics, static_argnames="reach")
+  few, many = (statistics(q, k, v, keys[:, :, :n], values[:, :, :n], lengths, scale) for n in (768, 2560))
+  near = statistics(q, k, v, keys, values, lengths, scale, reach=768)
+  for other in (many, near):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5 * (rtol > 0)), few, other)
   joined_k, joined_v = (jnp.concatenate([jnp.swapaxes(a[:, :, :700], 1, 2), b], 1) for a, b in ((keys, k), (values, v)))
   oracle = streaming.attention_statistics(q, joined_k, joined_v, scale[0])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), few, oracle)
@@ -179,3 +251,48 @@ def test_state_stays_bounded_with_a_window():
   assert nbytes(small) == nbytes(large)
   past = small.layers["groups"][2]
   assert (past.keys.dtype, past.memory.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize("T", [1, 6])
+def test_int8_keys_and_values(T):
+  """Rounding moves an element by at most 1/254 of its vector's largest; the rest is exact: the statistics are those of the
+  numbers that int8 and scale stand for."""
+  rng = np.random.default_rng(4)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape) * np.exp(rng.normal(size=(*shape[:-1], 1))), jnp.float32)
+
+  q, k, v, lengths = normal(2, T, 4, 8), normal(2, T, 2, 8), normal(2, T, 2, 8), jnp.array([700, 130])
+  keys, values = normal(2, 2, 768, 8).at[0, 0, 3].set(0), normal(2, 2, 768, 8)
+  scale = jnp.full((2, T, 4), 0.3)
+  (keys_8, key_scale), (values_8, value_scale) = map(cached_attention.quantise, (keys, values))
+  rounded = [x.astype(jnp.float32) * s[..., None] for x, s in ((keys_8, key_scale), (values_8, value_scale))]
+  for wide, narrow in zip((keys, values), rounded):
+    largest = np.abs(wide).max(-1, keepdims=True)
+    assert np.all(np.abs(wide - narrow) <= largest / 254 * (1 + 1e-5))
+  ours = cached_attention.cached_statistics(q, k, v, keys_8, values_8, lengths, scale, scales=(key_scale, value_scale))
+  same = cached_attention.cached_statistics(q, k, v, *rounded, lengths, scale)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, same)
+
+
+def test_the_error_of_narrow_keys_and_values(x64):
+  """Of decoded logits against exact ones, over the spread of the logits: at least 10 bits are left by int8 and bfloat16."""
+  model, full, extend = prepared("polar")
+  errors = {}
+  for dtype in (None, "float32", "bfloat16", "int8"):
+    logits, _ = in_chunks(extend, Cache.create(model.config, 2, LENGTH, dtype), TOKENS, [1] * LENGTH, 1)
+    errors[dtype] = float(np.sqrt(np.mean((logits - full) ** 2)) / full.std())
+  print(errors)
+  assert errors[None] < 1e-10 and errors["float32"] < 1e-6
+  assert errors["bfloat16"] < 2**-8 and errors["int8"] < 2**-8
+
+
+def test_step_of_the_delta_rule(x64):
+  """The decoding step is one step of the oracle."""
+  rng = np.random.default_rng(5)
+  q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in rng.normal(size=(2, 3, 1, 4, 8)))
+  arrays = {"log_gamma": -rng.random((3, 1, 4)), "beta": rng.random((3, 1, 4))}
+  v, state = rng.normal(size=(3, 1, 4, 6)), rng.normal(size=(3, 4, 6, 8))
+  ours = gated_delta_step(q, k, v, state=jnp.asarray(state), **arrays)
+  oracle = reference.gated_delta(q, k, v, initial_state=jnp.asarray(state), **jax.tree.map(jnp.asarray, arrays))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, oracle)

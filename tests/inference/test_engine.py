@@ -14,9 +14,10 @@ import pytest
 
 from atma_jax.config import UserError
 from atma_jax.data.tokenizers import ByteTokenizer
-from atma_jax.inference.engine import Completion, Engine
+from atma_jax.inference.engine import Completion, Engine, rows_within
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
+from atma_jax.models.cache import Cache, nbytes
 
 GREEDY = Sampling(temperature=0, max_tokens=20, ignore_end=True)
 
@@ -92,6 +93,71 @@ def test_nothing_is_compiled_while_serving(engine):
   assert engine._prefill._cache_size() <= 2  # 16 and 32
 
 
+def test_long_prompts_and_short_reaches(model):
+  """A first pass by the ops of the full forward pass, chunks after it, rows of very different lengths in reaches that grow
+  while they decode: the tokens of the full pass, and no program after the warm-up."""
+  engine = Engine(model, ByteTokenizer(), rows=3, capacity=1024, chunk=64, first_chunk=256, stride=4, reaches=3)
+  assert engine.reaches == [256, 512, 1024]
+  engine.warm_up()
+  programs = engine._prefill._cache_size(), engine._decode._cache_size()
+  assert programs == (5, 3)  # 16, 32, 64 and first 128, 256; one a reach
+  rng = np.random.default_rng(11)
+  starts = [rng.integers(0, 256, n).astype(np.int32) for n in (700, 245, 1, 257, 500, 100)]
+  forward = full_pass(model, 720)
+  for prompt, completion in zip(starts, engine.generate(starts, GREEDY), strict=True):
+    greedy_logprobs(forward, prompt, completion)
+  assert (engine._prefill._cache_size(), engine._decode._cache_size()) == programs
+
+
+def test_a_long_prompt_lets_others_decode(engine):
+  """Between two strides a prompt moves by a bounded number of tokens, and may be cancelled on its way."""
+  first = engine.submit([1], dataclasses.replace(GREEDY, max_tokens=60))
+  second = engine.submit([2], dataclasses.replace(GREEDY, max_tokens=60))
+  assert engine.step() == []  # what the first stride has given is looked at after the second has begun
+  long = engine.submit(np.arange(100, dtype=np.int32), GREEDY)
+  before, rows = engine.prefilled, jax.tree.leaves(engine._rows)
+  pieces = engine.step()
+  assert all(leaf.is_deleted() for leaf in rows)  # the device writes where it read: nothing of a row exists twice
+  assert {piece.request for piece in pieces} == {first, second}
+  assert engine.prefilled == before + 32 and engine.counts == {"waiting": 0, "prefilling": 1, "decoding": 2}
+  assert engine.cancel(long).finish_reason == "cancelled" and engine.counts["prefilling"] == 0
+  while engine.busy:
+    assert all(piece.request != long for piece in engine.step())
+
+
+def test_a_stored_prompt_is_gone_on_from(engine, forward, tmp_path):
+  """In another engine of other sizes, with the tokens of the full pass and at the cost of what is new."""
+  prompt = np.random.default_rng(12).integers(0, 256, 70).astype(np.int32)
+  engine.save(tmp_path / "state.npz", prompt)
+  engine._kept.clear()
+  before = engine.prefilled
+  np.testing.assert_array_equal(engine.load(tmp_path / "state.npz"), prompt)
+  longer = np.append(prompt, [1, 2, 3]).astype(np.int32)
+  greedy_logprobs(forward, longer, engine.generate([longer], GREEDY)[0])
+  assert engine.prefilled == before + 2
+
+
+def test_int8_keys_and_values_move_log_probabilities_a_little(model, engine):
+  """By less than a tenth in a model of large random weights; what a request gets still does not depend on its company."""
+  narrow = Engine(model, ByteTokenizer(), rows=3, capacity=128, chunk=32, stride=4, cache_dtype="int8")
+  starts = prompts(5, seed=13)
+  together = narrow.generate(starts, dataclasses.replace(GREEDY, max_tokens=8))
+  alone, = narrow.generate(starts[4:], dataclasses.replace(GREEDY, max_tokens=8))
+  assert alone.tokens == together[4].tokens
+  exact = engine.generate(starts, dataclasses.replace(GREEDY, max_tokens=1))
+  for a, b in zip(exact, together):
+    assert abs(a.logprobs[0] - b.logprobs[0]) < 0.1 or a.tokens[0] != b.tokens[0]
+
+
+def test_rows_fit_the_memory(model):
+  """As many rows as were paid for, with what else is kept; a memory too small is refused with the size that is not."""
+  row = nbytes(jax.eval_shape(lambda: Cache.create(model.config, 1, 128)))
+  assert rows_within(model.config, 10.5 * row / 2**30, capacity=128, prefixes=3) == 5
+  assert rows_within(model.config, 10.5 * row / 2**30, capacity=128, cache_dtype="bfloat16") > 8
+  with pytest.raises(UserError, match=r"cache_gib=1e-06: a row of 128 tokens takes .* at least"):
+    rows_within(model.config, 1e-6, capacity=128)
+
+
 def test_ends(engine):
   """End-of-text, a stop string, the token limit; text ends before the stop string, tokens with it."""
   prompt = np.arange(40, dtype=np.int32)
@@ -140,7 +206,8 @@ def test_refusals(engine, model):
       ([0, 272], Sampling(), "from 0 to 271"), ([-1], Sampling(), "from 0 to 271")):
     with pytest.raises(UserError, match=words):
       engine.submit(prompt, sampling)
-  for options, words in (({"chunk": 48}, "power of two"), ({"rows": 0}, "rows=0"), ({"stride": 0}, "stride=0")):
+  for options, words in (({"chunk": 48}, "power of two"), ({"first_chunk": 256}, "power of two of at least 512"),
+                         ({"rows": 0}, "rows=0"), ({"stride": 0}, "stride=0")):
     with pytest.raises(UserError, match=words):
       Engine(model, ByteTokenizer(), **options)
   assert not engine.busy

@@ -43,12 +43,16 @@ class Serving:
     self.server = server
     self._listener = listen("127.0.0.1", 0)
     self.port = self._listener.getsockname()[1]
-    self._thread = threading.Thread(target=server.run, args=[self._listener])
+    self.code: int | None = None
+    self._thread = threading.Thread(target=self._run)
     self._thread.start()
     self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
 
+  def _run(self) -> None:
+    self.code = self.server.run(self._listener)
+
   def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
     with contextlib.closing(connection):
       connection.request(method, path, body, headers)
       response = connection.getresponse()
@@ -74,6 +78,9 @@ class Serving:
 
   def close(self) -> None:
     self.server.drain()
+    self.join()
+
+  def join(self) -> None:
     self._thread.join(timeout=60)
     assert not self._thread.is_alive()
 
@@ -109,6 +116,7 @@ def serving(engine, alone):
   serving = Serving(CompletionServer(engine, "lively", Limits(queue=60, request_timeout_s=60, body_mib=0.125)))
   yield serving
   serving.close()
+  assert serving.code == 0
   assert not serving.server.worker.outstanding and serving.server.worker.failure is None
 
 
@@ -273,6 +281,14 @@ def test_fuzzed_requests(serving, values):
   assert serving.request("GET", "/health")[0] == 200
 
 
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(body=st.binary(max_size=80) | st.text(max_size=40).map(lambda text: f'{{"prompt": "{text}"}}'.encode(errors="replace")))
+def test_fuzzed_bytes(serving, body):
+  """What is no JSON is refused, and what happens to be is served."""
+  status, text = serving.request("POST", "/v1/completions", body)
+  assert status in (200, 400), (status, text, body)
+
+
 def test_nothing_is_left_after_the_fuzzing(serving):
   assert serving.idle()
 
@@ -371,6 +387,32 @@ def test_soak(serving, alone):
   assert serving.idle() and compilations() == programs
   assert len(jax.live_arrays()) < arrays + 2 * len(jax.tree.leaves(serving.server.engine._rows))  # a kept prefix, a stride
   assert serving.metric('atma_sequences{state="decoding"}') == serving.metric("atma_outstanding") == 0
+
+
+class Failing:
+  """An engine whose device is lost at the first step."""
+
+  def __init__(self, engine: Engine):
+    self._engine, self.busy = engine, False
+
+  def __getattr__(self, name: str):
+    return getattr(self._engine, name)
+
+  def submit(self, *arguments, **options) -> int:
+    self.busy = True
+    return 1
+
+  def step(self):
+    raise RuntimeError("device lost")
+
+
+def test_an_engine_that_fails_ends_the_server(engine):
+  """Every client is told, and the exit code says so too."""
+  serving = Serving(CompletionServer(Failing(engine), "lively"))
+  status, body = serving.post(prompt="a", n=3)
+  assert (status, body["error"]["code"], body["error"]["type"]) == (500, "engine_failed", "server_error")
+  serving.join()
+  assert serving.code == 1
 
 
 def start(checkpoint: pathlib.Path, *flags: str) -> tuple[subprocess.Popen, int]:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import MemoryConfig, ModelConfig
+from atma_jax.config import MemoryConfig, ModelConfig, UserError
+from atma_jax.evaluation.runner import Options, evaluate
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.sharding import make_mesh, named_sharding
 from atma_jax.training.losses import language_model_loss
@@ -84,8 +85,13 @@ def test_scores_of_any_length_equal_one_device():
     with jax.default_matmul_precision("highest"):
       losses, = scorer.losses(rows)
       (at, predictions), = scorer.at_positions(rows, positions)
-    assert axes == {} or not any(gathered(compiled, 24) for compiled in scorer._compiled.values())
+    assert axes == {} or not any(gathered(compiled, 24) for compiled, _ in scorer._compiled.values())
     return losses, at, predictions
 
   for one, several in zip(scores(), scores(data=2, context=4), strict=True):
     np.testing.assert_allclose(several, one, atol=2e-5)
+
+
+def test_a_context_axis_that_does_not_fit_is_refused(tmp_path):
+  with pytest.raises(UserError, match=r"--context=3: mesh .*context=3 does not fit 8 devices"):
+    evaluate("nowhere", str(tmp_path), Options(context=3))

@@ -60,7 +60,6 @@ CASES = [  # devices, T, query heads, key heads, window
   (4, 8, 2, 1, None),  # pieces of one
   (8, 48, 4, 4, None),
   (4, 56, 4, 2, 37),  # more than half of the sequence: zigzag, with pieces of 7
-  (4, 36, 4, 1, 3),  # within a piece and the one before
   (8, 40, 2, 2, 13),  # over three pieces
   (4, 20, 2, 1, 1),
 ]
@@ -76,8 +75,9 @@ def test_polar_attention(n, T, H, K, window):
         attention_inputs(T, H, K), 2e-5)
 
 
-@pytest.mark.parametrize(("n", "T", "H", "K", "window"), [CASES[0], CASES[5]])
-def test_softmax_attention(n, T, H, K, window):
+def test_softmax_attention():
+  n, T, H, K, window = CASES[0]
+
   def call(op, q, k, v, **how):
     return op(q, k, v, scale=0.3, window=window, **how)
 
@@ -86,7 +86,7 @@ def test_softmax_attention(n, T, H, K, window):
         attention_inputs(T, H, K)[:3], 2e-5)
 
 
-@pytest.mark.parametrize(("n", "T"), [(2, 70), (4, 4), (8, 72)])
+@pytest.mark.parametrize(("n", "T"), [(2, 70), (8, 8)])
 def test_gated_delta(n, T):
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.normal(size=(2, T, 2, d)), jnp.float32) for d in (6, 6, 5))
@@ -103,7 +103,7 @@ def test_gated_delta(n, T):
   check(whole, split(parts, n, *[TIME] * 5, out=(TIME, P())), (q, k, v, log_gamma, beta), 2e-5)
 
 
-@pytest.mark.parametrize(("n", "T", "taps"), [(2, 8, 3), (4, 4, 4), (8, 16, 4), (2, 6, 1)])
+@pytest.mark.parametrize(("n", "T", "taps"), [(2, 8, 3), (8, 8, 4), (2, 6, 1)])
 def test_short_conv(n, T, taps):
   x, weight = jax.random.normal(jax.random.key(0), (2, T, 6)), jax.random.normal(jax.random.key(1), (taps, 6))
   check(ops.short_conv, split(context_parallel.short_conv, n, TIME, P()), (x, weight), 1e-6)

@@ -39,10 +39,11 @@ def run(recipe: Config, workdir: pathlib.Path, stop: int | None = None, **axes: 
     setattr(config.mesh, name, size)
   original = loop._Loop._save
 
-  def save(self, number, state):
-    original(self, number, state)
+  def save(self, number, state, *, final):
+    saved = original(self, number, state, final=final)
     if number == stop:
       raise KeyboardInterrupt
+    return saved
   loop._Loop._save = save
   try:
     assert train(config, str(workdir)) == DONE

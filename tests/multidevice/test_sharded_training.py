@@ -12,6 +12,7 @@ import pytest
 
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
 from atma_jax.sharding import make_mesh, named_sharding
+from atma_jax.training.loop import _check_divides
 from atma_jax.training.losses import language_model_loss
 from atma_jax.training.state import ModelDefinition, abstract_state, create_state, optimizer_for
 from atma_jax.training.step import make_train_step
@@ -126,3 +127,12 @@ def test_sizes_that_do_not_divide_are_refused_with_the_numbers(recipe):
   definition = ModelDefinition(config.model)
   with pytest.raises(UserError, match=r"config\.mesh: parameter .*size 44 does not divide over mesh tensor=8"):
     abstract_state(config, definition, optimizer_for(config, definition), make_mesh(data=1, tensor=8))
+  definition = ModelDefinition(recipe.model)
+  with pytest.raises(UserError, match=r"config\.mesh\.tensor=8: must divide config\.model\.num_heads=4"):
+    abstract_state(recipe, definition, optimizer_for(recipe, definition), make_mesh(data=1, tensor=8))
+  config = copy.deepcopy(recipe)
+  config.data.sequence_length, config.mesh.context = 36, 4
+  with pytest.raises(UserError, match=r"config\.data\.sequence_length=36: must be a multiple of twice mesh\.context=4"):
+    config.validate()
+  with pytest.raises(UserError, match=r"config\.data\.sequence_length=36: must be a multiple of twice config\.mesh\.context=4"):
+    _check_divides(config, make_mesh(data=-1, context=4))

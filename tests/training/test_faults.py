@@ -19,9 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from atma_jax.config import Config, UserError
+from atma_jax.config import Config, RunError, UserError
 from atma_jax.sharding import make_mesh
-from atma_jax.training import loop
+from atma_jax.training import checkpointing, loop
 from atma_jax.training import step as step_module
 from atma_jax.training.checkpointing import load_model
 from atma_jax.training.loop import DONE, train
@@ -191,22 +191,77 @@ def test_workdir_that_cannot_be_written_is_one_line(recipe_file):
   assert result.returncode == 2 and len(errors) == 1 and "--workdir" in errors[0], result.stderr
 
 
-def test_full_disk_is_one_line_and_the_last_good_step_is_intact(recipe, finished, tmp_path, monkeypatch):
-  """The file system refuses to take the next checkpoint's arrays."""
+def failed_saves(workdir: pathlib.Path) -> list[int]:
+  """The metric, by step."""
+  return [json.loads(line)["failed_saves"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def full(*_, **__):
+  raise OSError(28, "No space left on device")
+
+
+def test_full_disk_trains_on_and_ends_with_one_line_and_the_last_good_step(recipe, finished, tmp_path, monkeypatch, caplog):
+  """The file system refuses to take any further checkpoint's arrays."""
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
   config = copy.deepcopy(recipe)
   config.train.steps = STEPS + 2 * EVERY
-
-  def full(*args, **kwargs):
-    raise OSError(28, "No space left on device")
   monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", full)
-  monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "save", full)
-  with pytest.raises(UserError, match="No space left on device"):
+  monkeypatch.setattr(checkpointing, "FINAL_PAUSES", (0, 0))
+  with pytest.raises(RunError, match=r"step 32 could not be written in 2 attempts.*intact.*No space left on device"):
     train(config, str(workdir))
   monkeypatch.undo()
+  assert sorted(losses(workdir)) == list(range(1, config.train.steps + 1))
+  assert failed_saves(workdir)[-4:] == [1, 1, 2, 2]  # at 28, again at 30; and twice at 32, which no record can tell
+  assert sum("could not be written" in record.getMessage() for record in caplog.records) == 4
   assert load_model(workdir)[3] == STEPS
   assert all(np.array_equal(weights(workdir)[n], w) for n, w in weights(finished).items())
+
+
+class _Full:
+  """What a background write that ran out of space looks like to Orbax."""
+
+  result = staticmethod(full)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["at-once", "in-the-background"])
+def test_a_failed_write_is_reported_counted_and_tried_again(recipe, finished, tmp_path, monkeypatch, caplog, background):
+  original, left = ocp.PyTreeCheckpointHandler.async_save, [1]
+
+  async def once(self, *args, **options):
+    if not left[0]:
+      return await original(self, *args, **options)
+    left[0] -= 1
+    return [_Full()] if background else full()
+
+  monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", once)
+  assert train(copy.deepcopy(recipe), str(tmp_path)) == DONE
+  assert failed_saves(tmp_path)[-1] == 1 and failed_saves(tmp_path)[EVERY - 2] == 0
+  assert sum("4 could not be written (1 failed so far)" in record.getMessage() for record in caplog.records) == 1
+  assert_equal_runs(tmp_path, finished)
+  saved = [int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")]
+  assert sorted(saved) == [16, 20, 24] and not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_a_workdir_that_becomes_unwritable_costs_no_step(recipe, tmp_path, monkeypatch, caplog):
+  """The folder of the checkpoints is taken away in the middle of a run, and comes back."""
+  original = loop._Loop._next_batch
+  calls = [0]
+
+  def next_batch(self):
+    calls[0] += 1
+    if calls[0] == EVERY:
+      (tmp_path / "checkpoints").rename(tmp_path / "away")
+    if calls[0] == EVERY + 2:
+      (tmp_path / "away").rename(tmp_path / "checkpoints")
+    return original(self)
+
+  monkeypatch.setattr(loop._Loop, "_next_batch", next_batch)
+  config = copy.deepcopy(recipe)
+  config.train.steps = 2 * EVERY
+  assert train(config, str(tmp_path)) == DONE
+  assert failed_saves(tmp_path)[-1] == 1
+  assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")) == ["6", "8"]
 
 
 def poisoned(recipe: Config, tmp_path: pathlib.Path, monkeypatch, bad: set[int], **changes) -> str:

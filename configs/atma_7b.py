@@ -1,0 +1,26 @@
+"""Seven billion parameters for a pod: 7.09B, T = 4096, 142.6B tokens (20 a parameter).
+
+  python -m atma_jax.compile_ahead --config=configs/atma_7b.py --topology=v5p:4x4x8
+  python -m atma_jax.train --config=configs/atma_7b.py --workdir=gs://BUCKET/atma_7b --config.data.directory=/data/atma_7b \\
+    --config.data.sources=bin:/data/fineweb_train_*.bin
+
+Sizes: the published block at four times its width: heads of 128 and four query heads a key/value head are kept, and the MLP is
+8/3 C wide, rounded to a multiple of 256, instead of 4 C, so that its three matrices hold 8 C^2 as those of ungated 7B models do;
+with 4 C and two more C^2 of mixer the same depth would make 9.2B. 32 blocks: 24 local, 8 global with memory.
+Data: FineWeb-Edu as GPT-2 token shards (`.bin`), documents joined by the end-of-text token.
+"""
+
+from atma_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+def get_config() -> Config:
+  """Parameters, gradients and optimizer split over all devices (fsdp); blocks recomputed in the backward pass."""
+  return Config(
+    name="atma_7b",
+    model=ModelConfig(num_layers=32, width=4096, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=11_008, remat="block"),
+    data=DataConfig(sources=("bin:data/fineweb_train_*.bin",), tokenizer="gpt2/tokenizer.json", sequence_length=4096,
+                    batch_size=1024),
+    optimizer=OptimizerConfig(warmup_steps=500),
+    train=TrainConfig(steps=34_000, accumulation=1),
+    mesh=MeshConfig(data=1, fsdp=-1),
+  )
