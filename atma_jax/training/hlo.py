@@ -192,33 +192,75 @@ def _shape(result: str) -> list[int]:
 
 def _moved(instruction: _Instruction, sizes: dict[str, str], computations: dict[str, list[_Instruction]]) -> float:
   """Bytes of device memory an instruction reads and writes; of what it only slices or updates, the slice."""
-  if instruction.kind in _FREE or instruction.kind.endswith("-done"):
+  if instruction.kind in _FREE or instruction.kind.endswith("-done") or 'target="AllocateBuffer"' in instruction.rest:
     return 0
-  read = [sum(_arrays(sizes[name], on_chip=False)) for name in instruction.operands if name in sizes]
-  written = sum(_arrays(instruction.result, on_chip=False))
+  operands = [sum(_arrays(sizes[name], on_chip=False)) for name in instruction.operands if name in sizes]
+  written = _arrays(instruction.result, on_chip=False)
   if instruction.kind in _SLICES:
-    return 2 * written
+    return min(operands[0], sum(_arrays(instruction.result))) + sum(written)
   if instruction.kind == "dynamic-update-slice":
-    return 2 * read[1] if len(read) > 1 else 0
-  if instruction.kind == "fusion":
-    body = computations.get(instruction.called("calls")[0], [])
-    parameters = {i.name: int(re.match(r"(\d+)\)", i.rest)[1]) for i in body if i.kind == "parameter"}
-    users = collections.defaultdict(list)
-    for part in body:
-      for operand in part.operands:
-        users[operand].append(part)
-    for name, index in parameters.items():
-      if users[name] and all(part.kind in _SLICES for part in users[name]) and index < len(read):
-        read[index] = min(read[index], sum(sum(_arrays(part.result)) for part in users[name]))
-      if any(part.kind == "dynamic-update-slice" and part.operands[0] == name for part in users[name]):
-        updates = [i.result for part in users[name] for i in body if part.operands[1:2] == [i.name]]
-        update = sum(sum(_arrays(result)) for result in updates)
-        written = min(written, update) if any(part.root for part in users[name]) else written
-        read[index] = 0
-  return sum(read) + written
+    return operands[1] + sum(_arrays(sizes[instruction.operands[1]])) if written else 0
+  called = instruction.called("calls")
+  if instruction.kind == "async-start":  # a slice or copy that runs beside other instructions
+    inner = computations[called[0]]
+    return sum(_moved(part, {i.name: i.result for i in inner}, computations) for part in inner)
+  if instruction.kind.endswith("-start"):  # its result repeats its operands
+    return sum(operands) + max(0, sum(written) - sum(operands))
+  if instruction.kind != "fusion":
+    return sum(operands) + sum(written)
+  body = computations[called[0]]
+  reads = sum(min(size, _read(body, name, size, computations)) for size, name in zip(operands, _parameters(body)) if size)
+  return reads + sum(_written(body, next(i for i in body if i.root), _ARRAY.findall(instruction.result), computations))
+
+
+def _parameters(body: list[_Instruction]) -> list[str]:
+  """Names of a computation's parameters, in order."""
+  found = {int(re.match(r"(\d+)\)", i.rest)[1]): i.name for i in body if i.kind == "parameter"}
+  return [found[index] for index in sorted(found)]
+
+
+def _read(body: list[_Instruction], name: str, size: float, computations: dict[str, list[_Instruction]]) -> float:
+  """Bytes that a fused computation reads of a value of `size` bytes: what it slices, nothing of what it updates in place."""
+  total = 0.0
+  for part in body:
+    for position, operand in enumerate(part.operands):
+      if operand != name:
+        continue
+      if part.kind == "bitcast":
+        total += size if part.root else _read(body, part.name, size, computations)
+      elif part.kind in _SLICES and position == 0:
+        total += sum(_arrays(part.result))
+      elif part.kind == "fusion":
+        inner = computations[part.called("calls")[0]]
+        total += _read(inner, _parameters(inner)[position], size, computations)
+      elif not (part.kind == "dynamic-update-slice" and position == 0):
+        return size
+  return total
+
+
+def _written(body: list[_Instruction], root: _Instruction, results: list[tuple[str, str, str]],
+             computations: dict[str, list[_Instruction]]) -> list[float]:
+  """Bytes that a fused computation writes to each of its results, given as `_ARRAY` finds them; of an update, its slice."""
+  if root.kind == "tuple":
+    made = [next(i for i in body if i.name == name) for name in root.operands]
+    return [size for part, result in zip(made, results) for size in _written(body, part, [result], computations)]
+  if root.kind == "bitcast":
+    return _written(body, next(i for i in body if i.name == root.operands[0]), results, computations)
+  if root.kind == "fusion":
+    inner = computations[root.called("calls")[0]]
+    return _written(inner, next(i for i in inner if i.root), results, computations)
+  sizes = [0 if re.search(r"S\([1-9]", layout or "") else _size(dtype, shape) for dtype, shape, layout in results]
+  if root.kind == "dynamic-update-slice":
+    update = next(i for i in body if i.name == root.operands[1])
+    return [min(size, sum(_arrays(update.result))) for size in sizes]
+  return sizes
 
 
 def _arrays(result: str, on_chip: bool = True) -> list[int]:
   """Bytes of each array of a result type; without those in on-chip memory (layout ``S(1)`` and so on) if asked."""
-  return [_BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape, layout in _ARRAY.findall(result)
+  return [_size(dtype, shape) for dtype, shape, layout in _ARRAY.findall(result)
           if on_chip or not re.search(r"S\([1-9]", layout or "")]
+
+
+def _size(dtype: str, shape: str) -> int:
+  return _BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)

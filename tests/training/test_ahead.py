@@ -74,6 +74,21 @@ def test_what_a_loop_holds_is_counted_as_often_as_it_runs(mesh, rounds):
   assert found.unknown_loops == 0
 
 
+def test_a_loop_over_stacked_arrays_moves_a_slice_a_round(mesh):
+  """16 weights of 8 MiB, forward and backward; what it saves for the backward pass is stacked and read again."""
+  rounds, width, rows = 16, 2048, 4096  # rows of a device
+
+  def loss(x, w):
+    return jnp.sum(jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].astype(jnp.float32)))
+
+  arguments = [jax.ShapeDtypeStruct(shape, "bfloat16", sharding=jax.NamedSharding(mesh, where))
+               for shape, where in (((4 * rows, width), jax.P("x")), ((rounds, width, width), jax.P()))]
+  found = traffic(jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().as_text())
+  weights, activations = 2 * rounds * width * width, 2 * rounds * rows * width
+  least = 2 * weights + weights + 2 * activations  # read twice, their gradient written; activations written and read
+  assert least <= found.memory_bytes <= 4 * least
+
+
 def test_collectives_are_counted_with_their_bytes(mesh):
   size = 1024 * 512
   found = compiled(mesh, lambda x: x * 2, jax.P(), ((1024, 512), "float32", jax.P("x")))
