@@ -333,6 +333,7 @@ def _validate_train(c: Config) -> None:
   _require(c.data.batch_size % t.accumulation == 0, "train.accumulation", t.accumulation,
            f"a divisor of data.batch_size={c.data.batch_size}")
   _require(t.z_loss >= 0, "train.z_loss", t.z_loss, "at least 0")
+  _require(t.profile_start is None or t.profile_start >= 0, "train.profile_start", t.profile_start, "None or at least 0")
   _require(t.ema_decay is None or 0 < t.ema_decay < 1, "train.ema_decay", t.ema_decay, "None or in (0, 1)")
   _require(all(n >= 1 for n in t.validation_lengths), "train.validation_lengths", t.validation_lengths,
            "multiples of the training length, each at least 1")

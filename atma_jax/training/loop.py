@@ -107,7 +107,7 @@ class _Loop:
     aside = 0.0  # saving and validating
     for number in range(first + 1, train.steps + 1):
       tokens = self._next_batch()
-      if number == first + 1 + (train.profile_start or -10):
+      if train.profile_start is not None and number == first + 1 + train.profile_start:
         jax.profiler.start_trace(str(self.folder / "profile"))
       with jax.transfer_guard("disallow"):
         state, metrics = compiled(state, tokens)

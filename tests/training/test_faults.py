@@ -318,7 +318,7 @@ def test_a_skipped_step_changes_nothing_but_the_count(recipe):
 
 def test_profile_is_taken(recipe, tmp_path):
   config = copy.deepcopy(recipe)
-  config.train.steps, config.train.profile_start, config.train.profile_steps = 6, 2, 2
+  config.train.steps, config.train.profile_start, config.train.profile_steps = 6, 0, 2
   assert train(config, str(tmp_path)) == DONE
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
