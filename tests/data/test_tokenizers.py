@@ -105,7 +105,7 @@ def test_loading_by_path(tmp_path):
     ("tokenizer.json", b'{"tokenizer_name": "gpt2"}', "only names the tokenizer 'gpt2' and holds no vocabulary"),
     ("tokenizer.json", b"{", "not valid JSON"),
     ("tokenizer.json", b"{}", "not a Hugging Face tokenizer"),
-    ("tokenizer.json", b'{"kind": "words", "base64": ""}', "legal: bytes, huggingface, sentencepiece"),
+    ("tokenizer.json", b'{"kind": "words", "base64": ""}', "legal: bytes, huggingface, named, sentencepiece"),
     ("x.model", b"junk", "not a SentencePiece model"),
 ])
 def test_bad_files(tmp_path, name, content, message):

@@ -90,7 +90,8 @@ def test_a_long_run_starts_the_count_anew(tmp_path):
 def test_signals_reach_the_command(number, times):
   """As SIGTERM; the command's own exit code comes back, however often it is sent, and nothing restarts."""
   running = subprocess.Popen(["bash", RUN, "--backoff=0", "--", sys.executable, "-c", TRAINING], text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in the background
   assert running.stdout.readline() == "ready\n"
   for _ in range(times):
     running.send_signal(number)
