@@ -41,7 +41,9 @@ collected=0
 suite() {  # number of CPU devices, pytest argument...
   local devices=$1 status=0
   shift
-  run env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" "XLA_FLAGS=--xla_force_host_platform_device_count=$devices" \
+  # Small programs, run once or twice: most of the time would go into optimising them.
+  local flags="--xla_force_host_platform_device_count=$devices --xla_backend_optimization_level=0"
+  run env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" "XLA_FLAGS=$flags" \
     "$PYTHON" -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile "$@" ${options[@]+"${options[@]}"} || status=$?
   case $status in
     0) collected=1 ;;

@@ -128,7 +128,7 @@ def test_test_dry_run(tmp_path):
     assert "--editable .\\[dev\\]\n" in result.stdout
     return [line for line in result.stdout.splitlines() if line.startswith("env ")]
 
-  one, eight = f"{flags}=1 {python}", f"{flags}=8 {python}"
+  one, eight = (f"{flags}={devices}\\ --xla_backend_optimization_level=0 {python}" for devices in (1, 8))
   assert commands("-x") == [f"{one} tests --ignore=tests/multidevice -x", f"{eight} tests/multidevice -x"]
   assert commands("tests/ops", "-k", "a b") == [f"{one} tests/ops --ignore=tests/multidevice -k a\\ b"]
   assert commands("tests/multidevice/test_step.py") == [f"{eight} tests/multidevice/test_step.py"]
