@@ -90,7 +90,7 @@ def assert_equal_runs(workdir: pathlib.Path, expected: pathlib.Path):
 def start(recipe_file: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
   return subprocess.Popen([sys.executable, "-m", "atma_jax.train", f"--config={recipe_file}", f"--workdir={workdir}"],
                           cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                          env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
+                          env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
 def wait_for_step(workdir: pathlib.Path, step: int, process: subprocess.Popen):
