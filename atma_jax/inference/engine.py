@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from typing import Any, NamedTuple
@@ -26,17 +27,19 @@ import numpy as np
 
 from atma_jax.config import ModelConfig, UserError
 from atma_jax.data.tokenizers import Tokenizer
-from atma_jax.inference.sampling import Knobs, Sampling, sample
+from atma_jax.inference.sampling import Knobs, Sampling, narrows, sample
 from atma_jax.inference.saved_state import load_state, save_state
 from atma_jax.inference.text import TextStream
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache, GlobalPast, nbytes
-from atma_jax.ops.cached_attention import BLOCK, slots_for
+from atma_jax.ops import dispatch
+from atma_jax.ops.cached_attention.api import BLOCK, skips_unused_slots, slots_for
 from atma_jax.sharding import LOGICAL_AXES
 
 SMALLEST_CHUNK = 16
 SPARE_ROWS = 2  # a prompt on its way, and the row it is put into, exist twice for a moment
 CAST = ("muon", "embedding", "head")  # optimizer groups of the parameters that the model casts before it uses them
+WIDE_BIASES = ("head",)  # whose owners add them in float32; the others' are cast, too
 
 Likeliest = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
 
@@ -129,7 +132,8 @@ class Engine:
     alternatives: likeliest tokens reported with every token.
     prefixes: prompts whose state is kept, the latest used, so that a prompt that goes on from one starts there.
     cache_dtype: of keys and values, one of `cache.CACHE_DTYPES`; None is the model's activation dtype.
-    reaches: decoding programs at most, each for twice the cached tokens of the one before it.
+    reaches: decoding programs at most, each for twice the cached tokens of the one before it; one where decoding reads every
+      row up to its own length.
     prompt_logprobs: whether `submit` takes scored requests.
 
   The model's mesh, if it has more than one device, splits the rows over its ``data`` and ``fsdp`` axes.
@@ -154,7 +158,8 @@ class Engine:
     self.first_chunk, self.alternatives, self.scores_prompts = first_chunk, alternatives, prompt_logprobs
     self.config: ModelConfig = model.config
     self._mesh, self._cache_dtype = mesh, cache_dtype
-    self._graphdef, self._state = nnx.split(model)
+    self._asks_host = dispatch.platform() == "gpu"  # where a program that branches waits for the host
+    self._graphdef, self._state = nnx.split(model.apart(join=mesh is None) if self._asks_host else model)
     self._state = _cast(self._state, self.config)
     self._create = functools.partial(Cache.create, self.config, capacity=capacity, dtype=cache_dtype)
     self._prefixes, self._kept = prefixes, OrderedDict[bytes, Cache]()  # by the bytes of their int32 tokens
@@ -164,8 +169,13 @@ class Engine:
     self._pending: tuple[list[_Request | None], Drawn] | None = None  # the stride that the host has not looked at
     self._active: list[_Request | None] = [None] * rows
     rows_of = functools.partial(_empty_rows, self._create, rows, self.config.vocab_size)
-    slots = _slots(jax.eval_shape(rows_of).cache)
+    keys = _keys(jax.eval_shape(rows_of).cache)
+    slots = keys and keys.shape[-2]
     self._slots = slots or 0
+    with self._on_mesh():
+      if keys and skips_unused_slots(keys, self.config.num_heads, jnp.dtype(self.config.activation_dtype),
+                                     dispatch.decoder(self.config.implementation)):
+        reaches = 1
     self.reaches = sorted({slots_for(max(slots >> i, min(BLOCK, slots))) for i in range(reaches)}) if slots else [0]
     shardings = None if mesh is None else _rows_sharding(mesh, jax.eval_shape(rows_of))
     self._compile(shardings)
@@ -227,9 +237,9 @@ class Engine:
       cache = self._score_pass(self._new(), np.zeros(2, np.int32))[0]
     self._kept, self.prefilled = kept, prefilled
     self._put(0, self._copy(cache), np.zeros(1, np.int32), Sampling(), 0)
-    for reach in self.reaches:
+    for reach, narrow in itertools.product(self.reaches, (False, True) if self._asks_host else (None,)):
       with self._on_mesh():
-        self._rows, drawn = self._decode(self._state, self._rows, reach=reach)
+        self._rows, drawn = self._decode(self._state, self._rows, reach=reach, narrow=narrow)
     jax.device_get(drawn)
     self._stop_row(0)
 
@@ -259,7 +269,7 @@ class Engine:
     self._pending = None
     if any(self._active):
       with self._on_mesh():
-        self._rows, drawn = self._decode(self._state, self._rows, reach=self._reach())
+        self._rows, drawn = self._decode(self._state, self._rows, reach=self._reach(), narrow=self._narrow())
       self._pending = list(self._active), drawn
       for request in filter(None, self._active):
         request.started += self.stride
@@ -410,6 +420,10 @@ class Engine:
                   for request in self._active if request) + self.stride
     return next((reach for reach in self.reaches if longest <= reach), self._slots)
 
+  def _narrow(self) -> bool | None:
+    """Whether an active row's sampling narrows, where the program cannot look for itself."""
+    return any(narrows(request.sampling) for request in self._active if request) if self._asks_host else None
+
   def _stop_row(self, row: int) -> None:
     with self._on_mesh():
       self._rows = self._rows._replace(remaining=self._rest(self._rows.remaining, np.int32(row)))
@@ -474,8 +488,8 @@ class Engine:
                   put(rows.drawn, 0), put(rows.seen, seen), put(rows.ends, ends),
                   jax.tree.map(lambda old, new: put(old, new[0]), rows.knobs, knobs))
 
-    @functools.partial(jax.jit, donate_argnums=1, static_argnames="reach", out_shardings=decode_shardings)
-    def decode(state: Any, rows: Rows, *, reach: int) -> tuple[Rows, Drawn]:
+    @functools.partial(jax.jit, donate_argnums=1, static_argnames=("reach", "narrow"), out_shardings=decode_shardings)
+    def decode(state: Any, rows: Rows, *, reach: int, narrow: bool | None) -> tuple[Rows, Drawn]:
       model = nnx.merge(graphdef, state)
       B = rows.token.shape[0]
       drawn = Drawn(jnp.zeros((stride, B), jnp.int32), jnp.zeros((stride, B), jnp.float32),
@@ -487,7 +501,7 @@ class Engine:
         active = rows.remaining > 0
         hidden, cache = model.extend(rows.token[:, None], rows.cache, active.astype(jnp.int32), reach=reach or None)
         logits = model.head(hidden)[:, 0].astype(jnp.float32)
-        token = sample(jnp.where(legal, logits, -jnp.inf), rows.knobs, rows.seen, rows.drawn)
+        token = sample(jnp.where(legal, logits, -jnp.inf), rows.knobs, rows.seen, rows.drawn, narrow)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         top = _likeliest(logprobs, alternatives)
         ended = rows.ends & (token == eot)
@@ -502,8 +516,10 @@ class Engine:
       def go_on(carry: tuple[jax.Array, Rows, Drawn]) -> jax.Array:
         return (carry[0] < stride) & jnp.any(carry[1].remaining > 0)
 
-      _, rows, drawn = jax.lax.while_loop(go_on, step, (jnp.int32(0), rows, drawn))
-      return rows, drawn
+      carry = jnp.int32(0), rows, drawn
+      if narrow is not None:  # no word from the host between two tokens, so none to stop early either
+        return jax.lax.fori_loop(0, stride, lambda _, carry: step(carry), carry)[1:]
+      return jax.lax.while_loop(go_on, step, carry)[1:]
 
     self._prefill, self._score, self._place, self._decode = prefill, score, place, decode
     self._rest = jax.jit(lambda remaining, row: remaining.at[row].set(0),
@@ -546,17 +562,21 @@ def _widths(smallest: int, largest: int) -> list[int]:
   return [1 << i for i in range(smallest.bit_length() - 1, largest.bit_length())]
 
 
-def _slots(cache: Cache) -> int | None:
-  """R of a cache; None for a model without global mixers."""
-  return next((past.slots for pasts in cache.layers.values() for past in pasts if isinstance(past, GlobalPast)), None)
+def _keys(cache: Cache) -> jax.ShapeDtypeStruct | None:
+  """Keys of a cache; None for a model without global mixers."""
+  return next((past.keys for pasts in cache.layers.values() for past in pasts if isinstance(past, GlobalPast)), None)
 
 
 def _cast(state: nnx.State, config: ModelConfig) -> nnx.State:
   """The parameters with those in the activation dtype that the model would cast to it in every call."""
   dtype = jnp.dtype(config.activation_dtype)
-  return nnx.from_flat_state([
-    (path, p.replace(p[...].astype(dtype)) if isinstance(p, nnx.Param) and p.get_metadata("optimizer") in CAST else p)
-    for path, p in nnx.to_flat_state(state)])
+
+  def is_cast(path: tuple, p: nnx.Variable) -> bool:
+    bias = path[-1] == "bias" and path[-2] not in WIDE_BIASES
+    return isinstance(p, nnx.Param) and (bias or p.get_metadata("optimizer") in CAST)
+
+  return nnx.from_flat_state([(path, p.replace(p[...].astype(dtype)) if is_cast(path, p) else p)
+                              for path, p in nnx.to_flat_state(state)])
 
 
 def _mesh_of(model: Atma) -> Mesh | None:

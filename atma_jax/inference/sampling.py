@@ -63,7 +63,12 @@ class Knobs(NamedTuple):
                  for name in cls._fields))
 
 
-def sample(logits: jax.Array, knobs: Knobs, seen: jax.Array, index: jax.Array) -> jax.Array:
+def narrows(sampling: Sampling) -> bool:
+  """Whether top-k or top-p may take tokens away, for which the logits must be sorted."""
+  return sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1)
+
+
+def sample(logits: jax.Array, knobs: Knobs, seen: jax.Array, index: jax.Array, narrow: bool | None = None) -> jax.Array:
   """The next token of each row, from its own logits, knobs and random numbers alone.
 
   In this order: repetition penalty, temperature, top-k, top-p of what is left, min-p. Ties at a threshold are kept.
@@ -73,6 +78,8 @@ def sample(logits: jax.Array, knobs: Knobs, seen: jax.Array, index: jax.Array) -
     knobs: of B rows.
     seen: (B, V) bool, tokens of prompt and text so far.
     index: (B,) int32, how many tokens the row has drawn: with the seed, what its random numbers depend on.
+    narrow: whether a row `narrows`. None looks at the knobs, and spares all rows what none needs; a GPU would have to ask
+      the host for that.
 
   Returns:
     (B,) int32.
@@ -83,14 +90,17 @@ def sample(logits: jax.Array, knobs: Knobs, seen: jax.Array, index: jax.Array) -
 
   def draw() -> jax.Array:
     scaled = logits / jnp.where(knobs.temperature > 0, knobs.temperature, 1)[:, None]
-    narrowed = (knobs.top_k > 0) | (knobs.top_p < 1)
-    scaled = jax.lax.cond(jnp.any(narrowed), lambda: _top(scaled, knobs), lambda: scaled)
+    if narrow is None:
+      narrowed = (knobs.top_k > 0) | (knobs.top_p < 1)
+      scaled = jax.lax.cond(jnp.any(narrowed), lambda: _top(scaled, knobs), lambda: scaled)
+    elif narrow:
+      scaled = _top(scaled, knobs)
     floor = jnp.max(scaled, axis=-1, keepdims=True) + jnp.log(knobs.min_p)[:, None]
     scaled = jnp.where(scaled >= floor, scaled, -jnp.inf)
     noise = jax.vmap(lambda seed, i: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), i), logits.shape[1:]))
     return jnp.argmax(scaled + noise(knobs.seed, index), axis=-1)
 
-  drawn = jax.lax.cond(jnp.any(knobs.temperature > 0), draw, lambda: greedy)
+  drawn = jax.lax.cond(jnp.any(knobs.temperature > 0), draw, lambda: greedy) if narrow is None else draw()
   return jnp.where(knobs.temperature > 0, drawn, greedy).astype(jnp.int32)
 
 

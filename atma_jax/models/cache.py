@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from atma_jax.config import DTYPES, ModelConfig
 from atma_jax.models.parallel import short_conv as whole_short_conv
 from atma_jax.ops import short_conv
-from atma_jax.ops.cached_attention import quantise, slots_for
+from atma_jax.ops.cached_attention.api import quantise, slots_for
 
 CACHE_DTYPES = ("int8", *DTYPES)  # of keys and values
 
@@ -41,6 +41,15 @@ class LocalPast:
     del span
     return update
 
+  def at(self, repetition: int) -> LocalPast:
+    """What one repetition remembers, of stacked arrays."""
+    return LocalPast(self.history[repetition])
+
+  def stepped(self, updates: list[LocalPast]) -> LocalPast:
+    """The update of all repetitions, stacked, from those of each."""
+    del self
+    return jax.tree.map(lambda *x: jnp.stack(x), *updates)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +64,7 @@ class GlobalPast:
   memory: jax.Array | None = None  # (B, H, D, D) float32 or wider; none without memory
   key_scale: jax.Array | None = None  # (B, K, R) float32 of int8 keys; none for others, and none in an update
   value_scale: jax.Array | None = None  # (B, K, R)
+  layer: int | None = dataclasses.field(default=None, metadata={"static": True})  # see `at`
 
   def after(self, update: GlobalPast, span: Span) -> GlobalPast:
     """As for `LocalPast`; padding is not written, and of more new tokens than slots only the last."""
@@ -73,6 +83,16 @@ class GlobalPast:
     if self.key_scale is not None:
       (new["keys"], new["key_scale"]), (new["values"], new["value_scale"]) = map(quantise, new.values())
     return dataclasses.replace(update, **{name: write(getattr(self, name), x) for name, x in new.items()})
+
+  def at(self, repetition: int) -> GlobalPast:
+    """As for `LocalPast`; what is large stays stacked, with `layer` to say where to look and what to update in place."""
+    canon = {name: x if (x := getattr(self, name)) is None else x[repetition] for name in ("canon_q", "canon_k", "canon_v")}
+    return dataclasses.replace(self, **canon, layer=repetition)
+
+  def stepped(self, updates: list[GlobalPast]) -> GlobalPast:
+    """As for `LocalPast`; the memory, already of all repetitions, is that of the last."""
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(dataclasses.replace(update, memory=None) for update in updates))
+    return dataclasses.replace(stacked, memory=updates[-1].memory)
 
   @property
   def slots(self) -> int:
@@ -98,6 +118,15 @@ class RavenPast:
     """As for `LocalPast`."""
     del span
     return update
+
+  def at(self, repetition: int) -> RavenPast:
+    """As for `LocalPast`."""
+    return jax.tree.map(lambda x: x[repetition], self)
+
+  def stepped(self, updates: list[RavenPast]) -> RavenPast:
+    """As for `LocalPast`."""
+    del self
+    return jax.tree.map(lambda *x: jnp.stack(x), *updates)
 
 
 Past = LocalPast | GlobalPast | RavenPast
@@ -181,6 +210,8 @@ def convolve(x: jax.Array, weight: jax.Array, history: jax.Array | None,
     return whole_short_conv(x, weight, channels=channels), None
   y = short_conv(x, weight, history=history)
   joined = jnp.concatenate([history, x.astype(history.dtype)], axis=1)
+  if x.shape[1] == 1:
+    return y, jnp.where(span.counts[:, None, None] > 0, joined[:, 1:], joined[:, :-1])
   last = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, history.shape[1]))
   return y, last(joined, span.counts)
 

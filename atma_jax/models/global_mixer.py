@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -15,7 +16,8 @@ from atma_jax.models.cache import GlobalPast, Span, convolve
 from atma_jax.models.memory import Memory
 from atma_jax.models.parallel import polar_attention, softmax_attention
 from atma_jax.ops import rotary_embedding
-from atma_jax.ops.cached_attention import cached_polar_attention, cached_softmax_attention
+from atma_jax.ops.cached_attention.api import cached_polar_attention, cached_softmax_attention
+from atma_jax.ops.dispatch import decoder
 from atma_jax.ops.distractors import polar_distractor_loss, softmax_distractor_loss
 from atma_jax.ops.polar_attention.formula import positional_logits
 
@@ -38,11 +40,11 @@ class PolarCore(nnx.Module):
 
   def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array,
                trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
-    """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and an addend (B, T, C)."""
+    """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and magnitudes (B, T, H), for `mu_proj`."""
     direction, magnitude = polar_attention(q, k, v, **self.parameters(), implementation=self.config.implementation)
     if trace is not None:
       trace |= {"heads": direction, "magnitude": magnitude}
-    return direction, self.mu_proj(magnitude)
+    return direction, magnitude
 
   def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast, span: Span,
              reach: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -50,8 +52,9 @@ class PolarCore(nnx.Module):
     if reach == 0:
       return *self(q, k, v), k
     direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self.parameters(),
-                                                  scales=past.scales, reach=reach)
-    return direction, self.mu_proj(magnitude), k
+                                                  scales=past.scales, reach=reach, layer=past.layer,
+                                                  implementation=decoder(self.config.implementation))
+    return direction, magnitude, k
 
   def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:
     """Mean softmax mass that random keys (R, K, D) take from the null."""
@@ -76,7 +79,7 @@ class SoftmaxCore(nnx.Module):
 
   def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array,
                trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, None]:
-    """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and nothing to add."""
+    """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and no magnitudes."""
     q, k, scale = self._positioned(q, k, jnp.arange(q.shape[1]))
     heads = softmax_attention(q, k, v, scale=scale, window=self.config.window)
     if trace is not None:
@@ -90,7 +93,8 @@ class SoftmaxCore(nnx.Module):
     if reach == 0:
       return softmax_attention(q, k, v, scale=scale, window=self.config.window), None, k
     heads = cached_softmax_attention(q, k, v, past.keys, past.values, span.lengths, scale=scale,
-                                     window=self.config.window, scales=past.scales, reach=reach)
+                                     window=self.config.window, scales=past.scales, reach=reach, layer=past.layer,
+                                     implementation=decoder(self.config.implementation))
     return heads, None, k
 
   def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:
@@ -158,10 +162,11 @@ class GlobalMixer(nnx.Module):
     (B, T, H, D) and, for polar attention, ``magnitude`` (B, T, H); of the memory see `Memory`.
     """
     config, (B, T, _) = self.config, x.shape
-    q, gate = jnp.split(self.q(x).reshape(B, T, config.num_heads, 2 * config.head_dim), 2, axis=-1)
+    q, k, v, *gates = self._split(self.inputs(x)) if hasattr(self, "inputs") else [part(x) for part in self._projections()]
+    q, gate = jnp.split(q.reshape(B, T, config.num_heads, 2 * config.head_dim), 2, axis=-1)
     q = layers.head_norm(q)
-    k = layers.head_norm(self.k(x).reshape(B, T, config.num_kv_heads, config.head_dim))
-    v = self.v(x).reshape(B, T, config.num_kv_heads, config.head_dim)
+    k = layers.head_norm(k.reshape(B, T, config.num_kv_heads, config.head_dim))
+    v = v.reshape(B, T, config.num_kv_heads, config.head_dim)
     histories, state = (None, None, None), None
     if config.attention in CANON_ATTENTIONS:
       q, canon_q = _canon(q, self.canon_q, past.canon_q, span, "heads")
@@ -171,18 +176,39 @@ class GlobalMixer(nnx.Module):
     if trace is not None:
       trace |= {"q": q, "k": k, "v": v}
     if span is None:
-      heads, addend = self.core(q, k, v, trace)
+      heads, magnitude = self.core(q, k, v, trace)
     else:
-      heads, addend, keys = self.core.extend(q, k, v, past, span, reach)
-    out = self.out_proj((heads * jax.nn.sigmoid(gate)).reshape(B, T, -1))
-    if addend is not None:
-      out = out + addend
+      heads, magnitude, keys = self.core.extend(q, k, v, past, span, reach)
+    found = [(heads * jax.nn.sigmoid(gate)).reshape(B, T, -1)]
+    if magnitude is not None:
+      found.append(magnitude)
     if config.memory.enabled:
-      read, state = self.memory(x, q, k, v, past.memory, span, trace)
-      out = out + read
+      read, state = self.memory.read(*gates, q, k, v, past.memory, span, trace, past.layer)
+      found.append(read)
+    if hasattr(self, "outputs"):
+      out = self.outputs(jnp.concatenate([x.astype(heads.dtype) for x in found], axis=-1))
+    else:
+      out = sum(part(x) for part, x in zip(self._outputs(), found, strict=True))
     if span is None:
       return out, past
     return out, GlobalPast(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(v, 1, 2), *histories, state)
+
+  def join(self) -> None:
+    """Makes one matrix of those that take the same input, and one of those whose outputs are added."""
+    self.inputs, self.outputs = layers.Linear.beside(self._projections()), layers.Linear.summed(self._outputs())
+
+  def _projections(self) -> list[layers.Linear]:
+    memory = [self.memory.gamma, self.memory.beta, self.memory.gate] if self.config.memory.enabled else []
+    return [self.q, self.k, self.v, *memory]
+
+  def _split(self, joined: jax.Array) -> list[jax.Array]:
+    """The outputs of `_projections`, from all of them one after the other."""
+    sizes = [part.bias.shape[0] for part in self._projections()]
+    return jnp.split(joined, list(itertools.accumulate(sizes))[:-1], axis=-1)
+
+  def _outputs(self) -> list[layers.Linear]:
+    magnitude = [self.core.mu_proj] if isinstance(self.core, PolarCore) else []
+    return [self.out_proj, *magnitude, *([self.memory.out_proj] if self.config.memory.enabled else [])]
 
   def distractor_loss(self, trace: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
     """The core's loss for keys and values of random inputs (R, C), normed as keys are, without canon convolutions."""

@@ -7,7 +7,7 @@ Each parameter says two things about itself, once: its logical axes (`atma_jax.s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 
 from flax import nnx
@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
+from atma_jax.ops import dispatch
+
+FEW_ROWS = 16  # rows of the smallest tile of a GPU's matrix units
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -94,6 +97,25 @@ def unit_length(x: jax.Array) -> jax.Array:
   return (wide / jnp.maximum(jnp.sqrt(jnp.sum(wide * wide, -1, keepdims=True) + 1e-24), 1e-12)).astype(x.dtype)
 
 
+def _joined(parts: Sequence[Linear], kernel: jax.Array, bias: jax.Array) -> Linear:
+  joined = nnx.clone(parts[0])
+  joined.kernel, joined.bias = parts[0].kernel.replace(kernel), parts[0].bias.replace(bias)
+  return joined
+
+
+def product(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+  """``x @ kernel + bias`` of x (..., C), kernel (C, F) and bias (F,) in `dtype`, by default x's.
+
+  Few rows are filled up on a GPU: XLA would multiply and reduce one by itself, writing the products to memory, and convert
+  the kernel to a wider result's dtype.
+  """
+  rows = x.reshape(-1, x.shape[-1])
+  few = dispatch.platform() == "gpu" and rows.shape[0] < FEW_ROWS
+  padded = jnp.pad(rows, ((0, FEW_ROWS - rows.shape[0]), (0, 0))) if few else rows
+  y = jnp.matmul(padded, kernel, preferred_element_type=dtype) + bias
+  return y[: rows.shape[0]].reshape(*x.shape[:-1], -1)
+
+
 class RMSNorm(nnx.Module):
   """x (..., C) over its root mean square, times a learned weight (C,)."""
 
@@ -117,11 +139,25 @@ class Linear(nnx.Module):
                             axes, "muon")
     self.bias = parameter(config, rngs, bias_init(config, features_in, **kind), (features_out,), ("vector",), "vector")
 
+  @staticmethod
+  def beside(parts: Sequence[Linear]) -> Linear:
+    """The product of one x with all of `parts`: their outputs one after the other."""
+    return _joined(parts, jnp.concatenate([part.kernel[...] for part in parts], axis=1),
+                   jnp.concatenate([part.bias[...] for part in parts]))
+
+  @staticmethod
+  def summed(parts: Sequence[Linear]) -> Linear:
+    """The sum of `parts`, each of its own x: what it takes is those one after the other."""
+    return _joined(parts, jnp.concatenate([part.kernel[...] for part in parts]), sum(part.bias[...] for part in parts))
+
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.split(x, 1)[0]
 
   def split(self, x: jax.Array, parts: int) -> list[jax.Array]:
     """The output in `parts` equal pieces, a product each: the backward pass then has nothing to concatenate."""
+    if x.shape[-2] == 1:  # decoding has no backward pass, and a product of a few rows takes as long as one of a third of it
+      y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype))
+      return jnp.split(y, parts, axis=-1)
     kernels = jnp.split(self.kernel[...].astype(self.dtype), parts, axis=1)
     biases = jnp.split(self.bias[...].astype(self.dtype), parts)
     return [x.astype(self.dtype) @ kernel + bias for kernel, bias in zip(kernels, biases)]

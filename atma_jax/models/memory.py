@@ -12,6 +12,7 @@ from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import Span, counted
 from atma_jax.models.parallel import gated_delta
+from atma_jax.ops.dispatch import decoder
 from atma_jax.ops.gated_delta.step import gated_delta_step
 
 
@@ -40,24 +41,34 @@ class Memory(nnx.Module):
     A `trace` receives ``log_gamma`` and ``beta`` (B, T, H), the ``readout`` before its norm (B, T, H, D) and ``memory``, the
     state after the last token (B, H, D, D).
     """
-    config, wide = self.config, jnp.promote_types(jnp.float32, x.dtype)
+    read, state = self.read(self.gamma(x), self.beta(x), self.gate(x), q, k, v, state, span, trace)
+    return self.out_proj(read), state
+
+  def read(self, gamma: jax.Array, beta: jax.Array, gate: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array,
+           state: jax.Array | None, span: Span | None, trace: dict[str, jax.Array] | None,
+           layer: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """What `out_proj` takes, (B, T, H D), and the state after, from what `gamma`, `beta` (B, T, H) and `gate` (B, T, H D) give.
+
+    With a `layer`, T is 1 and the state that of several layers, (layers, B, H, D, D), before and after.
+    """
+    config, wide, shape = self.config, jnp.promote_types(jnp.float32, gate.dtype), q.shape[:2]
     group = config.num_heads // config.num_kv_heads
     q, k = layers.unit_length(q), layers.unit_length(k)
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    log_gamma = self.log_gamma(self.gamma(x))
-    beta = jax.nn.sigmoid(self.beta(x).astype(wide) + config.memory.beta_bias)
+    log_gamma = self.log_gamma(gamma)
+    beta = jax.nn.sigmoid(beta.astype(wide) + config.memory.beta_bias)
     if span is not None:
-      real = counted(x.shape[:2], span)[..., None]
+      real = counted(shape, span)[..., None]
       log_gamma, beta = jnp.where(real, log_gamma, 0), jnp.where(real, beta, 0)  # padding leaves the state alone
-    if span is not None and x.shape[1] == 1:
-      readout, state = gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state)
+    if span is not None and shape[1] == 1:
+      readout, state = gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state, layer=layer,
+                                        implementation=decoder(config.implementation))
     else:
       readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
                                    implementation=config.implementation)
     if trace is not None:
       trace |= {"log_gamma": log_gamma, "beta": beta, "readout": readout, "memory": state}
-    readout = layers.head_norm(readout).reshape(*x.shape[:2], -1)
-    return self.out_proj(readout * jax.nn.sigmoid(self.gate(x))), state
+    return layers.head_norm(readout).reshape(gate.shape) * jax.nn.sigmoid(gate), state
 
   def log_gamma(self, gate: jax.Array) -> jax.Array:
     """Log-decay of the decay gate's output (..., H), in float32 or wider.

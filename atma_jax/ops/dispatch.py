@@ -89,6 +89,11 @@ class Op:
     raise NotImplementedError(f"{self.name}: no implementation serves this call on {where}")
 
 
+def decoder(implementation: str) -> str:
+  """What a model's choice means for its cached ops, which have implementations of their own: no kernels, or what fits."""
+  return "xla" if implementation in ("reference", "xla") else "auto"
+
+
 def platform() -> str:
   """Where the program being traced will run: the devices of the mesh in context, else the default backend.
 

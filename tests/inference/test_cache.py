@@ -15,7 +15,8 @@ from atma_jax.config import MemoryConfig, ModelConfig, UserError
 from atma_jax.inference.saved_state import load_state, save_state
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache, nbytes
-from atma_jax.ops import cached_attention, streaming
+from atma_jax.ops import streaming
+from atma_jax.ops.cached_attention import api as cached_attention
 from atma_jax.ops.gated_delta import reference
 from atma_jax.ops.gated_delta.step import gated_delta_step
 from atma_jax.pytorch import from_state_dict, model_config, read_state_dict

@@ -1,0 +1,1 @@
+"""Attention of new tokens over cached ones, for chunked prefill and decoding."""

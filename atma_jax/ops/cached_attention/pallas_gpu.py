@@ -1,0 +1,169 @@
+"""Cached attention of a single query a row as a GPU kernel: Pallas through Triton, split over the keys.
+
+A program takes one row's queries of one key/value head (the group reads every key and value once) and a share of the
+slots that the row has filled, whatever its length: shares are equal, and what lies beyond the length or before the
+window is not read. Scores are in base 2. The first share holds the new token too. Shares merge exactly, in a second
+kernel that gives every query head a program, by the law of `streaming.merge`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+from atma_jax.ops import dispatch
+from atma_jax.ops.cached_attention.api import Scales
+from atma_jax.ops.streaming import Statistics
+
+KEYS = 64  # in a step of a program: with values, 32 KiB of bfloat16 on their way while the step before is worked on
+ROWS = 16  # of the smallest matrix product; a group has no more query heads
+PROGRAMS = 256  # enough for the memory of a large GPU to be busy
+COLUMNS = 64  # of a head's values that a program merges
+HEAD_SIZES = (64, 128)
+LOG2_E = math.log2(math.e)
+MASKED = -(2.0**100)  # a score; finite, so that a share without a visible key makes no NaN
+
+
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
+             scale: jax.Array, **options) -> str | None:
+  """Why the kernel cannot serve this call, or None if it can."""
+  del v, values, lengths, options
+  if q.shape[1] != 1:
+    return f"takes one new token a row, not {q.shape[1]}"
+  if q.dtype not in (jnp.bfloat16, jnp.float32) or keys.dtype not in (jnp.int8, jnp.bfloat16, jnp.float32):
+    return f"takes bfloat16 or float32 queries and int8, bfloat16 or float32 keys, not {q.dtype} and {keys.dtype}"
+  if scale.dtype != jnp.float32:
+    return f"gathers in float32, not {scale.dtype}"
+  if q.shape[3] not in HEAD_SIZES or q.shape[2] // k.shape[2] > ROWS:
+    return (f"takes head sizes {' and '.join(map(str, HEAD_SIZES))} and groups of at most {ROWS} heads, not {q.shape[3]} "
+            f"and {q.shape[2] // k.shape[2]}")
+  if dispatch.platform() != "gpu":
+    return f"needs a GPU, and this runs on {dispatch.platform()}"
+  if dispatch.undivided():
+    return "takes the arrays of one device, not whole ones of a mesh"
+  return None
+
+
+def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
+                      scale: jax.Array, *, window: int | None, scales: Scales, reach: int | None, layer: int | None,
+                      splits: int | None = None, interpret: bool = False) -> Statistics:
+  """See `atma_jax.ops.cached_attention.api`; `splits`, a power of two, overrides the number of shares of the keys."""
+  del reach  # every row is read up to its own length
+  (B, _, H, D), K, R = q.shape, k.shape[2], keys.shape[-2]
+  G = H // K
+  if layer is None:
+    layer, keys, values, scales = 0, *jax.tree.map(lambda x: x[None], (keys, values, scales))
+  splits = splits or splits_for(B * K, R)
+
+  def rows(x: jax.Array) -> jax.Array:  # (B, 1, H, ...) -> (B, K, ROWS, ...)
+    x = x.reshape(B, K, G, *x.shape[3:])
+    return jnp.pad(x, ((0, 0), (0, 0), (0, ROWS - G), *((0, 0),) * (x.ndim - 3)))
+
+  def ring(*shape: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, None, *shape), lambda s, h, b: (layer, b, h, *(0,) * len(shape)))
+
+  new = pl.BlockSpec((None, None, None, D), lambda s, h, b: (b, 0, h, 0))
+  scalars = jax.ShapeDtypeStruct((B, K, ROWS, splits), jnp.float32)
+  scalar = pl.BlockSpec((None, None, ROWS, None), lambda s, h, b: (b, h, 0, s))
+  parts = pl.pallas_call(
+    functools.partial(_share_kernel, window=window, splits=splits, quantised=scales is not None), name="cached_attention",
+    out_shape=[*[scalars] * 3, jax.ShapeDtypeStruct((B, K, ROWS, splits, D), jnp.float32)],
+    in_specs=[pl.BlockSpec((None,), lambda s, h, b: (b,)), pl.BlockSpec((None, None, ROWS), lambda s, h, b: (b, h, 0)),
+              pl.BlockSpec((None, None, ROWS, D), lambda s, h, b: (b, h, 0, 0)), new, new, ring(R, D), ring(R, D),
+              *[ring(R)] * (2 * (scales is not None))],
+    out_specs=[*[scalar] * 3, pl.BlockSpec((None, None, ROWS, None, D), lambda s, h, b: (b, h, 0, s, 0))],
+    grid=(splits, K, B), interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+  )(lengths, rows(scale) * LOG2_E, rows(q), k, v, keys, values, *(scales or ()))
+  return _merged(parts, G, interpret)
+
+
+def splits_for(rows: int, slots: int) -> int:
+  """Shares of the keys, a power of two: enough programs with `rows` of them a share, none of less than a step."""
+  most = min(PROGRAMS // rows, -(-slots // KEYS))
+  return 1 << max(most.bit_length() - 1, 0)
+
+
+def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *refs, window, splits, quantised):
+  *scale_refs, M_ref, L_ref, Q_ref, S_ref = refs
+  share, slots, length = pl.program_id(0), keys_ref.shape[0], length_ref[...]
+  scale, q = scale_ref[...], q_ref[...]
+  held = jnp.minimum(length, slots)
+  first = 0
+  if window is not None:  # a ring that has wrapped is no larger than its window needs
+    first = jnp.where(length <= slots, lax.div(jnp.maximum(length + 1 - window, 0), KEYS), 0)
+  count = lax.div(held + KEYS - 1, KEYS) - first
+
+  def step(block, carry):
+    m, L, Q, S = carry
+    slot = block * KEYS + jnp.arange(KEYS)
+    place = pl.ds(block * KEYS, KEYS)
+    inside = slot < slots if slots % KEYS else None
+
+    def read(ref):
+      if inside is None:
+        return ref[place] if ref.ndim == 1 else ref[place, :]
+      return plgpu.load(ref.at[place] if ref.ndim == 1 else ref.at[place, :], other=0,
+                        mask=inside if ref.ndim == 1 else jnp.broadcast_to(inside[:, None], (KEYS, ref.shape[1])))
+
+    scores = _dot(q, read(keys_ref).astype(q.dtype), (1, 1)) * scale[:, None]
+    if quantised:
+      scores = scores * read(scale_refs[0])[None, :]
+    visible = slot < held
+    if window is not None:
+      visible &= lax.rem(jnp.maximum(length - 1 - slot, 0), slots) < window - 1
+    scores = jnp.where(visible[None, :], scores, MASKED)
+    m_next = jnp.maximum(m, jnp.max(scores, axis=1))
+    p, shrink = jnp.where(visible[None, :], jnp.exp2(scores - m_next[:, None]), 0), jnp.exp2(m - m_next)
+    L = L * shrink + jnp.sum(p, axis=1)
+    Q = Q * (shrink * shrink) + jnp.sum(p * p, axis=1)
+    weights = p * read(scale_refs[1])[None, :] if quantised else p
+    return m_next, L, Q, S * shrink[:, None] + _dot(weights.astype(q.dtype), read(values_ref).astype(q.dtype))
+
+  # The new token, in the first share alone.
+  own = jnp.sum(q.astype(jnp.float32) * k_ref[...].astype(jnp.float32)[None, :], axis=1) * scale
+  mine = jnp.where(share == 0, jnp.ones((ROWS,), jnp.float32), 0)
+  carry = jnp.where(share == 0, own, MASKED), mine, mine, mine[:, None] * v_ref[...].astype(jnp.float32)[None, :]
+  bounds = (first + lax.div(count * i, splits) for i in (share, share + 1))
+  m, L, Q, S = lax.fori_loop(*bounds, step, carry)
+  M_ref[...], L_ref[...], Q_ref[...], S_ref[...] = m, L, Q, S
+
+
+def _merged(parts: list[jax.Array], G: int, interpret: bool) -> Statistics:
+  """Statistics (B, 1, H, ...) of all shares, from those of each, (B, K, ROWS, splits, ...) in base 2."""
+  B, K, _, splits, D = parts[3].shape
+  scalars = jax.ShapeDtypeStruct((B, 1, K * G), jnp.float32)
+  if splits == 1:
+    M, L, Q, S = (x[:, :, :G, 0].reshape(B, 1, K * G, *x.shape[4:]) for x in parts)
+    return Statistics(M / LOG2_E, L, Q, S)
+  taken = pl.BlockSpec((None, None, None, splits), lambda c, h, b: (b, h // G, h % G, 0))
+  given = pl.BlockSpec((None, None, None), lambda c, h, b: (b, 0, h))
+  M, L, Q, S = pl.pallas_call(
+    _merge_kernel, name="cached_attention_merge",
+    out_shape=[*[scalars] * 3, jax.ShapeDtypeStruct((B, 1, K * G, D), jnp.float32)],
+    in_specs=[*[taken] * 3, pl.BlockSpec((None, None, None, splits, COLUMNS), lambda c, h, b: (b, h // G, h % G, 0, c))],
+    out_specs=[*[given] * 3, pl.BlockSpec((None, None, None, COLUMNS), lambda c, h, b: (b, 0, h, c))],
+    grid=(D // COLUMNS, K * G, B), interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+  )(*parts)
+  return Statistics(M, L, Q, S)
+
+
+def _merge_kernel(M_ref, L_ref, Q_ref, S_ref, M_out, L_out, Q_out, S_out):
+  M = M_ref[...]
+  top = jnp.max(M)
+  w = jnp.exp2(M - top)
+  M_out[...] = top / LOG2_E  # programs of other columns write the same
+  L_out[...], Q_out[...] = jnp.sum(w * L_ref[...]), jnp.sum(w * w * Q_ref[...])
+  S_out[...] = jnp.sum(w[:, None] * S_ref[...], axis=0)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+  """Matrix product accumulated in float32; float32 operands are not rounded to tf32."""
+  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
+                         preferred_element_type=jnp.float32)

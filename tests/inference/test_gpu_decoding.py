@@ -1,0 +1,89 @@
+"""The path that decoding takes on a GPU, on the CPU: layers one after the other, kernels in interpret mode, filled-up rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from atma_jax.config import MemoryConfig, ModelConfig
+from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.inference.engine import Engine
+from atma_jax.inference.sampling import Sampling
+from atma_jax.models.cache import Cache
+from atma_jax.ops import dispatch
+from atma_jax.ops.cached_attention import pallas_gpu as attention_kernel
+from atma_jax.ops.gated_delta import pallas_gpu as delta_kernel
+from atma_jax.ops.gated_delta import step_pallas_gpu as step_kernel
+
+BASE = ModelConfig(vocab_size=272, num_layers=5, width=32, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=32,
+                   block_pattern=("local", "global"), activation_dtype="float32")
+CASES = {
+  "polar": {},
+  "polar-window-bare": {"window": 11, "memory": MemoryConfig(enabled=False)},
+  "rope": {"attention": "rope", "block_pattern": ("global", "local"), "num_layers": 3},
+}
+KERNELS = {attention_kernel: "cached_statistics", step_kernel: "gated_delta_step", delta_kernel: "gated_delta"}
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+  """What asks where it runs is told a GPU, and kernels do without one."""
+  monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+  for module, name in KERNELS.items():
+    monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+
+
+def full_logits(model, tokens):
+  return np.asarray(jax.jit(lambda tokens: model(tokens))(tokens))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decoding_equals_the_full_forward_pass(name, lively, request):
+  """Token by token, in rows of different lengths, with and without matrices joined; a row that brings nothing stands still."""
+  model = lively(dataclasses.replace(BASE, **CASES[name]))
+  tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
+  full = full_logits(model, tokens)
+  request.getfixturevalue("on_gpu")
+  for decoder in (model.apart(), model.apart(join=False)) if name == "polar" else (model.apart(),):
+    graphdef, state = nnx.split(decoder)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(state, cache, tokens, counts, graphdef=graphdef):
+      model = nnx.merge(graphdef, state)
+      hidden, cache = model.extend(tokens, cache, counts)
+      return model.head(hidden)[:, 0], cache
+
+    cache, seen = Cache.create(model.config, 2, 24), np.zeros(2, np.int32)
+    for i in range(24):
+      counts = np.array([1, i % 3 != 0], np.int32)
+      logits, cache = step(state, cache, tokens[[0, 1], seen][:, None], counts)
+      for row in np.flatnonzero(counts):
+        np.testing.assert_allclose(logits[row], full[row, seen[row]], atol=3e-4)
+      seen += counts
+    np.testing.assert_array_equal(cache.lengths, seen)
+
+
+def test_the_engine(lively, request):
+  """Greedy, drawn and narrowed: the tokens that the other path gives, from one program for each of the latter two kinds,
+  whatever the lengths."""
+  model = lively(BASE)
+  prompts = [np.random.default_rng(i).integers(0, 256, n).astype(np.int32) for i, n in enumerate((1, 40, 300, 17))]
+  samplings = [Sampling(temperature=t, top_k=k, seed=i, max_tokens=7 + i, ignore_end=True)
+               for i, (t, k) in enumerate(((0, 0), (1, 0), (1, 9), (0, 0)))]
+  sizes = {"rows": 2, "capacity": 512, "chunk": 64, "stride": 3}
+  expected = Engine(model, ByteTokenizer(), **sizes, reaches=1).generate(prompts, samplings)
+  request.getfixturevalue("on_gpu")
+  engine = Engine(model, ByteTokenizer(), **sizes)
+  assert engine.reaches == [512]
+  engine.warm_up()
+  programs = engine._decode._cache_size(), engine._prefill._cache_size()
+  assert programs == (2, 3)
+  for ours, theirs in zip(engine.generate(prompts, samplings), expected, strict=True):
+    assert ours.tokens == theirs.tokens
+    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=3e-4)
+  assert (engine._decode._cache_size(), engine._prefill._cache_size()) == programs

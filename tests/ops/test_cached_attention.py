@@ -1,0 +1,144 @@
+"""The decoding kernels in interpret mode against float32 oracles: attention over cached keys, and one step of the memory."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atma_jax.ops.cached_attention import api, pallas_gpu, xla
+from atma_jax.ops.gated_delta import reference, step_pallas_gpu
+from atma_jax.ops.streaming import Statistics
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def inputs(lengths, H=4, K=2, D=64, R=256, stack=(), dtype=jnp.float32):
+  B = len(lengths)
+  q, k, v = normal(0, B, 1, H, D, dtype=dtype), normal(1, B, 1, K, D, dtype=dtype), normal(2, B, 1, K, D, dtype=dtype)
+  keys, values = (normal(seed, *stack, B, K, R, D, dtype=dtype) for seed in (3, 4))
+  return q, k, v, keys, values, jnp.asarray(lengths, jnp.int32), 0.3 * (1 + normal(5, B, 1, H) ** 2)
+
+
+def oracle(q, k, v, keys, values, lengths, scale, *, window=None, scales=None, layer=None) -> Statistics:
+  """Row by row from the definition: all positions that the ring holds and the window shows, one softmax."""
+  if layer is not None:
+    keys, values, scales = jax.tree.map(lambda x: x[layer], (keys, values, scales))
+  q, k, v, keys, values = (np.asarray(x, np.float64) for x in (q, k, v, keys, values))
+  if scales is not None:
+    keys, values = (x * np.asarray(s, np.float64)[..., None] for x, s in zip((keys, values), scales))
+  (B, _, H, _), (K, R) = q.shape, keys.shape[1:3]
+  found = []
+  for b in range(B):
+    n = int(lengths[b])
+    positions = np.arange(max(0, n - R, n + 1 - (window or n + 1)), n)
+    for h in range(H):
+      own_keys = np.concatenate([keys[b, h // (H // K), positions % R], k[b, 0, h // (H // K)][None]])
+      own_values = np.concatenate([values[b, h // (H // K), positions % R], v[b, 0, h // (H // K)][None]])
+      logits = float(scale[b, 0, h]) * own_keys @ q[b, 0, h]
+      p = np.exp(logits - logits.max())
+      found.append((logits.max(), p.sum(), (p * p).sum(), p @ own_values))
+  return Statistics(*(np.stack(x).reshape(B, 1, H, *x[0].shape) for x in zip(*found)))
+
+
+@functools.partial(jax.jit, static_argnames=("window", "layer", "splits"))
+def kernel(*arrays, scales=None, window=None, layer=None, splits=None):
+  return pallas_gpu.cached_statistics(*arrays, window=window, scales=scales, reach=None, layer=layer, splits=splits,
+                                      interpret=True)
+
+
+def assert_near(actual: Statistics, expected: Statistics, tolerance: float):
+  """M counts only with what is relative to it: compared are the log-sum-exp, n_eff and the attended vector."""
+  def seen(s):
+    return np.log(s.L) + s.M, s.L**2 / s.Q, s.S / np.asarray(s.L)[..., None]
+
+  for a, b in zip(seen(actual), seen(expected)):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("lengths, R, H, K, D, window, layer, splits", [
+  ([0, 1, 255, 256], 256, 4, 2, 64, None, None, 4),  # nothing cached, one, all but one, all
+  ([70], 72, 4, 1, 128, None, 2, 2),  # a ring of no whole steps
+  ([5], 8, 2, 2, 64, None, None, None),  # less than a step
+  ([700, 300, 17], 512, 8, 2, 64, 300, 1, 4),  # wrapped, not yet, shorter than the window
+  ([100, 90], 64, 4, 2, 64, 7, None, 1),  # of a wrapped ring only a few
+  ([640], 1024, 2, 1, 64, 33, None, 8),  # blocks before the window
+])
+def test_attention_equals_the_definition(lengths, R, H, K, D, window, layer, splits):
+  """Lengths of their own, odd ones, groups, rings that wrapped, windows, stacked layers, any number of shares."""
+  arrays = inputs(lengths, H, K, D, R, stack=() if layer is None else (3,))
+  options = {"window": window, "layer": layer}
+  expected = oracle(*arrays, **options)
+  assert_near(kernel(*arrays, **options, splits=splits), expected, 2e-5)
+  assert_near(xla.cached_statistics(*arrays, **options, scales=None, reach=None), expected, 2e-5)
+
+
+def test_what_lies_beyond_the_length_is_not_looked_at():
+  """NaN in slots that a row has not used, or that a window has left behind in whole steps, changes nothing."""
+  q, k, v, keys, values, lengths, scale = inputs([130, 400], R=512)
+  dirty = [x.at[0, :, 192:].set(jnp.nan).at[1, :, :256].set(jnp.nan).at[1, :, 448:].set(jnp.nan) for x in (keys, values)]
+  options = {"window": 100, "splits": 2}
+  clean, other = (kernel(q, k, v, *ring, lengths, scale, **options) for ring in ((keys, values), dirty))
+  jax.tree.map(np.testing.assert_array_equal, clean, other)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_int8_keys_and_values_are_those_they_stand_for(splits):
+  q, k, v, keys, values, lengths, scale = inputs([77, 130], R=136)
+  (keys, key_scale), (values, value_scale) = api.quantise(keys), api.quantise(values)
+  arrays, scales = (q, k, v, keys, values, lengths, scale), (key_scale, value_scale)
+  assert_near(kernel(*arrays, scales=scales, splits=splits), oracle(*arrays, scales=scales), 2e-5)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_bfloat16_errs_as_its_rounding(quantised):
+  """Products of bfloat16 numbers are exact in float32; weights are rounded once, by 2^-9, before they meet the values."""
+  q, k, v, keys, values, lengths, scale = inputs([200, 64], dtype=jnp.bfloat16)
+  scales = None
+  if quantised:
+    (keys, key_scale), (values, value_scale) = api.quantise(keys), api.quantise(values)
+    scales = key_scale, value_scale
+  arrays = q, k, v, keys, values, lengths, scale
+  assert_near(kernel(*arrays, scales=scales), oracle(*arrays, scales=scales), 2**-8)
+
+
+def test_shares_of_the_keys():
+  """A power of two, none of less than a step, more for few rows and long rings."""
+  assert [pallas_gpu.splits_for(*case) for case in ((2, 2304), (2, 1 << 17), (512, 768), (128, 768), (2, 8))] == [
+    32, 128, 1, 2, 1]
+
+
+def test_what_the_kernel_does_not_serve(monkeypatch):
+  """Is left to XLA by "auto", and refused by name: chunks, head sizes it has no tiles for, other machines."""
+  monkeypatch.setattr(api.dispatch, "platform", lambda: "gpu")
+  arrays = inputs([3])
+  assert api.OP.choose(*arrays) == "pallas_gpu"
+  assert api.skips_unused_slots(arrays[3], 4, jnp.dtype("float32"))
+  assert not api.skips_unused_slots(inputs([3], D=8)[3], 4, jnp.dtype("float32"))
+  for other in (inputs([3], D=8), [jnp.repeat(x, 2, 1) if i in (0, 1, 2, 6) else x for i, x in enumerate(arrays)]):
+    assert api.OP.choose(*other) == "xla"
+    with pytest.raises(NotImplementedError, match="cached_attention: 'pallas_gpu' takes"):
+      api.cached_statistics(*other, implementation="pallas_gpu")
+  monkeypatch.undo()
+  with pytest.raises(NotImplementedError, match="needs a GPU"):
+    api.cached_statistics(*arrays, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize("layer, D, Dv", [(None, 64, 128), (2, 128, 64)])
+def test_a_step_of_the_memory_equals_the_rule(layer, D, Dv):
+  """In place in its layer of stacked states, with every other layer as it was; a row of gamma 1 and beta 0 stands still."""
+  q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (normal(seed, 2, 1, 4, D) for seed in (0, 1)))
+  v, state = normal(2, 2, 1, 4, Dv), normal(3, *(() if layer is None else (3,)), 2, 4, Dv, D)
+  log_gamma, beta = -jnp.abs(normal(4, 2, 1, 4)).at[1].set(0), jax.nn.sigmoid(normal(5, 2, 1, 4)).at[1].set(0)
+  readout, after = step_pallas_gpu.gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state, layer=layer,
+                                                    interpret=True)
+  own = state if layer is None else state[layer]
+  expected_readout, expected = reference.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=own)
+  np.testing.assert_allclose(readout, expected_readout, atol=1e-5)
+  np.testing.assert_allclose(after, expected if layer is None else state.at[layer].set(expected), atol=1e-5)
+  np.testing.assert_array_equal(after[..., 1, :, :, :], state[..., 1, :, :, :])
