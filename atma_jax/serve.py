@@ -14,7 +14,8 @@ from absl import flags, logging
 
 from atma_jax import cli
 from atma_jax.config import UserError
-from atma_jax.inference.engine import Engine, rows_within
+from atma_jax.inference.engine import Engine
+from atma_jax.inference.memory import sizes_within
 from atma_jax.inference.openai_protocol import Limits
 from atma_jax.models.cache import CACHE_DTYPES
 from atma_jax.models.retention import with_retention_cap
@@ -30,7 +31,8 @@ _PORT = flags.DEFINE_integer("port", 8000, "0 takes a free one, which the log na
 _MODEL_NAME = flags.DEFINE_string("model_name", None, "Name clients ask for; default is that of the recipe.")
 _CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a prompt and its text at most.", lower_bound=2)
 _ROWS = flags.DEFINE_integer("rows", 8, "Sequences decoded at once, split over the devices.", lower_bound=1)
-_CACHE_GIB = flags.DEFINE_float("cache_gib", None, "As many rows as this memory holds on a device, instead of --rows.")
+_CACHE_GIB = flags.DEFINE_float("cache_gib", None, "As many rows as this memory (of a device) holds, not --rows; see --page.")
+_PAGE = flags.DEFINE_integer("page", None, "Tokens of a page, of which --rows share as many as --cache_gib holds; 64 to 256.")
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Of keys and values; default is the model's.")
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
 _FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.")
@@ -59,13 +61,11 @@ def main() -> int:
   config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh, ema=_EMA.value)
   model = with_retention_cap(model, _CAP())
   options = {"capacity": _CAPACITY.value, "prefixes": _PREFIXES.value, "cache_dtype": _CACHE_DTYPE.value}
-  rows = _ROWS.value
-  if _CACHE_GIB.value is not None:
-    rows = rows_within(config.model, _CACHE_GIB.value, **options) * mesh.shape["data"]
-  engine = Engine(model, tokenizer, rows=rows, chunk=_CHUNK.value, first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value,
+  sizes = sizes_within(config.model, _CACHE_GIB.value, rows=_ROWS.value, page=_PAGE.value, parts=mesh.shape["data"], **options)
+  engine = Engine(model, tokenizer, **sizes, chunk=_CHUNK.value, first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value,
                   alternatives=_LOGPROBS.value, prompt_logprobs=_PROMPT_LOGPROBS.value, **options)
   del model
-  logging.info("step %d, %d rows of %d tokens; compiling", step, rows, _CAPACITY.value)
+  logging.info("step %d, %d rows of %d tokens; compiling", step, engine.rows, _CAPACITY.value)
   engine.warm_up()
   name = _MODEL_NAME.value or config.name
   logging.info("serving %s at http://%s:%d/v1", name, *listener.getsockname()[:2])

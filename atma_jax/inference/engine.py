@@ -3,8 +3,9 @@
 A prompt is prefilled by itself in passes whose lengths are powers of two, between the strides of the rows that decode,
 and its state then put into a free row. All rows decode `stride` tokens in one program on the device, with donated
 buffers and no word from the host in between; it reads keys and values up to the smallest of a few fixed reaches that the
-longest row keeps within. The device decodes a stride while the host looks at the one before. Shapes never depend on a
-request: `Engine.warm_up` compiles every program there is.
+longest row keeps within, or, with a GPU's kernel, up to every row's own length. The device decodes a stride while the host
+looks at the one before. Keys and values may lie in pages that the rows share. Shapes never depend on a request:
+`Engine.warm_up` compiles every program there is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import functools
 import itertools
 import math
 import os
-from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -27,43 +27,19 @@ import numpy as np
 
 from atma_jax.config import ModelConfig, UserError
 from atma_jax.data.tokenizers import Tokenizer
-from atma_jax.inference.sampling import Knobs, Sampling, narrows, sample
+from atma_jax.inference.memory import Pages, check_page
+from atma_jax.inference.programs import Drawn, cast, empty_rows, programs, rows_sharding
+from atma_jax.inference.sampling import Knobs, Sampling, narrows
 from atma_jax.inference.saved_state import load_state, save_state
 from atma_jax.inference.text import TextStream
 from atma_jax.models import Atma
-from atma_jax.models.cache import Cache, GlobalPast, nbytes
+from atma_jax.models.cache import PAGE_LIMIT, Cache, GlobalPast
 from atma_jax.ops import dispatch
 from atma_jax.ops.cached_attention.api import BLOCK, skips_unused_slots, slots_for
 from atma_jax.sharding import LOGICAL_AXES
 
 SMALLEST_CHUNK = 16
-SPARE_ROWS = 2  # a prompt on its way, and the row it is put into, exist twice for a moment
-CAST = ("muon", "embedding", "head")  # optimizer groups of the parameters that the model casts before it uses them
-WIDE_BIASES = ("head",)  # whose owners add them in float32; the others' are cast, too
-
 Likeliest = tuple[tuple[int, float], ...]  # tokens and their log-probabilities
-
-
-class Rows(NamedTuple):
-  """What decoding changes, on the device; B rows."""
-
-  cache: Cache
-  token: jax.Array  # (B,) int32 the last token, not yet in the cache
-  remaining: jax.Array  # (B,) int32 tokens that may still come; 0 is a row at rest
-  drawn: jax.Array  # (B,) int32 tokens drawn so far
-  seen: jax.Array  # (B, V) bool tokens of the prompt and the text
-  ends: jax.Array  # (B,) bool end-of-text ends the row
-  knobs: Knobs
-
-
-class Drawn(NamedTuple):
-  """What a decoding program gives the host, `stride` steps of B rows; of a row only its first `count` steps count."""
-
-  tokens: jax.Array  # (stride, B) int32
-  logprobs: jax.Array  # (stride, B) float32
-  top_tokens: jax.Array  # (stride, B, alternatives) int32
-  top_logprobs: jax.Array  # (stride, B, alternatives) float32
-  counts: jax.Array  # (B,) int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +88,7 @@ class _Request:
   count: int = 0  # tokens of the text that the host has seen
   started: int = 0  # that the device has been told to decode, or more
   cache: Cache | None = None  # while its prompt is on its way
+  pages: np.ndarray | None = None  # that it holds, from then on
   position: int = 0  # prompt tokens in the cache
   scores: list[tuple[float, Likeliest]] = dataclasses.field(default_factory=list)
 
@@ -135,13 +112,17 @@ class Engine:
     reaches: decoding programs at most, each for twice the cached tokens of the one before it; one where decoding reads every
       row up to its own length.
     prompt_logprobs: whether `submit` takes scored requests.
+    pages: of keys and values, which all rows share: a request holds those it needs at most and waits where too few are free.
+      None gives every row room for `capacity`.
+    page: tokens of a page, a power of two.
 
   The model's mesh, if it has more than one device, splits the rows over its ``data`` and ``fsdp`` axes.
   """
 
   def __init__(self, model: Atma, tokenizer: Tokenizer, *, rows: int = 8, capacity: int = 2048, chunk: int = 512,
                first_chunk: int | None = None, stride: int = 8, alternatives: int = 0, prefixes: int = 0,
-               cache_dtype: str | None = None, reaches: int = 8, prompt_logprobs: bool = False):
+               cache_dtype: str | None = None, reaches: int = 8, prompt_logprobs: bool = False,
+               pages: int | None = None, page: int = PAGE_LIMIT):
     first_chunk = chunk if first_chunk is None else first_chunk
     for name, value, least in (("chunk", chunk, SMALLEST_CHUNK), ("first_chunk", first_chunk, chunk)):
       if value < least or value & (value - 1):
@@ -152,6 +133,12 @@ class Engine:
                                ("prefixes", prefixes, 0), ("alternatives", alternatives, 0)):
       if value < least:
         raise UserError(f"{name}={value}: must be at least {least}")
+    if pages is None:
+      page = 1  # no rounding
+    elif mesh is not None and mesh.size > 1:
+      raise UserError(f"pages={pages}: pages are of one device, and the model is spread over {mesh.size}")
+    else:
+      check_page(page)
     if rows % parts:
       raise UserError(f"rows={rows}: must be a multiple of the {parts} parts that the devices split them into")
     self.tokenizer, self.capacity, self.chunk, self.stride = tokenizer, capacity, chunk, stride
@@ -160,25 +147,31 @@ class Engine:
     self._mesh, self._cache_dtype = mesh, cache_dtype
     self._asks_host = dispatch.platform() == "gpu"  # where a program that branches waits for the host
     self._graphdef, self._state = nnx.split(model.apart(join=mesh is None) if self._asks_host else model)
-    self._state = _cast(self._state, self.config)
-    self._create = functools.partial(Cache.create, self.config, capacity=capacity, dtype=cache_dtype)
+    self._state = cast(self._state, self.config)
+    self._create = functools.partial(Cache.create, self.config, capacity=capacity, dtype=cache_dtype, page=page)
     self._prefixes, self._kept = prefixes, OrderedDict[bytes, Cache]()  # by the bytes of their int32 tokens
     self.prefilled = 0  # prompt tokens that went through the model
     self._names, self._waiting = 0, deque[_Request]()
     self._filling: dict[int, _Request] = {}  # by the row that waits for it
     self._pending: tuple[list[_Request | None], Drawn] | None = None  # the stride that the host has not looked at
     self._active: list[_Request | None] = [None] * rows
-    rows_of = functools.partial(_empty_rows, self._create, rows, self.config.vocab_size)
+    rows_of = functools.partial(empty_rows, functools.partial(self._create, pages=pages), rows, self.config.vocab_size)
+    slots = _slots(jax.eval_shape(lambda: self._create(1)))
+    self._slots, self.pages = slots or 0, None
+    if pages is not None and slots:
+      self.pages = Pages(pages, page, slots // page)
+      if pages < self.pages.row:
+        raise UserError(f"pages={pages}: must be at least {self.pages.row}, which a request of {capacity} tokens needs")
     keys = _keys(jax.eval_shape(rows_of).cache)
-    slots = keys and keys.shape[-2]
-    self._slots = slots or 0
     with self._on_mesh():
       if keys and skips_unused_slots(keys, self.config.num_heads, jnp.dtype(self.config.activation_dtype),
-                                     dispatch.decoder(self.config.implementation)):
+                                     paged=self.pages is not None, implementation=dispatch.decoder(self.config.implementation)):
         reaches = 1
     self.reaches = sorted({slots_for(max(slots >> i, min(BLOCK, slots))) for i in range(reaches)}) if slots else [0]
-    shardings = None if mesh is None else _rows_sharding(mesh, jax.eval_shape(rows_of))
-    self._compile(shardings)
+    shardings = None if mesh is None else rows_sharding(mesh, jax.eval_shape(rows_of))
+    (self._prefill, self._score, self._place, self._decode, self._rest, self._copy, self._new) = programs(
+      self._graphdef, self.config, tokenizer, self._create, stride=stride, alternatives=alternatives, mesh=mesh,
+      shardings=shardings)
     with self._on_mesh():
       self._rows = jax.jit(rows_of, out_shardings=shardings)()
 
@@ -236,7 +229,7 @@ class Engine:
     if self.scores_prompts:
       cache = self._score_pass(self._new(), np.zeros(2, np.int32))[0]
     self._kept, self.prefilled = kept, prefilled
-    self._put(0, self._copy(cache), np.zeros(1, np.int32), Sampling(), 0)
+    self._put(0, self._copy(cache), self.pages and self.pages.take(0), np.zeros(1, np.int32), Sampling(), 0)
     for reach, narrow in itertools.product(self.reaches, (False, True) if self._asks_host else (None,)):
       with self._on_mesh():
         self._rows, drawn = self._decode(self._state, self._rows, reach=reach, narrow=narrow)
@@ -252,6 +245,7 @@ class Engine:
     for row, filling in self._filling.items():
       if filling.name == request:
         del self._filling[row]
+        self._free_pages(filling)
         return Piece(request, "", finish_reason="cancelled")
     for row, active in enumerate(self._active):
       if active is not None and active.name == request:
@@ -377,7 +371,7 @@ class Engine:
     free = [row for row, request in enumerate(self._active) if request is None]
     budget, pieces = self.chunk * len(free), []
     for row in free:
-      if row not in self._filling and self._waiting and budget > 0:
+      if row not in self._filling and self._waiting and budget > 0 and self._take_pages(self._waiting[0]):
         self._filling[row] = self._waiting.popleft()
       while row in self._filling and budget > 0:
         before = self.prefilled
@@ -402,16 +396,29 @@ class Engine:
       return []
     self.keep(tokens, request.cache)
     cache, request.cache = request.cache, None
-    self._put(row, cache, request.prompt, request.sampling, request.sampling.max_tokens)
+    self._put(row, cache, request.pages, request.prompt, request.sampling, request.sampling.max_tokens)
     del self._filling[row]
     self._active[row] = request
     return [Piece(request.name, "", prompt_logprobs=tuple(request.scores))] if request.scored else []
 
-  def _put(self, row: int, cache: Cache, prompt: np.ndarray, sampling: Sampling, remaining: int) -> None:
+  def _take_pages(self, request: _Request) -> bool:
+    """Whether a request has the pages it will need; the last of its tokens is never cached."""
+    if self.pages is not None:
+      request.pages = self.pages.take(self.pages.needed(len(request.prompt) + request.sampling.max_tokens - 1))
+    return self.pages is None or request.pages is not None
+
+  def _free_pages(self, request: _Request) -> None:
+    if request.pages is not None:
+      self.pages.give_back(request.pages)
+      request.pages = None
+
+  def _put(self, row: int, cache: Cache, pages: np.ndarray | None, prompt: np.ndarray, sampling: Sampling,
+           remaining: int) -> None:
     seen = np.zeros(self.config.vocab_size, bool)
     seen[prompt] = True
+    own = None if pages is None else pages[None]
     with self._on_mesh():
-      self._rows = self._place(self._rows, np.int32(row), cache, prompt[-1], np.int32(remaining), seen,
+      self._rows = self._place(self._rows, np.int32(row), cache, own, prompt[-1], np.int32(remaining), seen,
                                np.bool_(not sampling.ignore_end), Knobs.of(sampling))
 
   def _reach(self) -> int:
@@ -450,111 +457,10 @@ class Engine:
   def _finish(self, row: int, reason: str) -> Piece:
     request, self._active[row] = self._active[row], None
     self._stop_row(row)
+    self._free_pages(request)  # whoever gets them writes after the stride that is still under way
     text = request.text.finish()
     stopped = request.text.stopped and reason == "length"  # by text that was held back to the end
     return Piece(request.name, text, finish_reason="stop" if stopped else reason)
-
-  def _compile(self, shardings: Rows | None) -> None:
-    graphdef, stride, config, alternatives = self._graphdef, self.stride, self.config, self.alternatives
-    eot, legal = self.tokenizer.eot_id, np.arange(config.vocab_size) < self.tokenizer.vocab_size
-
-    row_shardings = decode_shardings = drawn_shardings = one = None
-    if shardings is not None:
-      one = NamedSharding(self._mesh, PartitionSpec())
-      row_shardings, drawn_shardings = shardings, Drawn(*[one] * 5)
-      decode_shardings = (row_shardings, drawn_shardings)
-
-    @functools.partial(jax.jit, donate_argnums=1, static_argnames="reach", out_shardings=one)
-    def prefill(state: Any, cache: Cache, tokens: jax.Array, counts: jax.Array, *, reach: int | None) -> Cache:
-      return nnx.merge(graphdef, state).extend(tokens, cache, counts, reach=reach)[1]
-
-    @functools.partial(jax.jit, donate_argnums=1, out_shardings=one)
-    def score(state: Any, cache: Cache, tokens: jax.Array, targets: jax.Array,
-              counts: jax.Array) -> tuple[Cache, tuple[jax.Array, ...]]:
-      model = nnx.merge(graphdef, state)
-      hidden, cache = model.extend(tokens, cache, counts)
-      logprobs = jax.nn.log_softmax(model.head(hidden)[0].astype(jnp.float32))
-      own = jnp.take_along_axis(logprobs, targets[0][:, None], axis=1)[:, 0]
-      return cache, (own, *_likeliest(logprobs, alternatives))
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=row_shardings)
-    def place(rows: Rows, row: jax.Array, cache: Cache, *values: Any) -> Rows:
-      token, remaining, seen, ends, knobs = values
-
-      def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[row].set(new)
-
-      return Rows(rows.cache.put(row[None], cache), put(rows.token, token), put(rows.remaining, remaining),
-                  put(rows.drawn, 0), put(rows.seen, seen), put(rows.ends, ends),
-                  jax.tree.map(lambda old, new: put(old, new[0]), rows.knobs, knobs))
-
-    @functools.partial(jax.jit, donate_argnums=1, static_argnames=("reach", "narrow"), out_shardings=decode_shardings)
-    def decode(state: Any, rows: Rows, *, reach: int, narrow: bool | None) -> tuple[Rows, Drawn]:
-      model = nnx.merge(graphdef, state)
-      B = rows.token.shape[0]
-      drawn = Drawn(jnp.zeros((stride, B), jnp.int32), jnp.zeros((stride, B), jnp.float32),
-                    jnp.zeros((stride, B, alternatives), jnp.int32), jnp.zeros((stride, B, alternatives), jnp.float32),
-                    jnp.zeros(B, jnp.int32))
-
-      def step(carry: tuple[jax.Array, Rows, Drawn]) -> tuple[jax.Array, Rows, Drawn]:
-        i, rows, drawn = carry
-        active = rows.remaining > 0
-        hidden, cache = model.extend(rows.token[:, None], rows.cache, active.astype(jnp.int32), reach=reach or None)
-        logits = model.head(hidden)[:, 0].astype(jnp.float32)
-        token = sample(jnp.where(legal, logits, -jnp.inf), rows.knobs, rows.seen, rows.drawn, narrow)
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        top = _likeliest(logprobs, alternatives)
-        ended = rows.ends & (token == eot)
-        remaining = jnp.where(active, jnp.where(ended, 0, rows.remaining - 1), 0)
-        rows = Rows(cache, jnp.where(active, token, rows.token), remaining, rows.drawn + active,
-                    rows.seen.at[jnp.arange(B), token].max(active), rows.ends, rows.knobs)
-        own = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
-        new = (token, own, top[1], top[0])
-        drawn = Drawn(*(old.at[i].set(value) for old, value in zip(drawn, new)), drawn.counts + active)
-        return i + 1, rows, drawn
-
-      def go_on(carry: tuple[jax.Array, Rows, Drawn]) -> jax.Array:
-        return (carry[0] < stride) & jnp.any(carry[1].remaining > 0)
-
-      carry = jnp.int32(0), rows, drawn
-      if narrow is not None:  # no word from the host between two tokens, so none to stop early either
-        return jax.lax.fori_loop(0, stride, lambda _, carry: step(carry), carry)[1:]
-      return jax.lax.while_loop(go_on, step, carry)[1:]
-
-    self._prefill, self._score, self._place, self._decode = prefill, score, place, decode
-    self._rest = jax.jit(lambda remaining, row: remaining.at[row].set(0),
-                         out_shardings=None if shardings is None else shardings.remaining)
-    self._copy = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache), out_shardings=one)
-    self._new = jax.jit(functools.partial(self._create, 1), out_shardings=one)
-
-
-def rows_within(config: ModelConfig, memory_gib: float, *, capacity: int, prefixes: int = 0,
-                cache_dtype: str | None = None) -> int:
-  """How many rows a memory of caches holds, beside the states of kept prefixes and of prompts on their way.
-
-  Raises:
-    UserError: not even one.
-  """
-  row = nbytes(jax.eval_shape(lambda: Cache.create(config, 1, capacity, cache_dtype)))
-  rows = int(memory_gib * 2**30 / row) - prefixes - SPARE_ROWS
-  if rows < 1:
-    raise UserError(f"cache_gib={memory_gib}: a row of {capacity} tokens takes {row / 2**30:.4g} GiB, and {prefixes} kept "
-                    f"prefixes, {SPARE_ROWS} prompts on their way and one row must fit: at least "
-                    f"{(prefixes + SPARE_ROWS + 1) * row / 2**30:.4g}")
-  return rows
-
-
-def _empty_rows(create: Any, rows: int, vocab_size: int) -> Rows:
-  return Rows(create(rows), *(jnp.zeros(rows, jnp.int32) for _ in range(3)), jnp.zeros((rows, vocab_size), bool),
-              jnp.zeros(rows, bool), Knobs.of(*[Sampling()] * rows))
-
-
-def _likeliest(logprobs: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-  """The `count` largest of (..., V) and their tokens."""
-  if not count:
-    empty = jnp.zeros((*logprobs.shape[:-1], 0))
-    return empty, empty.astype(jnp.int32)
-  return jax.lax.top_k(logprobs, count)
 
 
 def _widths(smallest: int, largest: int) -> list[int]:
@@ -562,35 +468,18 @@ def _widths(smallest: int, largest: int) -> list[int]:
   return [1 << i for i in range(smallest.bit_length() - 1, largest.bit_length())]
 
 
+def _slots(cache: Cache) -> int | None:
+  """R of a cache that is not paged; None for a model without global mixers."""
+  keys = _keys(cache)
+  return None if keys is None else keys.shape[-2]
+
+
 def _keys(cache: Cache) -> jax.ShapeDtypeStruct | None:
   """Keys of a cache; None for a model without global mixers."""
   return next((past.keys for pasts in cache.layers.values() for past in pasts if isinstance(past, GlobalPast)), None)
-
-
-def _cast(state: nnx.State, config: ModelConfig) -> nnx.State:
-  """The parameters with those in the activation dtype that the model would cast to it in every call."""
-  dtype = jnp.dtype(config.activation_dtype)
-
-  def is_cast(path: tuple, p: nnx.Variable) -> bool:
-    bias = path[-1] == "bias" and path[-2] not in WIDE_BIASES
-    return isinstance(p, nnx.Param) and (bias or p.get_metadata("optimizer") in CAST)
-
-  return nnx.from_flat_state([(path, p.replace(p[...].astype(dtype)) if is_cast(path, p) else p)
-                              for path, p in nnx.to_flat_state(state)])
 
 
 def _mesh_of(model: Atma) -> Mesh | None:
   """What the parameters are spread over; None where they simply lie on the default device."""
   sharding = jax.tree.leaves(nnx.state(model, nnx.Param))[0].sharding
   return sharding.mesh if isinstance(sharding, NamedSharding) else None
-
-
-def _rows_sharding(mesh: Mesh, rows: Rows) -> Rows:
-  """Rows over the axes of the batch: axis 1 of the cache's stacked arrays, axis 0 of all others."""
-  batch = LOGICAL_AXES["batch"]
-
-  def along(axis: int, tree: Any) -> Any:
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, batch))
-    return jax.tree.map(lambda _: sharding, tree)
-
-  return along(0, rows)._replace(cache=Cache(along(0, rows.cache.lengths), along(1, rows.cache.layers)))

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from atma_jax.config import DTYPES, ModelConfig
 from atma_jax.models.parallel import short_conv as whole_short_conv
 from atma_jax.ops import short_conv
-from atma_jax.ops.cached_attention.api import quantise, slots_for
+from atma_jax.ops.cached_attention.api import BLOCK, quantise, slots_for
 
+PAGE_LIMIT = BLOCK  # tokens of a page
 CACHE_DTYPES = ("int8", *DTYPES)  # of keys and values
 
 
@@ -27,6 +28,7 @@ class Span:
 
   lengths: jax.Array  # (B,) int32 tokens before
   counts: jax.Array  # (B,) int32 between 0 and T
+  table: jax.Array | None = None  # (B, N) int32, of a paged cache
 
 
 @jax.tree_util.register_dataclass
@@ -56,24 +58,28 @@ class LocalPast:
 class GlobalPast:
   """What a global mixer remembers. In an update, keys and values are those of the T new tokens, (B, K, T, D)."""
 
-  keys: jax.Array | None = None  # (B, K, R, D) ring: position p in slot p % R; for rope, rotated
-  values: jax.Array | None = None  # (B, K, R, D)
+  keys: jax.Array | None = None  # (B, K, R, D) ring: position p in slot p % R; for rope, rotated. Paged: (P, K, R / N, D)
+  values: jax.Array | None = None  # (B, K, R, D) or (P, K, R / N, D)
   canon_q: jax.Array | None = None  # (B, taps - 1, H D) inputs of the canon convolutions; none for rope
   canon_k: jax.Array | None = None  # (B, taps - 1, K D)
   canon_v: jax.Array | None = None  # (B, taps - 1, K D)
   memory: jax.Array | None = None  # (B, H, D, D) float32 or wider; none without memory
-  key_scale: jax.Array | None = None  # (B, K, R) float32 of int8 keys; none for others, and none in an update
-  value_scale: jax.Array | None = None  # (B, K, R)
+  key_scale: jax.Array | None = None  # (B, K, R) or (P, K, R / N) float32 of int8 keys; none for others, none in an update
+  value_scale: jax.Array | None = None
   layer: int | None = dataclasses.field(default=None, metadata={"static": True})  # see `at`
 
   def after(self, update: GlobalPast, span: Span) -> GlobalPast:
     """As for `LocalPast`; padding is not written, and of more new tokens than slots only the last."""
-    slots, T = self.slots, update.keys.shape[3]
+    page, T = self.keys.shape[-2], update.keys.shape[3]
+    slots = page if span.table is None else page * span.table.shape[1]
     index = jnp.arange(T)
     written = (index < span.counts[:, None]) & (index >= span.counts[:, None] - slots)
     slot = jnp.where(written, (span.lengths[:, None] + index) % slots, slots + index)  # past the end: dropped
 
     row = jnp.arange(slot.shape[0])[:, None]
+    if span.table is not None:  # the page, and the slot in it; pages past the end, each another, for what is not written
+      taken = jnp.take_along_axis(span.table, slot // page, axis=1, mode="fill", fill_value=self.keys.shape[1])
+      row, slot = jnp.where(written, taken, self.keys.shape[1] + row), jnp.where(written, slot % page, index)
 
     def write(ring: jax.Array, new: jax.Array) -> jax.Array:
       new = jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype)  # (B, T, repetition, K, ...)
@@ -94,10 +100,20 @@ class GlobalPast:
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(dataclasses.replace(update, memory=None) for update in updates))
     return dataclasses.replace(stacked, memory=updates[-1].memory)
 
-  @property
-  def slots(self) -> int:
-    """R."""
-    return self.keys.shape[-2]
+  def put(self, rows: jax.Array, other: GlobalPast, pages: jax.Array | None) -> GlobalPast:
+    """As `Cache.put` says, of stacked arrays."""
+    if pages is None:
+      return jax.tree.map(lambda x, y: x.at[:, rows].set(y.astype(x.dtype)), self, other)
+
+    def write(pool: jax.Array, ring: jax.Array) -> jax.Array:  # (L, P, K, page, ...), (L, n, K, R, ...)
+      ring = ring.reshape(*ring.shape[:3], pages.shape[1], -1, *ring.shape[4:])
+      ring = jnp.moveaxis(ring, 3, 2).reshape(ring.shape[0], -1, *pool.shape[2:])
+      return pool.at[:, pages.reshape(-1)].set(ring.astype(pool.dtype), mode="drop")
+
+    pooled = {name: write(x, getattr(other, name)) for name in PAGED if (x := getattr(self, name)) is not None}
+    nothing = dict.fromkeys(PAGED)
+    rest = dataclasses.replace(self, **nothing).put(rows, dataclasses.replace(other, **nothing), None)
+    return dataclasses.replace(rest, **pooled)
 
   @property
   def scales(self) -> tuple[jax.Array, jax.Array] | None:
@@ -129,6 +145,7 @@ class RavenPast:
     return jax.tree.map(lambda *x: jnp.stack(x), *updates)
 
 
+PAGED = ("keys", "values", "key_scale", "value_scale")  # what of a `GlobalPast` lies in pages
 Past = LocalPast | GlobalPast | RavenPast
 Layers = dict[str, list[Past]]
 
@@ -138,14 +155,18 @@ Layers = dict[str, list[Past]]
 class Cache:
   """The state of B sequences, each of a length of its own.
 
-  `layers` holds, for "groups" and "tail" as far as the model has them, the past of each block of the pattern.
+  `layers` holds, for "groups" and "tail" as far as the model has them, the past of each block of the pattern. In a paged
+  cache, keys and values of all rows lie in P pages, and `table` says which of them, in order, make up a row's ring; P stands
+  for a page that the row does not have, because it will never be as long.
   """
 
   lengths: jax.Array  # (B,) int32 tokens seen
   layers: Layers
+  table: jax.Array | None = None  # (B, N) int32
 
   @classmethod
-  def create(cls, config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> Cache:
+  def create(cls, config: ModelConfig, batch: int, capacity: int, dtype: str | None = None, *, page: int = 1,
+             pages: int | None = None) -> Cache:
     """An empty cache.
 
     Args:
@@ -154,9 +175,12 @@ class Cache:
       capacity: most tokens a row will hold, rounded up to whole blocks; a window needs and gets no more than itself.
       dtype: of keys and values, one of `CACHE_DTYPES`; None is the activation dtype, in which decoding equals the
         full forward pass. int8 carries a float32 scale a token and head.
+      page: capacity is rounded up to whole pages of so many tokens, a power of two of at most `PAGE_LIMIT`, too.
+      pages: P of a paged cache; None makes rings that lie by themselves.
     """
     activation = jnp.dtype(config.activation_dtype)
-    slots = slots_for(capacity if config.window is None else min(capacity, config.window))
+    slots = -(-slots_for(capacity if config.window is None else min(capacity, config.window)) // page) * page
+    rings, length = (batch, slots) if pages is None else (pages, page)
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
 
     def past(kind: str, repeats: int) -> Past:
@@ -169,10 +193,11 @@ class Cache:
       memory = zeros(heads, dim, dim, dtype=wide) if config.memory.enabled else None
       if kind == "raven":
         return RavenPast(*(zeros(heads, config.raven.slots, dim, dtype=wide) for _ in range(2)), memory)
-      keys, values = (zeros(kv_heads, slots, dim, dtype=dtype or activation) for _ in range(2))
+      keys, values = (jnp.zeros((repeats, rings, kv_heads, length, dim), dtype or activation) for _ in range(2))
       canon = [None] * 3 if config.attention == "rope" else [
         zeros(config.canon_taps - 1, n * dim) for n in (heads, kv_heads, kv_heads)]
-      scales = [zeros(kv_heads, slots, dtype=jnp.float32) for _ in range(2)] if dtype == "int8" else [None] * 2
+      scales = [None] * 2 if dtype != "int8" else [
+        jnp.zeros((repeats, rings, kv_heads, length), jnp.float32) for _ in range(2)]
       return GlobalPast(keys, values, *canon, memory, *scales)
 
     pattern = config.block_pattern
@@ -182,22 +207,33 @@ class Cache:
       layers["groups"] = [past(kind, repeats) for kind in pattern]
     if rest:
       layers["tail"] = [past(kind, 1) for kind in pattern[:rest]]
-    return cls(jnp.zeros(batch, jnp.int32), layers)
+    table = None if pages is None else jnp.full((batch, slots // page), pages, jnp.int32)
+    return cls(jnp.zeros(batch, jnp.int32), layers, table)
 
   def after(self, update: Layers, span: Span) -> Cache:
     """The cache once the new tokens belong to it."""
     layers = {name: [old.after(new, span) for old, new in zip(pasts, update[name], strict=True)]
               for name, pasts in self.layers.items()}
-    return Cache(self.lengths + span.counts, layers)
+    return Cache(self.lengths + span.counts, layers, self.table)
 
   def take(self, rows: jax.Array) -> Cache:
-    """A cache of these rows (n,), repeated or reordered at will: gather and fork."""
+    """A cache of these rows (n,), repeated or reordered at will: gather and fork. Not of a paged cache."""
     return Cache(self.lengths[rows], jax.tree.map(lambda x: x[:, rows], self.layers))
 
-  def put(self, rows: jax.Array, other: Cache) -> Cache:
-    """This cache with `rows` (n,) replaced by those of `other`, a cache of n rows and as many slots."""
-    layers = jax.tree.map(lambda x, y: x.at[:, rows].set(y.astype(x.dtype)), self.layers, other.layers)
-    return Cache(self.lengths.at[rows].set(other.lengths), layers)
+  def put(self, rows: jax.Array, other: Cache, pages: jax.Array | None = None) -> Cache:
+    """This cache with `rows` (n,) replaced by those of `other`, a cache of n rows and as many slots that is not paged.
+
+    If this one is, `pages` (n, N) are the rows' from now on; slots of pages that a row does not have are left out.
+    """
+    def put(past: Past, new: Past) -> Past:
+      if isinstance(past, GlobalPast):
+        return past.put(rows, new, pages)
+      return jax.tree.map(lambda x, y: x.at[:, rows].set(y.astype(x.dtype)), past, new)
+
+    layers = {name: [put(past, new) for past, new in zip(pasts, other.layers[name], strict=True)]
+              for name, pasts in self.layers.items()}
+    table = self.table if pages is None else self.table.at[rows].set(pages)
+    return Cache(self.lengths.at[rows].set(other.lengths), layers, table)
 
 
 def convolve(x: jax.Array, weight: jax.Array, history: jax.Array | None,

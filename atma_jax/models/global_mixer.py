@@ -52,7 +52,7 @@ class PolarCore(nnx.Module):
     if reach == 0:
       return *self(q, k, v), k
     direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self.parameters(),
-                                                  scales=past.scales, reach=reach, layer=past.layer,
+                                                  scales=past.scales, reach=reach, layer=past.layer, table=span.table,
                                                   implementation=decoder(self.config.implementation))
     return direction, magnitude, k
 
@@ -92,8 +92,8 @@ class SoftmaxCore(nnx.Module):
     q, k, scale = self._positioned(q, k, span.lengths[:, None] + jnp.arange(q.shape[1]))
     if reach == 0:
       return softmax_attention(q, k, v, scale=scale, window=self.config.window), None, k
-    heads = cached_softmax_attention(q, k, v, past.keys, past.values, span.lengths, scale=scale,
-                                     window=self.config.window, scales=past.scales, reach=reach, layer=past.layer,
+    heads = cached_softmax_attention(q, k, v, past.keys, past.values, span.lengths, scale=scale, window=self.config.window,
+                                     scales=past.scales, reach=reach, layer=past.layer, table=span.table,
                                      implementation=decoder(self.config.implementation))
     return heads, None, k
 

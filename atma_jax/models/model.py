@@ -138,7 +138,7 @@ class Atma(nnx.Module):
       (B, T, C), meaningless where padded, and the cache after the tokens that count.
     """
     B, T = tokens.shape
-    span = Span(cache.lengths, jnp.full(B, T, jnp.int32) if counts is None else counts)
+    span = Span(cache.lengths, jnp.full(B, T, jnp.int32) if counts is None else counts, cache.table)
     x, updates = constrain(self.embed(tokens), ("batch", "sequence", "features")), {}
     if T == 1 and dispatch.platform() == "gpu":
       for name, groups in self._repetitions().items():

@@ -142,3 +142,27 @@ def test_a_step_of_the_memory_equals_the_rule(layer, D, Dv):
   np.testing.assert_allclose(readout, expected_readout, atol=1e-5)
   np.testing.assert_allclose(after, expected if layer is None else state.at[layer].set(expected), atol=1e-5)
   np.testing.assert_array_equal(after[..., 1, :, :, :], state[..., 1, :, :, :])
+
+
+@pytest.mark.parametrize("quantised, window, lengths", [(False, None, [0, 200, 512]), (True, 300, [700, 100, 513])])
+def test_pages_are_the_rings_they_make_up(quantised, window, lengths):
+  """Pages in any order, of any layer; those that a row does not have are not looked at."""
+  q, k, v, keys, values, lengths, scale = inputs(lengths, R=512, stack=(2,))
+  scales, page = None, 128
+  if quantised:
+    (keys, key_scale), (values, value_scale) = api.quantise(keys), api.quantise(values)
+    scales = key_scale, value_scale
+  table = np.random.default_rng(6).permutation(20)[:12].reshape(3, 4)
+
+  def pool(rings):
+    pages = jnp.moveaxis(rings.reshape(*rings.shape[:3], 4, page, *rings.shape[4:]), 3, 2)
+    other = 7 if rings.dtype == jnp.int8 else jnp.nan
+    return jnp.full((2, 20, *pages.shape[3:]), other, rings.dtype).at[:, table.reshape(-1)].set(
+      pages.reshape(2, 12, *pages.shape[3:]))
+
+  options = {"window": window, "layer": 1, "reach": None}
+  expected = xla.cached_statistics(q, k, v, keys, values, lengths, scale, **options, scales=scales, table=None)
+  pools = [*map(pool, (keys, values))], jax.tree.map(pool, scales)
+  owned = jnp.asarray(np.where(np.arange(4) * page < np.asarray(lengths)[:, None], table, 20), jnp.int32)
+  for compute in (xla.cached_statistics, functools.partial(pallas_gpu.cached_statistics, splits=2, interpret=True)):
+    assert_near(compute(q, k, v, *pools[0], lengths, scale, **options, scales=pools[1], table=owned), expected, 2e-5)

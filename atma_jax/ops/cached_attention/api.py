@@ -37,7 +37,7 @@ def slots_for(capacity: int) -> int:
 def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array,
                            lengths: jax.Array, *, v_null: jax.Array, null_base: jax.Array, null_slope: jax.Array,
                            len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None, scales: Scales = None,
-                           reach: int | None = None, layer: int | None = None,
+                           reach: int | None = None, layer: int | None = None, table: jax.Array | None = None,
                            implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
   """`polar_attention` of T new tokens that follow the `lengths` cached ones.
 
@@ -47,7 +47,7 @@ def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.A
     keys, values: (B, K, R, D) ring of the cached tokens; R a value of `slots_for`.
     lengths: (B,) int32 tokens before the new ones; with fewer slots than that, R is at least `window`.
     v_null, null_base, null_slope, len_gain, mag_beta, window: as for `polar_attention`.
-    scales, reach, layer, implementation: as for `cached_statistics`.
+    scales, reach, layer, table, implementation: as for `cached_statistics`.
 
   Returns:
     direction (B, T, H, D) in q's dtype and magnitude (B, T, H), float32 or wider.
@@ -59,24 +59,25 @@ def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.A
   dtype = formula.accumulator(q)
   scale = temp.astype(dtype) * q.shape[-1]**-0.5
   statistics = cached_statistics(q, k, v, keys, values, lengths, scale, window=window, scales=scales, reach=reach, layer=layer,
-                                 implementation=implementation)
+                                 table=table, implementation=implementation)
   direction, magnitude = formula.finalise(statistics, null.astype(dtype), v_null, mag_beta)
   return direction.astype(q.dtype), magnitude
 
 
 def cached_softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array,
                              lengths: jax.Array, *, scale: float, window: int | None = None, scales: Scales = None,
-                             reach: int | None = None, layer: int | None = None, implementation: str = "auto") -> jax.Array:
+                             reach: int | None = None, layer: int | None = None, table: jax.Array | None = None,
+                             implementation: str = "auto") -> jax.Array:
   """`softmax_attention` of T new tokens, (B, T, H, D) in q's dtype; arguments as for `cached_polar_attention`."""
   factors = jnp.full(q.shape[:3], scale, formula.accumulator(q))
   statistics = cached_statistics(q, k, v, keys, values, lengths, factors, window=window, scales=scales, reach=reach,
-                                 layer=layer, implementation=implementation)
+                                 layer=layer, table=table, implementation=implementation)
   return (statistics.S / statistics.L[..., None]).astype(q.dtype)
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
                       scale: jax.Array, *, window: int | None = None, scales: Scales = None, reach: int | None = None,
-                      layer: int | None = None, implementation: str = "auto") -> Statistics:
+                      layer: int | None = None, table: jax.Array | None = None, implementation: str = "auto") -> Statistics:
   """What every new query gathers from the cached keys and from the new ones up to its own.
 
   Args:
@@ -86,6 +87,8 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
     reach: slots that are looked at, a value of `slots_for`: the caller knows that no row that counts has used one
       after them. None is all R. An implementation that skips what lies beyond a row's length needs no telling.
     layer: where keys, values and scales are those of several layers, stacked along a first axis: which to read.
+    table: (B, N) int32 where the cache is paged: keys and values are then (P, K, R / N, D), scales (P, K, R / N), and a
+      row's ring is made up of the N pages that it names. Pages without a token of the row may be anything.
     implementation: one of `dispatch.NAMES`.
 
   Returns:
@@ -95,22 +98,26 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
     ValueError: shapes do not fit together.
     NotImplementedError: an implementation asked for by name cannot serve the call.
   """
-  (B, _, H, D), K, R = q.shape, k.shape[2], keys.shape[-2]
-  ring = (B, K, R, D)
-  if keys.shape[keys.ndim - 4 :] != ring or keys.ndim != 4 + (layer is not None) or values.shape != keys.shape or (
+  (B, _, H, D), K, (rings, _, R, _) = q.shape, k.shape[2], keys.shape[-4:]
+  if table is not None:
+    B, R = rings, R * table.shape[1]
+  if keys.shape[-4:] != (B, K, keys.shape[-2], D) or keys.ndim != 4 + (layer is not None) or values.shape != keys.shape or (
       slots_for(R) != R or H % K):
     raise ValueError(f"cached attention: q {q.shape}, k {k.shape}, keys {keys.shape}, values {values.shape} are not "
                      "(B, T, H, D), (B, T, K, D), (B, K, R, D) twice with H a multiple of K and R one of slots_for")
-  return OP(implementation, q, k, v, keys, values, lengths, scale, window=window, scales=scales, reach=reach, layer=layer)
+  return OP(implementation, q, k, v, keys, values, lengths, scale, window=window, scales=scales, reach=reach, layer=layer,
+            table=table)
 
 
-def skips_unused_slots(keys: jax.ShapeDtypeStruct, heads: int, dtype: jnp.dtype, implementation: str = "auto") -> bool:
+def skips_unused_slots(keys: jax.ShapeDtypeStruct, heads: int, dtype: jnp.dtype, *, paged: bool = False,
+                       implementation: str = "auto") -> bool:
   """Whether decoding with `heads` query heads in `dtype` over such keys (..., B, K, R, D) reads rows to their own length,
   so that a `reach` saves nothing."""
   *_, B, K, _, D = keys.shape
   q, k = (jax.ShapeDtypeStruct((B, 1, n, D), dtype) for n in (heads, K))
   scale = jax.ShapeDtypeStruct((B, 1, heads), jnp.result_type(jnp.float32, dtype))
-  return OP.resolve(implementation, q, k, k, keys, keys, None, scale) == "pallas_gpu"
+  table = jax.ShapeDtypeStruct((B, 1), jnp.int32) if paged else None
+  return OP.resolve(implementation, q, k, k, keys, keys, None, scale, table=table) == "pallas_gpu"
 
 
 def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -31,7 +31,7 @@ MASKED = -(2.0**100)  # a score; finite, so that a share without a visible key m
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
-             scale: jax.Array, **options) -> str | None:
+             scale: jax.Array, *, table: jax.Array | None = None, **options) -> str | None:
   """Why the kernel cannot serve this call, or None if it can."""
   del v, values, lengths, options
   if q.shape[1] != 1:
@@ -43,6 +43,8 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: 
   if q.shape[3] not in HEAD_SIZES or q.shape[2] // k.shape[2] > ROWS:
     return (f"takes head sizes {' and '.join(map(str, HEAD_SIZES))} and groups of at most {ROWS} heads, not {q.shape[3]} "
             f"and {q.shape[2] // k.shape[2]}")
+  if table is not None and keys.shape[-2] % KEYS:
+    return f"takes pages of a multiple of {KEYS} tokens, not {keys.shape[-2]}"
   if dispatch.platform() != "gpu":
     return f"needs a GPU, and this runs on {dispatch.platform()}"
   if dispatch.undivided():
@@ -52,13 +54,14 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
                       scale: jax.Array, *, window: int | None, scales: Scales, reach: int | None, layer: int | None,
-                      splits: int | None = None, interpret: bool = False) -> Statistics:
+                      table: jax.Array | None = None, splits: int | None = None, interpret: bool = False) -> Statistics:
   """See `atma_jax.ops.cached_attention.api`; `splits`, a power of two, overrides the number of shares of the keys."""
   del reach  # every row is read up to its own length
   (B, _, H, D), K, R = q.shape, k.shape[2], keys.shape[-2]
   G = H // K
   if layer is None:
     layer, keys, values, scales = 0, *jax.tree.map(lambda x: x[None], (keys, values, scales))
+  P, R, paged = keys.shape[1], R if table is None else R * table.shape[1], table is not None
   splits = splits or splits_for(B * K, R)
 
   def rows(x: jax.Array) -> jax.Array:  # (B, 1, H, ...) -> (B, K, ROWS, ...)
@@ -66,20 +69,25 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
     return jnp.pad(x, ((0, 0), (0, 0), (0, ROWS - G), *((0, 0),) * (x.ndim - 3)))
 
   def ring(*shape: int) -> pl.BlockSpec:
+    if paged:
+      return pl.BlockSpec((None, P, None, *shape), lambda s, h, b: (layer, 0, h, *(0,) * len(shape)))
     return pl.BlockSpec((None, None, None, *shape), lambda s, h, b: (layer, b, h, *(0,) * len(shape)))
 
+  length = keys.shape[3]  # of a ring or a page
   new = pl.BlockSpec((None, None, None, D), lambda s, h, b: (b, 0, h, 0))
   scalars = jax.ShapeDtypeStruct((B, K, ROWS, splits), jnp.float32)
   scalar = pl.BlockSpec((None, None, ROWS, None), lambda s, h, b: (b, h, 0, s))
   parts = pl.pallas_call(
-    functools.partial(_share_kernel, window=window, splits=splits, quantised=scales is not None), name="cached_attention",
+    functools.partial(_share_kernel, window=window, splits=splits, slots=R, paged=paged,
+                      quantised=scales is not None), name="cached_attention",
     out_shape=[*[scalars] * 3, jax.ShapeDtypeStruct((B, K, ROWS, splits, D), jnp.float32)],
     in_specs=[pl.BlockSpec((None,), lambda s, h, b: (b,)), pl.BlockSpec((None, None, ROWS), lambda s, h, b: (b, h, 0)),
-              pl.BlockSpec((None, None, ROWS, D), lambda s, h, b: (b, h, 0, 0)), new, new, ring(R, D), ring(R, D),
-              *[ring(R)] * (2 * (scales is not None))],
+              pl.BlockSpec((None, None, ROWS, D), lambda s, h, b: (b, h, 0, 0)), new, new, ring(length, D), ring(length, D),
+              *[ring(length)] * (2 * (scales is not None)),
+              *[pl.BlockSpec((None, R // length), lambda s, h, b: (b, 0))] * paged],
     out_specs=[*[scalar] * 3, pl.BlockSpec((None, None, ROWS, None, D), lambda s, h, b: (b, h, 0, s, 0))],
     grid=(splits, K, B), interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-  )(lengths, rows(scale) * LOG2_E, rows(q), k, v, keys, values, *(scales or ()))
+  )(lengths, rows(scale) * LOG2_E, rows(q), k, v, keys, values, *(scales or ()), *((table,) if paged else ()))
   return _merged(parts, G, interpret)
 
 
@@ -89,9 +97,11 @@ def splits_for(rows: int, slots: int) -> int:
   return 1 << max(most.bit_length() - 1, 0)
 
 
-def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *refs, window, splits, quantised):
+def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *refs, window, splits, slots, paged,
+                  quantised):
   *scale_refs, M_ref, L_ref, Q_ref, S_ref = refs
-  share, slots, length = pl.program_id(0), keys_ref.shape[0], length_ref[...]
+  table_ref = scale_refs.pop() if paged else None
+  share, length = pl.program_id(0), length_ref[...]
   scale, q = scale_ref[...], q_ref[...]
   held = jnp.minimum(length, slots)
   first = 0
@@ -102,14 +112,19 @@ def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_r
   def step(block, carry):
     m, L, Q, S = carry
     slot = block * KEYS + jnp.arange(KEYS)
-    place = pl.ds(block * KEYS, KEYS)
-    inside = slot < slots if slots % KEYS else None
+    if paged:
+      steps = keys_ref.shape[1] // KEYS  # in a page
+      place = table_ref[lax.div(block, steps)], pl.ds(lax.rem(block, steps) * KEYS, KEYS)
+    else:
+      place = (pl.ds(block * KEYS, KEYS),)
 
     def read(ref):
-      if inside is None:
-        return ref[place] if ref.ndim == 1 else ref[place, :]
-      return plgpu.load(ref.at[place] if ref.ndim == 1 else ref.at[place, :], other=0,
-                        mask=inside if ref.ndim == 1 else jnp.broadcast_to(inside[:, None], (KEYS, ref.shape[1])))
+      columns = ref.shape[1 + paged :]
+      taken = ref.at[(*place, *(slice(None),) * len(columns))]
+      if slots % KEYS == 0:
+        return plgpu.load(taken)
+      inside = (slot < slots).reshape(KEYS, *(1,) * len(columns))
+      return plgpu.load(taken, mask=jnp.broadcast_to(inside, (KEYS, *columns)), other=0)
 
     scores = _dot(q, read(keys_ref).astype(q.dtype), (1, 1)) * scale[:, None]
     if quantised:

@@ -19,7 +19,7 @@ NOWHERE = jnp.iinfo(jnp.int32).max  # position of a slot that holds nothing: aft
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
                       scale: jax.Array, *, window: int | None, scales: Scales, reach: int | None,
-                      layer: int | None) -> Statistics:
+                      layer: int | None, table: jax.Array | None = None) -> Statistics:
   """See `atma_jax.ops.cached_attention.api`.
 
   Several queries stream over key blocks, as far as the longest row reaches; a single one (decoding) takes all blocks
@@ -27,7 +27,15 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
   """
   if layer is not None:
     keys, values, scales = jax.tree.map(lambda x: x[layer], (keys, values, scales))
-  (B, T, H, _), K, R = q.shape, k.shape[2], keys.shape[2]
+  if table is not None:
+    return _paged(q, k, v, keys, values, lengths, scale, window, scales, reach, table)
+  R = keys.shape[2]
+  return _statistics(q, k, v, keys, values, lengths, scale, window, scales, R if reach is None else min(reach, R), R)
+
+
+def _statistics(q, k, v, keys, values, lengths, scale, window, scales, reach, R) -> Statistics:
+  """Over the first `reach` slots of rings of R, of which no more need be there."""
+  (B, T, H, _), K = q.shape, k.shape[2]
   positions = lengths[:, None] + jnp.arange(T)
 
   def group(x: jax.Array) -> jax.Array:  # (B, T, H, ...) -> (B, K, G, T, ...)
@@ -42,12 +50,25 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
   new = [jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v)]
   new_positions = jnp.pad(positions, ((0, 0), (0, pad)), constant_values=NOWHERE)
   own = gather(*new, new_positions, block, jnp.int32((T + pad) // block))
-  reach = R if reach is None else min(reach, R)
   held = jnp.minimum(jnp.max(lengths, initial=0), reach)
   block = min(BLOCK, reach)
   keys, values, *scales = (x[:, :, :reach] for x in (keys, values, *(scales or ())))
   past = gather(keys, values, slot_positions(lengths, R)[:, :reach], block, (held + block - 1) // block, scales)
   return jax.tree.map(ungroup, streaming.merge(past, own))
+
+
+def _paged(q, k, v, keys, values, lengths, scale, window, scales, reach, table) -> Statistics:
+  """`cached_statistics` of rings gathered from their pages, as far as `reach`."""
+  R = keys.shape[2] * table.shape[1]
+  reach = R if reach is None else min(reach, R)
+  table = table[:, : -(-reach // keys.shape[2])]
+
+  def gather(pool: jax.Array) -> jax.Array:  # (P, K, page, ...) -> (B, K, slots, ...)
+    rings = jnp.moveaxis(pool.at[table].get(mode="fill", fill_value=0), 2, 1)
+    return rings.reshape(*rings.shape[:2], -1, *rings.shape[4:])
+
+  keys, values, scales = jax.tree.map(gather, (keys, values, scales))
+  return _statistics(q, k, v, keys, values, lengths, scale, window, scales, reach, R)
 
 
 def slot_positions(lengths: jax.Array, slots: int) -> jax.Array:
