@@ -30,6 +30,11 @@ class Span:
   counts: jax.Array  # (B,) int32 between 0 and T
   table: jax.Array | None = None  # (B, N) int32, of a paged cache
 
+  @property
+  def rows(self) -> int:
+    """B."""
+    return self.counts.shape[0]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,7 @@ class GlobalPast:
 
   def after(self, update: GlobalPast, span: Span) -> GlobalPast:
     """As for `LocalPast`; padding is not written, and of more new tokens than slots only the last."""
-    page, T = self.keys.shape[-2], update.keys.shape[3]
+    page, T = self.slots, update.keys.shape[3]
     slots = page if span.table is None else page * span.table.shape[1]
     index = jnp.arange(T)
     written = (index < span.counts[:, None]) & (index >= span.counts[:, None] - slots)
@@ -99,6 +104,11 @@ class GlobalPast:
     """As for `LocalPast`; the memory, already of all repetitions, is that of the last."""
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(dataclasses.replace(update, memory=None) for update in updates))
     return dataclasses.replace(stacked, memory=updates[-1].memory)
+
+  @property
+  def slots(self) -> int:
+    """R; of a page where the cache is paged."""
+    return self.keys.shape[-2]
 
   def put(self, rows: jax.Array, other: GlobalPast, pages: jax.Array | None) -> GlobalPast:
     """As `Cache.put` says, of stacked arrays."""

@@ -156,13 +156,14 @@ class GlobalMixer(nnx.Module):
 
   def extend(self, x: jax.Array, past: GlobalPast, span: Span | None,
              reach: int | None = None, trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, GlobalPast]:
-    """The output for tokens that follow `past`, and the update of the past.
+    """The output for tokens that follow `past`, and the update of the past; of rows as for `LocalMixer`.
 
     A `trace` receives q (B, T, H, D), k and v (B, T, K, D) as the core takes them before any rotation, the core's ``heads``
     (B, T, H, D) and, for polar attention, ``magnitude`` (B, T, H); of the memory see `Memory`.
     """
-    config, (B, T, _) = self.config, x.shape
-    q, k, v, *gates = self._split(self.inputs(x)) if hasattr(self, "inputs") else [part(x) for part in self._projections()]
+    config, (B, T) = self.config, (x.shape[0] if span is None else span.rows, x.shape[1])
+    parts = self._split(self.inputs(x)) if hasattr(self, "inputs") else [part(x) for part in self._projections()]
+    q, k, v, *gates = (part[:B] for part in parts)
     q, gate = jnp.split(q.reshape(B, T, config.num_heads, 2 * config.head_dim), 2, axis=-1)
     q = layers.head_norm(q)
     k = layers.head_norm(k.reshape(B, T, config.num_kv_heads, config.head_dim))
@@ -186,9 +187,9 @@ class GlobalMixer(nnx.Module):
       read, state = self.memory.read(*gates, q, k, v, past.memory, span, trace, past.layer)
       found.append(read)
     if hasattr(self, "outputs"):
-      out = self.outputs(jnp.concatenate([x.astype(heads.dtype) for x in found], axis=-1))
+      out = self.outputs(layers.fill(jnp.concatenate([y.astype(heads.dtype) for y in found], axis=-1), x.shape[0]))
     else:
-      out = sum(part(x) for part, x in zip(self._outputs(), found, strict=True))
+      out = sum(part(layers.fill(y, x.shape[0])) for part, y in zip(self._outputs(), found, strict=True))
     if span is None:
       return out, past
     return out, GlobalPast(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(v, 1, 2), *histories, state)

@@ -103,6 +103,11 @@ def _joined(parts: Sequence[Linear], kernel: jax.Array, bias: jax.Array) -> Line
   return joined
 
 
+def fill(x: jax.Array, rows: int) -> jax.Array:
+  """x (B, ...) with rows of zeros after its own, `rows` in all."""
+  return x if x.shape[0] == rows else jnp.pad(x, ((0, rows - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
+
+
 def product(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
   """``x @ kernel + bias`` of x (..., C), kernel (C, F) and bias (F,) in `dtype`, by default x's.
 
@@ -111,7 +116,7 @@ def product(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype |
   """
   rows = x.reshape(-1, x.shape[-1])
   few = dispatch.platform() == "gpu" and rows.shape[0] < FEW_ROWS
-  padded = jnp.pad(rows, ((0, FEW_ROWS - rows.shape[0]), (0, 0))) if few else rows
+  padded = fill(rows, FEW_ROWS) if few else rows
   y = jnp.matmul(padded, kernel, preferred_element_type=dtype) + bias
   return y[: rows.shape[0]].reshape(*x.shape[:-1], -1)
 

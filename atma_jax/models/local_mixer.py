@@ -25,8 +25,12 @@ class LocalMixer(nnx.Module):
 
   def extend(self, x: jax.Array, past: LocalPast, span: Span | None,
              reach: int | None = None) -> tuple[jax.Array, LocalPast]:
-    """The output for tokens that follow `past`, and the update of the past; it has no slots for `reach` to limit."""
+    """The output for tokens that follow `past`, and the update of the past; it has no slots for `reach` to limit.
+
+    Rows of x beyond those of the past are filled-up ones (`model.Atma.extend`).
+    """
     del reach
-    b, c, h = self.in_proj.split(x, 3)
+    rows = x.shape[0] if span is None else span.rows
+    b, c, h = (part[:rows] for part in self.in_proj.split(x, 3))
     y, history = convolve(b * h, self.conv.weight[...], past.history, span, "mlp")
-    return self.out_proj(c * y), LocalPast(history)
+    return self.out_proj(layers.fill(c * y, x.shape[0])), LocalPast(history)

@@ -54,7 +54,6 @@ class Memory(nnx.Module):
     config, wide, shape = self.config, jnp.promote_types(jnp.float32, gate.dtype), q.shape[:2]
     group = config.num_heads // config.num_kv_heads
     q, k = layers.unit_length(q), layers.unit_length(k)
-    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     log_gamma = self.log_gamma(gamma)
     beta = jax.nn.sigmoid(beta.astype(wide) + config.memory.beta_bias)
     if span is not None:
@@ -64,6 +63,7 @@ class Memory(nnx.Module):
       readout, state = gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state, layer=layer,
                                         implementation=decoder(config.implementation))
     else:
+      k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
       readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
                                    implementation=config.implementation)
     if trace is not None:

@@ -18,7 +18,7 @@ from atma_jax.models.parallel import check_length
 from atma_jax.models.transformer import Group, Tap
 from atma_jax.ops import dispatch, soft_cap
 from atma_jax.ops.dispatch import KERNEL_OUTPUTS
-from atma_jax.sharding import constrain
+from atma_jax.sharding import active_mesh, constrain
 
 REMAT_POLICIES = {
   "none": jax.checkpoint_policies.everything_saveable,
@@ -207,14 +207,19 @@ def _of_stack(stacked: Group, index: int) -> Group:
 
 def _in_turn(x: jax.Array, groups: list[Group], pasts: list[Past], span: Span,
              reach: int | None) -> tuple[jax.Array, list[Past]]:
-  """`Group.extend` of one group after the other, without a loop: what is large in the pasts is used where it lies."""
-  updates = []
+  """`Group.extend` of one group after the other, without a loop: what is large in the pasts is used where it lies.
+
+  Blocks get more rows than the pasts have; what comes of the others is dropped.
+  """
+  updates, rows = [], x.shape[0]
+  if rows < layers.FEW_ROWS and active_mesh() is None:
+    x = layers.fill(x, layers.FEW_ROWS)  # for the matrix units anyway; a norm of a single row would take two steps
   for repetition, group in enumerate(groups):
     x, update = group.extend(x, [past.at(repetition) for past in pasts], span, reach)
     pasts = [dataclasses.replace(past, memory=new.memory) if isinstance(past, GlobalPast) else past
              for past, new in zip(pasts, update, strict=True)]
     updates.append(update)
-  return x, [past.stepped(list(own)) for past, own in zip(pasts, zip(*updates), strict=True)]
+  return x[:rows], [past.stepped(list(own)) for past, own in zip(pasts, zip(*updates), strict=True)]
 
 
 def parameter_metadata(model: Atma) -> tuple[Any, Any]:

@@ -72,11 +72,13 @@ class RavenMixer(nnx.Module):
 
   def extend(self, x: jax.Array, past: RavenPast, span: Span | None, reach: int | None = None,
              trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, RavenPast]:
-    """The output for tokens that follow `past`, and the update of the past, which no `reach` limits.
+    """The output for tokens that follow `past`, and the update of the past, which no `reach` limits; of rows as for `LocalMixer`.
 
     A `trace` receives q (B, T, H, D), k and v (B, T, K, D), and ``log_decay`` (B, T, H, slots); of the memory see `Memory`.
     """
     del reach
+    filled = x.shape[0]
+    x = x if span is None else x[: span.rows]
     config, (B, T, _) = self.config, x.shape
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     q = self.q_norm(jax.nn.silu(self.q(x)).reshape(B, T, heads, dim))
@@ -94,7 +96,7 @@ class RavenMixer(nnx.Module):
     if config.memory.enabled:
       read, state = self.memory(x, q, k, v, past.memory, span, trace)
       out = out + read
-    return out, past if span is None else RavenPast(*slots, state)
+    return layers.fill(out, filled), past if span is None else RavenPast(*slots, state)
 
   def _log_decay(self, x: jax.Array) -> jax.Array:
     """(B, T, H, slots) float32: the head's decay times the routing weight, which is zero but for the best `top_k` slots."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from atma_jax.ops.cached_attention import api, pallas_gpu, xla
-from atma_jax.ops.gated_delta import reference, step_pallas_gpu
+from atma_jax.ops.gated_delta import reference, step, step_pallas_gpu
 from atma_jax.ops.streaming import Statistics
 
 
@@ -129,19 +129,19 @@ def test_what_the_kernel_does_not_serve(monkeypatch):
     api.cached_statistics(*arrays, implementation="pallas_gpu")
 
 
-@pytest.mark.parametrize("layer, D, Dv", [(None, 64, 128), (2, 128, 64)])
-def test_a_step_of_the_memory_equals_the_rule(layer, D, Dv):
+@pytest.mark.parametrize("layer, D, Dv, K", [(None, 64, 128, 4), (2, 128, 64, 2)])
+def test_a_step_of_the_memory_equals_the_rule(layer, D, Dv, K):
   """In place in its layer of stacked states, with every other layer as it was; a row of gamma 1 and beta 0 stands still."""
-  q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (normal(seed, 2, 1, 4, D) for seed in (0, 1)))
-  v, state = normal(2, 2, 1, 4, Dv), normal(3, *(() if layer is None else (3,)), 2, 4, Dv, D)
-  log_gamma, beta = -jnp.abs(normal(4, 2, 1, 4)).at[1].set(0), jax.nn.sigmoid(normal(5, 2, 1, 4)).at[1].set(0)
-  readout, after = step_pallas_gpu.gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state, layer=layer,
-                                                    interpret=True)
-  own = state if layer is None else state[layer]
-  expected_readout, expected = reference.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=own)
-  np.testing.assert_allclose(readout, expected_readout, atol=1e-5)
-  np.testing.assert_allclose(after, expected if layer is None else state.at[layer].set(expected), atol=1e-5)
-  np.testing.assert_array_equal(after[..., 1, :, :, :], state[..., 1, :, :, :])
+  q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (normal(0, 2, 1, 4, D), normal(1, 2, 1, K, D)))
+  v, state = normal(2, 2, 1, K, Dv), normal(3, *(() if layer is None else (3,)), 2, 4, Dv, D)
+  gates = {"log_gamma": -jnp.abs(normal(4, 2, 1, 4)).at[1].set(0), "beta": jax.nn.sigmoid(normal(5, 2, 1, 4)).at[1].set(0)}
+  expected = reference.gated_delta(q, *(jnp.repeat(x, 4 // K, axis=2) for x in (k, v)), **gates,
+                                   initial_state=state if layer is None else state[layer])
+  for compute in (functools.partial(step_pallas_gpu.gated_delta_step, interpret=True), step.step):
+    readout, after = compute(q, k, v, **gates, state=state, layer=layer)
+    np.testing.assert_allclose(readout, expected[0], atol=1e-5)
+    np.testing.assert_allclose(after, expected[1] if layer is None else state.at[layer].set(expected[1]), atol=1e-5)
+    np.testing.assert_array_equal(after[..., 1, :, :, :], state[..., 1, :, :, :])
 
 
 @pytest.mark.parametrize("quantised, window, lengths", [(False, None, [0, 200, 512]), (True, 300, [700, 100, 513])])

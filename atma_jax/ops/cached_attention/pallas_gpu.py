@@ -64,10 +64,6 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
   P, R, paged = keys.shape[1], R if table is None else R * table.shape[1], table is not None
   splits = splits or splits_for(B * K, R)
 
-  def rows(x: jax.Array) -> jax.Array:  # (B, 1, H, ...) -> (B, K, ROWS, ...)
-    x = x.reshape(B, K, G, *x.shape[3:])
-    return jnp.pad(x, ((0, 0), (0, 0), (0, ROWS - G), *((0, 0),) * (x.ndim - 3)))
-
   def ring(*shape: int) -> pl.BlockSpec:
     if paged:
       return pl.BlockSpec((None, P, None, *shape), lambda s, h, b: (layer, 0, h, *(0,) * len(shape)))
@@ -78,16 +74,16 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
   scalars = jax.ShapeDtypeStruct((B, K, ROWS, splits), jnp.float32)
   scalar = pl.BlockSpec((None, None, ROWS, None), lambda s, h, b: (b, h, 0, s))
   parts = pl.pallas_call(
-    functools.partial(_share_kernel, window=window, splits=splits, slots=R, paged=paged,
+    functools.partial(_share_kernel, group=G, window=window, splits=splits, slots=R, paged=paged,
                       quantised=scales is not None), name="cached_attention",
     out_shape=[*[scalars] * 3, jax.ShapeDtypeStruct((B, K, ROWS, splits, D), jnp.float32)],
-    in_specs=[pl.BlockSpec((None,), lambda s, h, b: (b,)), pl.BlockSpec((None, None, ROWS), lambda s, h, b: (b, h, 0)),
-              pl.BlockSpec((None, None, ROWS, D), lambda s, h, b: (b, h, 0, 0)), new, new, ring(length, D), ring(length, D),
+    in_specs=[pl.BlockSpec((None,), lambda s, h, b: (b,)), pl.BlockSpec((None, None, H), lambda s, h, b: (b, 0, 0)),
+              pl.BlockSpec((None, None, H, D), lambda s, h, b: (b, 0, 0, 0)), new, new, ring(length, D), ring(length, D),
               *[ring(length)] * (2 * (scales is not None)),
               *[pl.BlockSpec((None, R // length), lambda s, h, b: (b, 0))] * paged],
     out_specs=[*[scalar] * 3, pl.BlockSpec((None, None, ROWS, None, D), lambda s, h, b: (b, h, 0, s, 0))],
     grid=(splits, K, B), interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-  )(lengths, rows(scale) * LOG2_E, rows(q), k, v, keys, values, *(scales or ()), *((table,) if paged else ()))
+  )(lengths, scale * LOG2_E, q, k, v, keys, values, *(scales or ()), *((table,) if paged else ()))
   return _merged(parts, G, interpret)
 
 
@@ -97,12 +93,15 @@ def splits_for(rows: int, slots: int) -> int:
   return 1 << max(most.bit_length() - 1, 0)
 
 
-def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *refs, window, splits, slots, paged,
+def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *refs, group, window, splits, slots, paged,
                   quantised):
   *scale_refs, M_ref, L_ref, Q_ref, S_ref = refs
   table_ref = scale_refs.pop() if paged else None
   share, length = pl.program_id(0), length_ref[...]
-  scale, q = scale_ref[...], q_ref[...]
+  heads = pl.ds(pl.program_id(1) * group, ROWS)  # the group's, and others' or none, which come to nothing
+  own_heads = jnp.arange(ROWS) < group
+  scale = plgpu.load(scale_ref.at[heads], mask=own_heads, other=0)
+  q = plgpu.load(q_ref.at[heads, :], mask=jnp.broadcast_to(own_heads[:, None], (ROWS, q_ref.shape[1])), other=0)
   held = jnp.minimum(length, slots)
   first = 0
   if window is not None:  # a ring that has wrapped is no larger than its window needs

@@ -25,7 +25,7 @@ def gated_delta_step(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax
   """`atma_jax.ops.gated_delta` of T = 1.
 
   Args:
-    q, k, v, log_gamma, beta: as there.
+    q, k, v, log_gamma, beta: as there, or k and v of fewer heads (B, 1, K, ...), each of as many query heads.
     state: (B, H, Dv, D).
     layer: where the state is that of several layers, stacked along a first axis: which to step.
     implementation: one of `dispatch.NAMES`.
@@ -42,6 +42,7 @@ def gated_delta_step(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax
 def step(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, state: jax.Array,
          layer: int | None) -> tuple[jax.Array, jax.Array]:
   """See `gated_delta_step`."""
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
   stacked, state = state, state if layer is None else state[layer]
   dtype, out = state.dtype, v.dtype
   q, k, v = (x[:, 0].astype(dtype) for x in (q, k, v))

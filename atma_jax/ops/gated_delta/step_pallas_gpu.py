@@ -33,17 +33,17 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, *, state: jax.Array, **pa
 def gated_delta_step(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, state: jax.Array,
                      layer: int | None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """See `atma_jax.ops.gated_delta.step`."""
-  (B, _, H, D), Dv = q.shape, v.shape[3]
-  whole = pl.BlockSpec((None, None, None, D), lambda i, h, b: (b, 0, h, 0))
-  some = pl.BlockSpec((None, None, None, ROWS), lambda i, h, b: (b, 0, h, i))
+  (B, _, H, D), (K, Dv) = q.shape, v.shape[2:]
+  query, key = (pl.BlockSpec((None, None, None, D), lambda i, h, b, n=n: (b, 0, h // n, 0)) for n in (1, H // K))
+  out, value = (pl.BlockSpec((None, None, None, ROWS), lambda i, h, b, n=n: (b, 0, h // n, i)) for n in (1, H // K))
   scalar = pl.BlockSpec((None, None, None), lambda i, h, b: (b, 0, h))
   stacked = state if layer is not None else state[None]
   at = layer or 0
   matrix = pl.BlockSpec((None, None, None, ROWS, D), lambda i, h, b: (at, b, h, i, 0))
   readout, stacked = pl.pallas_call(
     _kernel, name="gated_delta_step", grid=(Dv // ROWS, H, B),
-    out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(stacked.shape, stacked.dtype)],
-    in_specs=[whole, whole, some, scalar, scalar, matrix], out_specs=[some, matrix], input_output_aliases={5: 1},
+    out_shape=[jax.ShapeDtypeStruct((B, 1, H, Dv), v.dtype), jax.ShapeDtypeStruct(stacked.shape, stacked.dtype)],
+    in_specs=[query, key, value, scalar, scalar, matrix], out_specs=[out, matrix], input_output_aliases={5: 1},
     interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
   )(q, k, v, log_gamma, beta, stacked)
   return readout, stacked if layer is not None else stacked[0]
