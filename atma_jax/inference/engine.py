@@ -128,6 +128,7 @@ class Engine:
       if value < least or value & (value - 1):
         raise UserError(f"{name}={value}: must be a power of two of at least {least}")
     mesh = _mesh_of(model)
+    one = mesh is None or mesh.size == 1
     parts = math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"]) if mesh is not None else 1
     for name, value, least in (("rows", rows, 1), ("capacity", capacity, 2), ("stride", stride, 1), ("reaches", reaches, 1),
                                ("prefixes", prefixes, 0), ("alternatives", alternatives, 0)):
@@ -135,7 +136,7 @@ class Engine:
         raise UserError(f"{name}={value}: must be at least {least}")
     if pages is None:
       page = 1  # no rounding
-    elif mesh is not None and mesh.size > 1:
+    elif not one:
       raise UserError(f"pages={pages}: pages are of one device, and the model is spread over {mesh.size}")
     else:
       check_page(page)
@@ -146,7 +147,7 @@ class Engine:
     self.config: ModelConfig = model.config
     self._mesh, self._cache_dtype = mesh, cache_dtype
     self._asks_host = dispatch.platform() == "gpu"  # where a program that branches waits for the host
-    self._graphdef, self._state = nnx.split(model.apart(join=mesh is None) if self._asks_host else model)
+    self._graphdef, self._state = nnx.split(model.apart(join=one) if self._asks_host else model)
     self._state = cast(self._state, self.config)
     self._create = functools.partial(Cache.create, self.config, capacity=capacity, dtype=cache_dtype, page=page)
     self._prefixes, self._kept = prefixes, OrderedDict[bytes, Cache]()  # by the bytes of their int32 tokens

@@ -155,7 +155,8 @@ def rows_sharding(mesh: Mesh, rows: Rows) -> Rows:
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, batch))
     return jax.tree.map(lambda _: sharding, tree)
 
-  return along(0, rows)._replace(cache=Cache(along(0, rows.cache.lengths), along(1, rows.cache.layers)))
+  cache = rows.cache
+  return along(0, rows)._replace(cache=Cache(along(0, cache.lengths), along(1, cache.layers), along(0, cache.table)))
 
 
 def _likeliest(logprobs: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

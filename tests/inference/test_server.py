@@ -87,9 +87,9 @@ class Serving:
 
 @pytest.fixture(scope="module")
 def engine(lively):
-  """Warm, and used by nobody else while it serves."""
+  """Warm, and used by nobody else while it serves; with pages for two or three of the longest requests in four rows."""
   engine = Engine(lively(), ByteTokenizer(), rows=4, capacity=CAPACITY, chunk=16, stride=4, alternatives=3, prefixes=2,
-                  prompt_logprobs=True)
+                  prompt_logprobs=True, pages=5 * CAPACITY // 32, page=16)
   engine.warm_up()
   return engine
 
@@ -385,6 +385,7 @@ def test_soak(serving, alone):
   ends = soak(serving, alone, count, concurrency=48, seed=0)
   assert sum(ends.values()) == count and ends["left"] > count / 10
   assert serving.idle() and compilations() == programs
+  assert serving.server.engine.pages.free == serving.server.engine.pages.total
   assert len(jax.live_arrays()) < arrays + 2 * len(jax.tree.leaves(serving.server.engine._rows))  # a kept prefix, a stride
   assert serving.metric('atma_sequences{state="decoding"}') == serving.metric("atma_outstanding") == 0
 
