@@ -21,7 +21,6 @@ import os
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -33,9 +32,9 @@ from atma_jax.inference.sampling import Knobs, Sampling, narrows
 from atma_jax.inference.saved_state import load_state, save_state
 from atma_jax.inference.text import TextStream
 from atma_jax.models import Atma
-from atma_jax.models.cache import PAGE_LIMIT, Cache, GlobalPast
+from atma_jax.models.cache import PAGE_LIMIT, Cache
 from atma_jax.ops import dispatch
-from atma_jax.ops.cached_attention.api import BLOCK, skips_unused_slots, slots_for
+from atma_jax.ops.cached_attention.api import BLOCK, slots_for
 from atma_jax.sharding import LOGICAL_AXES
 
 SMALLEST_CHUNK = 16
@@ -147,8 +146,6 @@ class Engine:
     self.config: ModelConfig = model.config
     self._mesh, self._cache_dtype = mesh, cache_dtype
     self._asks_host = dispatch.platform() == "gpu"  # where a program that branches waits for the host
-    self._graphdef, self._state = nnx.split(model.apart(join=one) if self._asks_host else model)
-    self._state = cast(self._state, self.config)
     self._create = functools.partial(Cache.create, self.config, capacity=capacity, dtype=cache_dtype, page=page)
     self._prefixes, self._kept = prefixes, OrderedDict[bytes, Cache]()  # by the bytes of their int32 tokens
     self.prefilled = 0  # prompt tokens that went through the model
@@ -157,18 +154,20 @@ class Engine:
     self._pending: tuple[list[_Request | None], Drawn] | None = None  # the stride that the host has not looked at
     self._active: list[_Request | None] = [None] * rows
     rows_of = functools.partial(empty_rows, functools.partial(self._create, pages=pages), rows, self.config.vocab_size)
-    slots = _slots(jax.eval_shape(lambda: self._create(1)))
-    self._slots, self.pages = slots or 0, None
+    row = jax.eval_shape(lambda: self._create(1)).keys
+    slots = 0 if row is None else row.shape[-2]
+    self._slots, self.pages = slots, None
     if pages is not None and slots:
       self.pages = Pages(pages, page, slots // page)
       if pages < self.pages.row:
         raise UserError(f"pages={pages}: must be at least {self.pages.row}, which a request of {capacity} tokens needs")
-    keys = _keys(jax.eval_shape(rows_of).cache)
+    cache = jax.eval_shape(rows_of).cache
     with self._on_mesh():
-      if keys and skips_unused_slots(keys, self.config.num_heads, jnp.dtype(self.config.activation_dtype),
-                                     paged=self.pages is not None, implementation=dispatch.decoder(self.config.implementation)):
-        reaches = 1
+      in_turn = model.decodes_in_turn(cache)
+      reaches = 1 if model.skips_unused_slots(cache) else reaches
     self.reaches = sorted({slots_for(max(slots >> i, min(BLOCK, slots))) for i in range(reaches)}) if slots else [0]
+    self._graphdef, self._state = nnx.split(model.apart(join=one) if in_turn else model)
+    self._state = cast(self._state, self.config)
     shardings = None if mesh is None else rows_sharding(mesh, jax.eval_shape(rows_of))
     (self._prefill, self._score, self._place, self._decode, self._rest, self._copy, self._new) = programs(
       self._graphdef, self.config, tokenizer, self._create, stride=stride, alternatives=alternatives, mesh=mesh,
@@ -467,17 +466,6 @@ class Engine:
 def _widths(smallest: int, largest: int) -> list[int]:
   """Powers of two from one to the other."""
   return [1 << i for i in range(smallest.bit_length() - 1, largest.bit_length())]
-
-
-def _slots(cache: Cache) -> int | None:
-  """R of a cache that is not paged; None for a model without global mixers."""
-  keys = _keys(cache)
-  return None if keys is None else keys.shape[-2]
-
-
-def _keys(cache: Cache) -> jax.ShapeDtypeStruct | None:
-  """Keys of a cache; None for a model without global mixers."""
-  return next((past.keys for pasts in cache.layers.values() for past in pasts if isinstance(past, GlobalPast)), None)
 
 
 def _mesh_of(model: Atma) -> Mesh | None:

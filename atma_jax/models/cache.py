@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from atma_jax.config import DTYPES, ModelConfig
 from atma_jax.models.parallel import short_conv as whole_short_conv
 from atma_jax.ops import short_conv
-from atma_jax.ops.cached_attention.api import BLOCK, quantise, slots_for
+from atma_jax.ops.cached_attention.api import BLOCK, append, quantise, slots_for
 
 PAGE_LIMIT = BLOCK  # tokens of a page
 CACHE_DTYPES = ("int8", *DTYPES)  # of keys and values
@@ -75,20 +75,8 @@ class GlobalPast:
 
   def after(self, update: GlobalPast, span: Span) -> GlobalPast:
     """As for `LocalPast`; padding is not written, and of more new tokens than slots only the last."""
-    page, T = self.slots, update.keys.shape[3]
-    slots = page if span.table is None else page * span.table.shape[1]
-    index = jnp.arange(T)
-    written = (index < span.counts[:, None]) & (index >= span.counts[:, None] - slots)
-    slot = jnp.where(written, (span.lengths[:, None] + index) % slots, slots + index)  # past the end: dropped
-
-    row = jnp.arange(slot.shape[0])[:, None]
-    if span.table is not None:  # the page, and the slot in it; pages past the end, each another, for what is not written
-      taken = jnp.take_along_axis(span.table, slot // page, axis=1, mode="fill", fill_value=self.keys.shape[1])
-      row, slot = jnp.where(written, taken, self.keys.shape[1] + row), jnp.where(written, slot % page, index)
-
     def write(ring: jax.Array, new: jax.Array) -> jax.Array:
-      new = jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype)  # (B, T, repetition, K, ...)
-      return ring.at[:, row, :, slot].set(new, mode="drop", unique_indices=True)
+      return append(ring, new, span.lengths, span.counts, span.table)
 
     new = {"keys": update.keys, "values": update.values}
     if self.key_scale is not None:
@@ -219,6 +207,11 @@ class Cache:
       layers["tail"] = [past(kind, 1) for kind in pattern[:rest]]
     table = None if pages is None else jnp.full((batch, slots // page), pages, jnp.int32)
     return cls(jnp.zeros(batch, jnp.int32), layers, table)
+
+  @property
+  def keys(self) -> jax.Array | None:
+    """Of its first global mixer; None without one."""
+    return next((past.keys for pasts in self.layers.values() for past in pasts if isinstance(past, GlobalPast)), None)
 
   def after(self, update: Layers, span: Span) -> Cache:
     """The cache once the new tokens belong to it."""

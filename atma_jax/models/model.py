@@ -17,6 +17,7 @@ from atma_jax.models.global_mixer import GlobalMixer
 from atma_jax.models.parallel import check_length
 from atma_jax.models.transformer import Group, Tap
 from atma_jax.ops import dispatch, soft_cap
+from atma_jax.ops.cached_attention.api import skips_unused_slots
 from atma_jax.ops.dispatch import KERNEL_OUTPUTS
 from atma_jax.sharding import active_mesh, constrain
 
@@ -140,7 +141,7 @@ class Atma(nnx.Module):
     B, T = tokens.shape
     span = Span(cache.lengths, jnp.full(B, T, jnp.int32) if counts is None else counts, cache.table)
     x, updates = constrain(self.embed(tokens), ("batch", "sequence", "features")), {}
-    if T == 1 and dispatch.platform() == "gpu":
+    if T == 1 and self.decodes_in_turn(cache):
       for name, groups in self._repetitions().items():
         x, updates[name] = _in_turn(x, groups, cache.layers[name], span, reach)
       return self.norm(x), cache.after(updates, span)
@@ -156,6 +157,17 @@ class Atma(nnx.Module):
       x, update = self.tail.extend(x, jax.tree.map(lambda leaf: leaf[0], cache.layers["tail"]), span, reach)
       updates["tail"] = jax.tree.map(lambda leaf: leaf[None], update)
     return self.norm(x), cache.after(updates, span)
+
+  def decodes_in_turn(self, cache: Cache) -> bool:
+    """Whether decoding goes from layer to layer without a loop, as kernels that find their layer in stacked arrays need it;
+    on a GPU always, because the loop's copies of each layer's share would cost more."""
+    return dispatch.platform() == "gpu" or (dispatch.platform() == "tpu" and self.skips_unused_slots(cache))
+
+  def skips_unused_slots(self, cache: Cache) -> bool:
+    """Whether decoding reads every row of such a cache up to its own length, so that no `reach` is needed."""
+    return cache.keys is not None and skips_unused_slots(
+      cache.keys, self.config.num_heads, layers.activation_dtype(self.config), paged=cache.table is not None,
+      implementation=dispatch.decoder(self.config.implementation))
 
   def _repetitions(self) -> dict[str, list[Group]]:
     """The groups of blocks one by one, by the names of `Cache.layers`."""
@@ -176,7 +188,7 @@ class Atma(nnx.Module):
     return graphdefs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
   def apart(self, join: bool = True) -> Atma:
-    """A copy that computes the same in fewer steps when it decodes on a GPU, where each costs its start.
+    """A copy that computes the same in fewer steps when it `decodes_in_turn`; on a GPU each costs its start.
 
     Groups have arrays of their own, which are read where they lie (whole sequences and chunks stack them first, once a
     pass); with `join`, matrices of a global mixer that belong together are one.
@@ -212,7 +224,7 @@ def _in_turn(x: jax.Array, groups: list[Group], pasts: list[Past], span: Span,
   Blocks get more rows than the pasts have; what comes of the others is dropped.
   """
   updates, rows = [], x.shape[0]
-  if rows < layers.FEW_ROWS and active_mesh() is None:
+  if dispatch.platform() == "gpu" and rows < layers.FEW_ROWS and active_mesh() is None:
     x = layers.fill(x, layers.FEW_ROWS)  # for the matrix units anyway; a norm of a single row would take two steps
   for repetition, group in enumerate(groups):
     x, update = group.extend(x, [past.at(repetition) for past in pasts], span, reach)

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.ops.cached_attention import api, pallas_gpu, xla
+from atma_jax.ops.cached_attention import api, pallas_gpu, pallas_tpu, xla
 from atma_jax.ops.gated_delta import reference, step, step_pallas_gpu
 from atma_jax.ops.streaming import Statistics
+
+QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of these tests' time
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -46,10 +48,25 @@ def oracle(q, k, v, keys, values, lengths, scale, *, window=None, scales=None, l
   return Statistics(*(np.stack(x).reshape(B, 1, H, *x[0].shape) for x in zip(*found)))
 
 
-@functools.partial(jax.jit, static_argnames=("window", "layer", "splits"))
-def kernel(*arrays, scales=None, window=None, layer=None, splits=None):
-  return pallas_gpu.cached_statistics(*arrays, window=window, scales=scales, reach=None, layer=layer, splits=splits,
+@functools.partial(jax.jit, static_argnames=("window", "layer", "splits"), compiler_options=QUICK)
+def gpu(*arrays, scales=None, window=None, layer=None, table=None, splits=None):
+  return pallas_gpu.cached_statistics(*arrays, window=window, scales=scales, reach=None, layer=layer, table=table, splits=splits,
                                       interpret=True)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "layer", "splits"), compiler_options=QUICK)
+def tpu(*arrays, scales=None, window=None, layer=None, table=None, splits=None):
+  block = 2048 if splits is None else 128 * -(-arrays[3].shape[-2] // (128 * splits))
+  return pallas_tpu.cached_statistics(*arrays, window=window, scales=scales, reach=None, layer=layer, table=table, block=block,
+                                      interpret=True)
+
+
+def plain(*arrays, scales=None, window=None, layer=None, table=None, splits=None):
+  del splits
+  return xla.cached_statistics(*arrays, window=window, scales=scales, reach=None, layer=layer, table=table)
+
+
+every_kernel = pytest.mark.parametrize("kernel", [gpu, tpu], ids=["gpu", "tpu"])
 
 
 def assert_near(actual: Statistics, expected: Statistics, tolerance: float):
@@ -74,11 +91,12 @@ def test_attention_equals_the_definition(lengths, R, H, K, D, window, layer, spl
   arrays = inputs(lengths, H, K, D, R, stack=() if layer is None else (3,))
   options = {"window": window, "layer": layer}
   expected = oracle(*arrays, **options)
-  assert_near(kernel(*arrays, **options, splits=splits), expected, 2e-5)
-  assert_near(xla.cached_statistics(*arrays, **options, scales=None, reach=None), expected, 2e-5)
+  for compute in (gpu, tpu, plain):
+    assert_near(compute(*arrays, **options, splits=splits), expected, 2e-5)
 
 
-def test_what_lies_beyond_the_length_is_not_looked_at():
+@every_kernel
+def test_what_lies_beyond_the_length_is_not_looked_at(kernel):
   """NaN in slots that a row has not used, or that a window has left behind in whole steps, changes nothing."""
   q, k, v, keys, values, lengths, scale = inputs([130, 400], R=512)
   dirty = [x.at[0, :, 192:].set(jnp.nan).at[1, :, :256].set(jnp.nan).at[1, :, 448:].set(jnp.nan) for x in (keys, values)]
@@ -87,16 +105,17 @@ def test_what_lies_beyond_the_length_is_not_looked_at():
   jax.tree.map(np.testing.assert_array_equal, clean, other)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_int8_keys_and_values_are_those_they_stand_for(splits):
+@every_kernel
+def test_int8_keys_and_values_are_those_they_stand_for(kernel):
   q, k, v, keys, values, lengths, scale = inputs([77, 130], R=136)
   (keys, key_scale), (values, value_scale) = api.quantise(keys), api.quantise(values)
   arrays, scales = (q, k, v, keys, values, lengths, scale), (key_scale, value_scale)
-  assert_near(kernel(*arrays, scales=scales, splits=splits), oracle(*arrays, scales=scales), 2e-5)
+  assert_near(kernel(*arrays, scales=scales, splits=2), oracle(*arrays, scales=scales), 2e-5)
 
 
+@every_kernel
 @pytest.mark.parametrize("quantised", [False, True])
-def test_bfloat16_errs_as_its_rounding(quantised):
+def test_bfloat16_errs_as_its_rounding(kernel, quantised):
   """Products of bfloat16 numbers are exact in float32; weights are rounded once, by 2^-9, before they meet the values."""
   q, k, v, keys, values, lengths, scale = inputs([200, 64], dtype=jnp.bfloat16)
   scales = None
@@ -113,20 +132,21 @@ def test_shares_of_the_keys():
     32, 128, 1, 2, 1]
 
 
-def test_what_the_kernel_does_not_serve(monkeypatch):
-  """Is left to XLA by "auto", and refused by name: chunks, head sizes it has no tiles for, other machines."""
-  monkeypatch.setattr(api.dispatch, "platform", lambda: "gpu")
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_what_the_kernels_do_not_serve(name, monkeypatch):
+  """Is left to XLA by "auto", and refused by name: chunks, head sizes they have no tiles for, other machines."""
+  monkeypatch.setattr(api.dispatch, "platform", lambda: name)
   arrays = inputs([3])
-  assert api.OP.choose(*arrays) == "pallas_gpu"
+  assert api.OP.choose(*arrays) == f"pallas_{name}"
   assert api.skips_unused_slots(arrays[3], 4, jnp.dtype("float32"))
   assert not api.skips_unused_slots(inputs([3], D=8)[3], 4, jnp.dtype("float32"))
   for other in (inputs([3], D=8), [jnp.repeat(x, 2, 1) if i in (0, 1, 2, 6) else x for i, x in enumerate(arrays)]):
     assert api.OP.choose(*other) == "xla"
-    with pytest.raises(NotImplementedError, match="cached_attention: 'pallas_gpu' takes"):
-      api.cached_statistics(*other, implementation="pallas_gpu")
+    with pytest.raises(NotImplementedError, match=f"cached_attention: 'pallas_{name}' takes"):
+      api.cached_statistics(*other, implementation=f"pallas_{name}")
   monkeypatch.undo()
-  with pytest.raises(NotImplementedError, match="needs a GPU"):
-    api.cached_statistics(*arrays, implementation="pallas_gpu")
+  with pytest.raises(NotImplementedError, match=f"needs a {name.upper()}"):
+    api.cached_statistics(*arrays, implementation=f"pallas_{name}")
 
 
 @pytest.mark.parametrize("layer, D, Dv, K", [(None, 64, 128, 4), (2, 128, 64, 2)])
@@ -160,9 +180,24 @@ def test_pages_are_the_rings_they_make_up(quantised, window, lengths):
     return jnp.full((2, 20, *pages.shape[3:]), other, rings.dtype).at[:, table.reshape(-1)].set(
       pages.reshape(2, 12, *pages.shape[3:]))
 
-  options = {"window": window, "layer": 1, "reach": None}
-  expected = xla.cached_statistics(q, k, v, keys, values, lengths, scale, **options, scales=scales, table=None)
+  options = {"window": window, "layer": 1}
+  expected = plain(q, k, v, keys, values, lengths, scale, **options, scales=scales)
   pools = [*map(pool, (keys, values))], jax.tree.map(pool, scales)
   owned = jnp.asarray(np.where(np.arange(4) * page < np.asarray(lengths)[:, None], table, 20), jnp.int32)
-  for compute in (xla.cached_statistics, functools.partial(pallas_gpu.cached_statistics, splits=2, interpret=True)):
-    assert_near(compute(q, k, v, *pools[0], lengths, scale, **options, scales=pools[1], table=owned), expected, 2e-5)
+  for compute in (plain, gpu, tpu):
+    assert_near(compute(q, k, v, *pools[0], lengths, scale, **options, scales=pools[1], table=owned, splits=2), expected, 2e-5)
+
+
+@pytest.mark.parametrize("R, dtype, paged", [(256, jnp.float32, False), (72, jnp.int8, False), (64, jnp.bfloat16, True)])
+def test_new_vectors_are_written_in_place(R, dtype, paged):
+  """The kernel leaves what XLA's scatter leaves, whatever rows write; one that writes nothing may hold a table of pages that are
+  another's by now."""
+  lengths, counts = jnp.array([3, 70, 0, 127, 500]), jnp.array([0, 1, 1, 0, 1])
+  ring, new = 10 * normal(0, 2, 11 if paged else 5, 2, R, 64), 10 * normal(1, 2, 5, 2, 1, 64)
+  ring, table = ring.astype(dtype), None
+  if paged:
+    table = jnp.asarray(np.random.default_rng(2).permutation(10).reshape(5, 2), jnp.int32)
+    table = table.at[0].set(table[1]).at[3].set(table[4]).at[2, 1].set(11)
+  kernel = jax.jit(functools.partial(pallas_tpu.append, interpret=True))
+  for written in (counts, counts * 0, jnp.array([1, 0, 0, 0, 0])):
+    np.testing.assert_array_equal(kernel(ring, new, lengths, written, table), xla.append(ring, new, lengths, written, table))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from atma_jax.ops import dispatch, gated_delta, polar_attention, tiles
+from atma_jax.ops.cached_attention import api as cached
 from atma_jax.sharding import make_mesh
 from atma_jax.training.ahead import ENVIRONMENT
 from atma_jax.training.hlo import traffic
@@ -87,3 +88,30 @@ def test_a_mesh_of_several_chips_is_refused_outside_shard_map():
       jax.eval_shape(lambda q, k: polar_attention(q, k, k, **raw, implementation="pallas_tpu"), q, k)
     text = str(jax.make_jaxpr(lambda q, k: polar_attention(q, k, k, **raw))(q, k))
   assert "pallas_call" not in text
+
+
+@pytest.mark.parametrize("generation, B, R, dtype, paged", [
+  ("v5e", 1, 131328, jnp.bfloat16, False), ("v6e", 64, 768, jnp.int8, True), ("v5p", 3, 72, jnp.float32, False)])
+def test_decoding(chip, generation, B, R, dtype, paged):
+  """Attention over one of four stacked layers and the write of a token for all of them: in place, nothing is copied."""
+  (L, H, K, D), page = (4, 8, 2, 128), 256
+  pages = B * R // page if paged else B
+  ring = jax.ShapeDtypeStruct((L, pages, K, page if paged else R, D), dtype)
+  scales = (jax.ShapeDtypeStruct(ring.shape[:-1], jnp.float32),) * 2 if dtype == jnp.int8 else None
+  lengths, table = jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((B, R // page), jnp.int32) if paged else None
+  wide = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+
+  def op(q, k, v, keys, values, scales, lengths, table, scale, new):
+    found = cached.cached_statistics(q, k, v, keys, values, lengths, scale, scales=scales, layer=2, table=table)
+    new = new + found.S[None, :, :, :K].swapaxes(2, 3)  # written after it was read
+    return found, [cached.append(ring, new, lengths, lengths, table) for ring in (keys, values)]
+
+  vectors = [jax.ShapeDtypeStruct((B, 1, n, D), wide) for n in (H, K, K)]
+  with jax.set_mesh(chip(generation)):
+    program = jax.jit(op, donate_argnums=(3, 4)).trace(
+      *vectors, ring, ring, scales, lengths, table, jax.ShapeDtypeStruct((B, 1, H), jnp.float32),
+      jax.ShapeDtypeStruct((L, B, K, 1, D), jnp.float32)).lower(lowering_platforms=("tpu",)).compile()
+  memory = program.memory_analysis()
+  assert traffic(program.as_text()).kernels == 3
+  assert memory.alias_size_in_bytes >= 2 * ring.size * ring.dtype.itemsize
+  assert memory.temp_size_in_bytes < max(ring.size * ring.dtype.itemsize // 8, 2**22)

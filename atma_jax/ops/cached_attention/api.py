@@ -22,7 +22,12 @@ from atma_jax.ops.streaming import Statistics
 _PACKAGE = "atma_jax.ops.cached_attention"
 OP = dispatch.Op("cached_attention", {
   "pallas_gpu": dispatch.Implementation(f"{_PACKAGE}.pallas_gpu:cached_statistics", platforms=("gpu",), supports="supports"),
+  "pallas_tpu": dispatch.Implementation(f"{_PACKAGE}.pallas_tpu:cached_statistics", platforms=("tpu",), supports="supports"),
   "xla": dispatch.Implementation(f"{_PACKAGE}.xla:cached_statistics"),
+})
+APPEND = dispatch.Op("cached_append", {
+  "pallas_tpu": dispatch.Implementation(f"{_PACKAGE}.pallas_tpu:append", platforms=("tpu",), supports="supports_append"),
+  "xla": dispatch.Implementation(f"{_PACKAGE}.xla:append"),
 })
 BLOCK = 256  # slots of a large ring come in whole blocks
 Scales = tuple[jax.Array, jax.Array] | None
@@ -117,7 +122,22 @@ def skips_unused_slots(keys: jax.ShapeDtypeStruct, heads: int, dtype: jnp.dtype,
   q, k = (jax.ShapeDtypeStruct((B, 1, n, D), dtype) for n in (heads, K))
   scale = jax.ShapeDtypeStruct((B, 1, heads), jnp.result_type(jnp.float32, dtype))
   table = jax.ShapeDtypeStruct((B, 1), jnp.int32) if paged else None
-  return OP.resolve(implementation, q, k, k, keys, keys, None, scale, table=table) == "pallas_gpu"
+  return OP.resolve(implementation, q, k, k, keys, keys, None, scale, table=table) != "xla"
+
+
+def append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts: jax.Array, table: jax.Array | None = None,
+           implementation: str = "auto") -> jax.Array:
+  """A ring of several layers once new vectors, or numbers, are in it.
+
+  Args:
+    ring: (L, B, K, R, ...), or paged (L, P, K, R / N, ...).
+    new: (L, B, K, T, ...) for the positions from `lengths` on; of more than R of them only the last are kept.
+    lengths: (B,) int32.
+    counts: (B,) int32, how many of a row's T are to be written.
+    table: (B, N) int32 of a paged ring.
+    implementation: one of `dispatch.NAMES`.
+  """
+  return APPEND(implementation, ring, new, lengths, counts, table)
 
 
 def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:

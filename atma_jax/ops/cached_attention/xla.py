@@ -71,6 +71,21 @@ def _paged(q, k, v, keys, values, lengths, scale, window, scales, reach, table) 
   return _statistics(q, k, v, keys, values, lengths, scale, window, scales, reach, R)
 
 
+def append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts: jax.Array, table: jax.Array | None) -> jax.Array:
+  """See `atma_jax.ops.cached_attention.api`."""
+  (_, rings, _, length), T = ring.shape[:4], new.shape[3]
+  slots = length if table is None else length * table.shape[1]
+  index = jnp.arange(T)
+  written = (index < counts[:, None]) & (index >= counts[:, None] - slots)
+  slot = jnp.where(written, (lengths[:, None] + index) % slots, slots + index)  # past the end: dropped
+  row = jnp.arange(slot.shape[0])[:, None]
+  if table is not None:  # the page, and the slot in it; pages past the end, each another, for what is not written
+    taken = jnp.take_along_axis(table, slot // length, axis=1, mode="fill", fill_value=rings)
+    row, slot = jnp.where(written, taken, rings + row), jnp.where(written, slot % length, index)
+  new = jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype)  # (B, T, L, K, ...)
+  return ring.at[:, row, :, slot].set(new, mode="drop", unique_indices=True)
+
+
 def slot_positions(lengths: jax.Array, slots: int) -> jax.Array:
   """(B, slots) position that each slot of a ring holds after `lengths` (B,) tokens; `NOWHERE` for an empty one."""
   last = lengths[:, None] - 1

@@ -1,4 +1,4 @@
-"""The path that decoding takes on a GPU, on the CPU: layers one after the other, kernels in interpret mode, filled-up rows."""
+"""The path that decoding takes on a GPU or TPU, on the CPU: layers one after the other, kernels in interpret mode."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from atma_jax.inference.sampling import Sampling
 from atma_jax.models.cache import Cache
 from atma_jax.ops import dispatch
 from atma_jax.ops.cached_attention import pallas_gpu as attention_kernel
+from atma_jax.ops.cached_attention import pallas_tpu as tpu_kernels
 from atma_jax.ops.gated_delta import pallas_gpu as delta_kernel
 from atma_jax.ops.gated_delta import step_pallas_gpu as step_kernel
 
@@ -27,50 +28,55 @@ CASES = {
   "polar-window-bare": {"window": 11, "memory": MemoryConfig(enabled=False)},
   "rope": {"attention": "rope", "block_pattern": ("global", "local"), "num_layers": 3},
 }
-KERNELS = {attention_kernel: "cached_statistics", step_kernel: "gated_delta_step"}
+KERNELS = [(attention_kernel, "cached_statistics"), (step_kernel, "gated_delta_step"), (tpu_kernels, "cached_statistics"),
+           (tpu_kernels, "append")]
 QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of these tests' time
 
 
 @pytest.fixture
-def on_gpu(monkeypatch):
-  """What asks where it runs is told a GPU, and decoding's kernels do without one; prefill is XLA's."""
-  monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
-  monkeypatch.setattr(delta_kernel, "supports", lambda *args, **kwargs: "is not of this test")
-  for module, name in KERNELS.items():
-    monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+def pretend(monkeypatch):
+  """``pretend("gpu")``: what asks where it runs is told a GPU, and decoding's kernels do without one; prefill is XLA's."""
+  def pretend(platform: str) -> None:
+    monkeypatch.setattr(dispatch, "platform", lambda: platform)
+    monkeypatch.setattr(delta_kernel, "supports", lambda *args, **kwargs: "is not of this test")
+    for module, name in KERNELS:
+      monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+
+  return pretend
 
 
 def full_logits(model, tokens):
   return np.asarray(jax.jit(lambda tokens: model(tokens), compiler_options=QUICK)(tokens))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_decoding_equals_the_full_forward_pass(name, lively, request):
+@pytest.mark.parametrize("name, platform, join", [
+  ("polar", "gpu", True), ("polar-window-bare", "gpu", True), ("rope", "gpu", True), ("polar", "tpu", False)])
+def test_decoding_equals_the_full_forward_pass(name, platform, join, lively, pretend):
   """Token by token, in rows of different lengths, with and without matrices joined; a row that brings nothing stands still."""
   model = lively(dataclasses.replace(BASE, **CASES[name]))
   tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
   full = full_logits(model, tokens)
-  request.getfixturevalue("on_gpu")
-  for decoder in (model.apart(), model.apart(join=False)) if name == "polar" else (model.apart(),):
-    graphdef, state = nnx.split(decoder)
+  pretend(platform)
+  graphdef, state = nnx.split(model.apart(join))
 
-    @functools.partial(jax.jit, donate_argnums=1, compiler_options=QUICK)
-    def step(state, cache, tokens, counts, graphdef=graphdef):
-      model = nnx.merge(graphdef, state)
-      hidden, cache = model.extend(tokens, cache, counts)
-      return model.head(hidden)[:, 0], cache
+  @functools.partial(jax.jit, donate_argnums=1, compiler_options=QUICK)
+  def step(state, cache, tokens, counts):
+    model = nnx.merge(graphdef, state)
+    assert model.decodes_in_turn(cache)
+    hidden, cache = model.extend(tokens, cache, counts)
+    return model.head(hidden)[:, 0], cache
 
-    cache, seen = Cache.create(model.config, 2, 24), np.zeros(2, np.int32)
-    for i in range(24):
-      counts = np.array([1, i % 3 != 0], np.int32)
-      logits, cache = step(state, cache, tokens[[0, 1], seen][:, None], counts)
-      for row in np.flatnonzero(counts):
-        np.testing.assert_allclose(logits[row], full[row, seen[row]], atol=3e-4)
-      seen += counts
-    np.testing.assert_array_equal(cache.lengths, seen)
+  cache, seen = Cache.create(model.config, 2, 24), np.zeros(2, np.int32)
+  for i in range(24):
+    counts = np.array([1, i % 3 != 0], np.int32)
+    logits, cache = step(state, cache, tokens[[0, 1], seen][:, None], counts)
+    for row in np.flatnonzero(counts):
+      np.testing.assert_allclose(logits[row], full[row, seen[row]], atol=3e-4)
+    seen += counts
+  np.testing.assert_array_equal(cache.lengths, seen)
 
 
-def test_the_engine(lively, request):
+def test_the_engine(lively, pretend):
   """Greedy, drawn and narrowed, in pages: the tokens that the other path gives, from two programs, for rows that narrow and
   that do not, whatever the lengths."""
   model = lively(BASE)
@@ -79,7 +85,7 @@ def test_the_engine(lively, request):
                for i, (t, k) in enumerate(((0, 0), (1, 0), (1, 9), (0, 0)))]
   sizes = {"rows": 2, "capacity": 192, "chunk": 16, "stride": 3}
   expected = Engine(model, ByteTokenizer(), **sizes, reaches=1).generate(prompts, samplings)
-  request.getfixturevalue("on_gpu")
+  pretend("gpu")
   engine = Engine(model, ByteTokenizer(), **sizes, pages=4, page=64)
   assert engine.reaches == [192] and engine._decode._cache_size() == 0
   engine.warm_up()
