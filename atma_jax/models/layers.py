@@ -120,11 +120,15 @@ class Linear(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.split(x, 1)[0]
 
-  def split(self, x: jax.Array, parts: int) -> list[jax.Array]:
-    """The output in `parts` equal pieces, a product each: the backward pass then has nothing to concatenate."""
-    kernels = jnp.split(self.kernel[...].astype(self.dtype), parts, axis=1)
-    biases = jnp.split(self.bias[...].astype(self.dtype), parts)
-    return [x.astype(self.dtype) @ kernel + bias for kernel, bias in zip(kernels, biases)]
+  def split(self, x: jax.Array, parts: int, groups: int = 1) -> list[jax.Array]:
+    """The output in `parts` equal pieces, a product each: the backward pass then has nothing to concatenate.
+
+    With `groups` the outputs are as many equal groups, and a piece is its share of every group.
+    """
+    kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+    x, size = x.astype(self.dtype), kernel.shape[1] // parts
+    kernel, bias = (w.reshape(*w.shape[:-1], groups, parts, size // groups) for w in (kernel, bias))
+    return [x @ kernel[..., i, :].reshape(-1, size) + bias[..., i, :].reshape(size) for i in range(parts)]
 
 
 class DepthwiseFilter(nnx.Module):
