@@ -126,9 +126,8 @@ class Linear(nnx.Module):
     With `groups` the outputs are as many equal groups, and a piece is its share of every group.
     """
     kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-    x, size = x.astype(self.dtype), kernel.shape[1] // parts
-    kernel, bias = (w.reshape(*w.shape[:-1], groups, parts, size // groups) for w in (kernel, bias))
-    return [x @ kernel[..., i, :].reshape(-1, size) + bias[..., i, :].reshape(size) for i in range(parts)]
+    pieces = [jnp.split(w.reshape(*w.shape[:-1], groups, -1), parts, axis=-1) for w in (kernel, bias)]
+    return [x.astype(self.dtype) @ w.reshape(kernel.shape[0], -1) + b.reshape(-1) for w, b in zip(*pieces)]
 
 
 class DepthwiseFilter(nnx.Module):
