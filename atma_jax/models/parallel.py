@@ -20,7 +20,7 @@ from atma_jax import ops
 from atma_jax.ops import context_parallel
 from atma_jax.sharding import LOGICAL_AXES, active_mesh, parts, spec
 
-SPLIT_IMPLEMENTATIONS = ("auto", "xla")  # of a sequence split over devices
+SPLIT_MEMORY = ("auto", "xla")  # implementations of the memory over a sequence split over devices
 
 _CONTEXT, = LOGICAL_AXES["sequence"]
 _TENSOR, = LOGICAL_AXES["heads"]
@@ -38,7 +38,7 @@ def check_length(T: int) -> None:
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, implementation: str,
                     **raw: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`atma_jax.ops.polar_attention` of whole sequences."""
-  call = _attention("polar_attention", context_parallel.polar_attention, ops.polar_attention, implementation, window=window)
+  call = _attention(context_parallel.polar_attention, ops.polar_attention, implementation, window=window)
   if active_mesh() is None:
     return call(q, k, v, **raw)
   heads = {name: ("heads", None) if value.ndim == 2 else ("heads",) for name, value in raw.items()}
@@ -48,7 +48,7 @@ def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | N
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int | None) -> jax.Array:
   """`atma_jax.ops.softmax_attention` of whole sequences."""
-  call = _attention("softmax_attention", context_parallel.softmax_attention, ops.softmax_attention, "auto", scale=scale,
+  call = _attention(context_parallel.softmax_attention, ops.softmax_attention, "auto", scale=scale,
                     window=window)
   if active_mesh() is None:
     return call(q, k, v)
@@ -82,17 +82,16 @@ def short_conv(x: jax.Array, weight: jax.Array, *, channels: str) -> jax.Array:
                  ((*_activations(x)[:2], channels), (None, channels)), (*_activations(x)[:2], channels))
 
 
-def _attention(name: str, split: Callable, whole: Callable, implementation: str, **options) -> Callable:
+def _attention(split: Callable, whole: Callable, implementation: str, **options) -> Callable:
   if parts("sequence") == 1:
     return functools.partial(whole, implementation=implementation, **options)
-  _check_implementation(name, implementation)
-  return functools.partial(split, axis=_CONTEXT, **options)
+  return functools.partial(split, axis=_CONTEXT, implementation=implementation, **options)
 
 
 def _check_implementation(name: str, implementation: str) -> None:
-  if implementation not in SPLIT_IMPLEMENTATIONS:
+  if implementation not in SPLIT_MEMORY:
     raise NotImplementedError(f"{name}: {implementation!r} cannot take a sequence split over mesh context={parts('sequence')}; "
-                              f"only {' and '.join(map(repr, SPLIT_IMPLEMENTATIONS))} can")
+                              f"only {' and '.join(map(repr, SPLIT_MEMORY))} can")
   _log_once(f"{name}: 'xla' over a sequence split over mesh context={parts('sequence')}")
 
 

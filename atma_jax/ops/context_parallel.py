@@ -30,15 +30,23 @@ from atma_jax.ops import dispatch, streaming
 from atma_jax.ops import short_conv as unsplit_short_conv
 from atma_jax.ops.gated_delta import chunked
 from atma_jax.ops.polar_attention import formula
-from atma_jax.ops.streaming import Blocks, Statistics
+from atma_jax.ops.streaming import Statistics
+
+_POLAR = "atma_jax.ops.polar_attention"
+# Each target is a class with the methods of `streaming.RingSteps`; all serve the same ring.
+ATTENTION = dispatch.Op("attention over a split sequence", {
+  "pallas_gpu": dispatch.Implementation(f"{_POLAR}.ring_gpu:RingSteps", platforms=("gpu",), supports="supports"),
+  "pallas_tpu": dispatch.Implementation(f"{_POLAR}.ring_tpu:RingSteps", platforms=("tpu",), supports="supports"),
+  "xla": dispatch.Implementation("atma_jax.ops.streaming:RingSteps"),
+})
 
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    axis: str) -> tuple[jax.Array, jax.Array]:
+                    axis: str, implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
   """`atma_jax.ops.polar_attention` of a sequence split over mesh axis `axis`; q (B, T, H, D), k and v (B, T, K, D)."""
   dispatch.check_attention("polar_attention", q, k, v, window)
-  split = _Split(q.shape[1], axis, window)
+  split = _Split(q.shape[1], axis, window, ATTENTION.resolve(implementation, q, k, v))
   q, k, v = map(split.deal, (q, k, v))
   visible = split.positions() + 1
   temp, null = formula.logits_of_counts(null_base, null_slope, len_gain,
@@ -50,10 +58,10 @@ def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Arr
 
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int | None = None,
-                      axis: str) -> jax.Array:
+                      axis: str, implementation: str = "auto") -> jax.Array:
   """`atma_jax.ops.softmax_attention` of a sequence split over mesh axis `axis`; q (B, T, H, D), k and v (B, T, K, D)."""
   dispatch.check_attention("softmax_attention", q, k, v, window)
-  split = _Split(q.shape[1], axis, window)
+  split = _Split(q.shape[1], axis, window, ATTENTION.resolve(implementation, q, k, v))
   q, k, v = map(split.deal, (q, k, v))
   scales = jnp.full(q.shape[1:3], scale, jnp.result_type(jnp.float32, q))
   statistics = Statistics(*_ring(q, k, v, scales, split))
@@ -125,18 +133,18 @@ def _rotate(x: Any, axis: str, hop: int) -> Any:
 class _Split:
   """How attention deals a sequence out to the devices; equal for equal calls, so that it can be a static argument."""
 
-  def __init__(self, length: int, axis: str, window: int | None):
-    """`length` is that of a device's piece."""
-    self.axis, self.devices = axis, jax.lax.axis_size(axis)
+  def __init__(self, length: int, axis: str, window: int | None, implementation: str):
+    """`length` is that of a device's piece; `implementation` a name of `ATTENTION`."""
+    self.axis, self.devices, self.implementation = axis, jax.lax.axis_size(axis), implementation
     whole = length * self.devices
-    self.window = whole if window is None else min(window, whole)
+    self.window, self.windowed = whole if window is None else min(window, whole), window is not None and window < whole
     self.zigzag = self.devices > 1 and 2 * self.window > whole
     if self.zigzag and length % 2:
       raise ValueError(f"a sequence of {whole} does not divide into two pieces for each of {self.devices} devices: its length "
                        f"must be a multiple of {2 * self.devices}")
     self.segment = length // 2 if self.zigzag else length
     self.stops = self.devices if self.zigzag else min(self.devices, 1 + -(-(self.window - 1) // length))
-    self._key = (length, axis, self.devices, self.window)
+    self._key = (length, axis, self.devices, self.window, implementation)
 
   def __hash__(self) -> int:
     return hash(self._key)
@@ -160,9 +168,9 @@ class _Split:
     """(T,) of this device."""
     return jnp.concatenate([start + jnp.arange(self.segment) for start in self.starts()])
 
-  def blocks(self, q: jax.Array, k: jax.Array) -> Blocks:
-    size, starts = streaming.block_size(self.segment), self.starts()
-    return Blocks(q, k, self.window, (size, size), query_starts=starts, key_segments=len(starts))
+  def steps(self, q: jax.Array, k: jax.Array) -> streaming.RingSteps:
+    return ATTENTION.implementations[self.implementation].function(
+      q, k, window=self.window if self.windowed else None, query_starts=self.starts())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -172,42 +180,50 @@ def _ring(q, k, v, scale, split: _Split) -> Statistics:
 
 
 def _ring_fwd(q, k, v, scale, split):
-  cut = split.blocks(q, k)
-  rows, keys = cut.queries((q, scale[None])), cut.keys((k, v))
+  steps = split.steps(q, k)
+  (rows, statistics), keys = steps.queries(q, scale), steps.keys(k, v)
 
   def stop(carry, hop):
     statistics, keys = carry
     coming = _rotate(keys, split.axis, 1)  # needs nothing computed here, so it overlaps with what is
-    return (cut.gather(statistics, rows, keys, split.starts(hop)), coming), None
+    return (steps.gather(rows, statistics, keys, split.starts(hop)), coming), None
 
-  carry = (cut.no_statistics(rows), keys)
   if split.stops > 1:
-    carry, _ = jax.lax.scan(stop, carry, jnp.arange(split.stops - 1))
-  statistics = cut.unqueries(cut.gather(carry[0], rows, carry[1], split.starts(split.stops - 1)))
+    (statistics, keys), _ = jax.lax.scan(stop, (statistics, keys), jnp.arange(split.stops - 1))
+  statistics = steps.gather(rows, statistics, keys, split.starts(split.stops - 1))
   statistics = checkpoint_name(statistics, dispatch.KERNEL_OUTPUTS[0])
-  return statistics, (q, k, v, scale, statistics.M)
+  return steps.statistics(statistics), (q, k, v, scale, statistics)
 
 
 def _ring_bwd(split, residuals, cotangents):
-  q, k, v, scale, M = residuals
-  cut = split.blocks(q, k)
-  rows, keys = cut.queries((q, scale[None], M, *cotangents[1:])), cut.keys((k, v))
+  q, k, v, scale, statistics = residuals
+  steps = split.steps(q, k)
+  (rows, dqueries), keys = steps.cotangents(q, scale, statistics, cotangents[1:]), steps.keys(k, v)
 
   def stop(carry, hop):
-    dq, keys, dkeys = carry
+    dqueries, keys, dkeys = carry
     coming = _rotate(keys, split.axis, 1)
-    share, dkeys = cut.spread(rows, keys, dkeys, split.starts(hop))
-    return (dq + share, coming, _rotate(dkeys, split.axis, 1)), None
+    dqueries, dkeys = steps.spread(rows, dqueries, keys, dkeys, split.starts(hop))
+    return (dqueries, coming, _rotate(dkeys, split.axis, 1)), None
 
-  carry = (jnp.zeros(rows[0].shape, cut.dtype), keys, cut.no_gradients(keys))
+  dkeys = steps.no_gradients(keys)
   if split.stops > 1:
-    carry, _ = jax.lax.scan(stop, carry, jnp.arange(split.stops - 1))
-  dq, keys, dkeys = carry
-  share, dkeys = cut.spread(rows, keys, dkeys, split.starts(split.stops - 1))
+    (dqueries, keys, dkeys), _ = jax.lax.scan(stop, (dqueries, keys, dkeys), jnp.arange(split.stops - 1))
+  dqueries, dkeys = steps.spread(rows, dqueries, keys, dkeys, split.starts(split.stops - 1))
   if split.stops > 1:
     dkeys = _rotate(dkeys, split.axis, 1 - split.stops)  # back to where the keys belong
-  dq, (dk, dv) = cut.unqueries(dq + share), cut.unkeys(dkeys)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), streaming.scale_gradient(q, dq, scale)
+  (dq, total), (dk, dv) = steps.query_gradients(dqueries), steps.key_gradients(dkeys)
+  dscale = _scale_gradient(jnp.sum(q * dq, axis=-1), total / scale, steps.statistics(statistics), cotangents, scale)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dscale
+
+
+def _scale_gradient(q_dq: jax.Array, total: jax.Array, statistics: Statistics, cotangents: Statistics,
+                    scale: jax.Array) -> jax.Array:
+  """Gradient of scale (T, H); `total` is ``sum_j dlogit_j`` as rounded, what it should be follows from the statistics."""
+  _, L, Q, S = statistics
+  exact = cotangents[1] * L + 2 * cotangents[2] * Q + jnp.sum(cotangents[3] * S, axis=-1)
+  lse = statistics.M + jnp.log(L)
+  return jnp.sum(formula.temperature_gradient(q_dq, total, exact, lse, Q / (L * L), scale), axis=0)
 
 
 _ring.defvjp(_ring_fwd, _ring_bwd)
