@@ -11,6 +11,8 @@ import pytest
 
 from atma_jax import ops
 from atma_jax.ops import context_parallel, dispatch
+from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
+from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
 from atma_jax.ops.polar_attention import ring_gpu, ring_tpu
 from atma_jax.ops.tiles import Tile, Tiles
 from atma_jax.sharding import make_mesh
@@ -85,11 +87,17 @@ def test_polar_attention(n, T, H, K, window):
 @pytest.fixture
 def interpreted(monkeypatch):
   """Kernels run in interpret mode."""
-  for name, steps in INTERPRETED.items():
+  def put(op, name, kernel):
     class Entry(dispatch.Implementation):
-      function = property(lambda self, steps=steps: steps)
+      function = property(lambda self: kernel)
 
-    monkeypatch.setitem(context_parallel.ATTENTION.implementations, name, Entry("", platforms=()))
+    monkeypatch.setitem(op.implementations, name, Entry("", platforms=()))
+
+  for name, steps in INTERPRETED.items():
+    put(context_parallel.ATTENTION, name, steps)
+  for name, kernels in (("pallas_gpu", delta_gpu), ("pallas_tpu", delta_tpu)):
+    put(context_parallel.MEMORY, name, functools.partial(kernels.gated_delta, interpret=True))
+    put(context_parallel.TRANSITION, name, functools.partial(kernels.transition, interpret=True))
 
 
 @pytest.mark.parametrize("implementation", INTERPRETED)
@@ -119,19 +127,20 @@ def test_softmax_attention(interpreted, implementation, D):
         attention_inputs(T, H, K, D)[:3], 2e-5)
 
 
-@pytest.mark.parametrize(("n", "T"), [(2, 70), (8, 8)])
-def test_gated_delta(n, T):
+@pytest.mark.parametrize(("implementation", "n", "T", "D", "Dv"), [
+  ("xla", 2, 70, 6, 5), ("xla", 8, 8, 6, 5), ("pallas_gpu", 4, 300, 64, 128), ("pallas_tpu", 4, 600, 64, 128)])
+def test_gated_delta(interpreted, implementation, n, T, D, Dv):
   rng = np.random.default_rng(0)
-  q, k, v = (jnp.asarray(rng.normal(size=(2, T, 2, d)), jnp.float32) for d in (6, 6, 5))
+  q, k, v = (jnp.asarray(rng.normal(size=(1, T, 2, d)), jnp.float32) for d in (D, D, Dv))
   q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-  log_gamma = jax.nn.log_sigmoid(jnp.asarray(rng.normal(size=(2, T, 2)) + 3, jnp.float32))
-  beta = jax.nn.sigmoid(jnp.asarray(rng.normal(size=(2, T, 2)), jnp.float32))
+  log_gamma = jax.nn.log_sigmoid(jnp.asarray(rng.normal(size=(1, T, 2)) + 3, jnp.float32))
+  beta = jax.nn.sigmoid(jnp.asarray(rng.normal(size=(1, T, 2)), jnp.float32))
 
   def whole(q, k, v, log_gamma, beta):
     return ops.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, implementation="reference")
 
   def parts(q, k, v, log_gamma, beta, axis):
-    return context_parallel.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, axis=axis)
+    return context_parallel.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, axis=axis, implementation=implementation)
 
   check(whole, split(parts, n, *[TIME] * 5, out=(TIME, P())), (q, k, v, log_gamma, beta), 2e-5)
 
