@@ -107,6 +107,25 @@ class Call:
     return first, full, jnp.clip(lax.div(jnp.maximum(row + self.window, 0), tile.q), full, end), end
 
 
+  def power(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """``2^(x scale - shift)``: two instructions an element, where `jnp.exp2` takes care of denormal numbers with five more."""
+    if self.interpret:
+      return jnp.exp2(x * scale - shift)
+    return _assembly("{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }", x, scale, -shift)
+
+  def product_sum(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    """``x y + z`` as one instruction: the compiler would round the product by itself."""
+    return x * y + z if self.interpret else _assembly("fma.rn.f32 $0, $1, $2, $3;", x, y, z)
+
+
+def _assembly(code: str, *arguments: jax.Array) -> jax.Array:
+  shape = jnp.broadcast_shapes(*(x.shape for x in arguments))
+  result, = plgpu.elementwise_inline_asm(code, args=[jnp.broadcast_to(x, shape) for x in arguments], pack=1,
+                                         constraints=",".join(["=f", *"f" * len(arguments)]),
+                                         result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)])
+  return result
+
+
 def ceil(x: jax.Array, y: int) -> jax.Array:
   return lax.div(x + (y - 1), y)
 
@@ -134,41 +153,43 @@ def rows_of(array: jax.Array) -> jax.Array:
 # What a block of keys, or of queries, adds to the sums of each kernel; `visible` makes the mask, and is false where all see all.
 
 
-def fold(q, scale, k_ref, v_ref, keys, visible, carry):
+def fold(call: Call, q, scale, k_ref, v_ref, keys, visible, carry):
   """Statistics m, the largest logit in base 2, L, Q and S of a block of queries."""
   m, L, Q, S = carry
   scores = dot(q, k_ref[keys, :], (1, 1))
   if visible:
     scores = jnp.where(visible(), scores, MASKED)
   m_next = jnp.maximum(m, jnp.max(scores, axis=1) * scale)  # the scale is positive
-  p, shrink = jnp.exp2(scores * scale[:, None] - m_next[:, None]), jnp.exp2(m - m_next)
+  p, shrink = call.power(scores, scale[:, None], m_next[:, None]), call.power(m, jnp.ones_like(m), m_next)
   L = L * shrink + jnp.sum(p, axis=1)
   Q = Q * (shrink * shrink) + jnp.sum(p * p, axis=1)
   v = v_ref[keys, :]
   return m_next, L, Q, S * shrink[:, None] + dot(p.astype(v.dtype), v)
 
 
-def add_dq(q, go, scale, lse, twice, delta, k_ref, v_ref, keys, visible, carry):
+def add_dq(call: Call, q, go, scale, lse, twice, delta, k_ref, v_ref, keys, visible, carry):
   """dq of a block of queries, and the sum of a query's dlogit, times its scale."""
   (dq, total), natural, k = carry, scale / LOG2_E, k_ref[keys, :]
-  p = jnp.exp2(dot(q, k, (1, 1)) * scale[:, None] - lse[:, None])
+  p = call.power(dot(q, k, (1, 1)), scale[:, None], lse[:, None])
   if visible:
     p = jnp.where(visible(), p, 0)
-  ds = p * (dot(go, v_ref[keys, :], (1, 1)) * natural[:, None] + (p * twice[:, None] - delta[:, None]))
+  ds = p * call.product_sum(dot(go, v_ref[keys, :], (1, 1)), natural[:, None],
+                            call.product_sum(p, twice[:, None], -delta[:, None]))
   ds = ds.astype(k.dtype)
   return dq + dot(ds, k), total + jnp.sum(ds.astype(jnp.float32), axis=1)
 
 
-def add_dkv(k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, h, rows, visible, carry):
+def add_dkv(call: Call, k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, h, rows, visible, carry):
   """dk and dv of a block of keys, from queries of head h of the group."""
   dk, dv = carry
   q, go, scale = q_ref[rows, h, :], go_ref[rows, h, :], scale_ref[h, rows]
-  p = jnp.exp2(dot(k, q, (1, 1)) * scale[None, :] - lse_ref[h, rows][None, :])
+  p = call.power(dot(k, q, (1, 1)), scale[None, :], lse_ref[h, rows][None, :])
   if visible:
     p = jnp.where(visible(), p, 0)
   dv = dv + dot(p.astype(go.dtype), go)
   natural = (scale / LOG2_E)[None, :]
-  ds = p * (dot(v, go, (1, 1)) * natural + (p * twice_ref[h, rows][None, :] - delta_ref[h, rows][None, :]))
+  ds = p * call.product_sum(dot(v, go, (1, 1)), natural,
+                            call.product_sum(p, twice_ref[h, rows][None, :], -delta_ref[h, rows][None, :]))
   return dk + dot(ds.astype(q.dtype), q), dv
 
 
@@ -183,7 +204,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, scale_ref, null_ref, v_null_ref, direct
 
   def step(masked, j, carry):
     visible = masked and functools.partial(_visible, call, row, j * tile.k, tile)
-    return fold(q, scale, k_ref, v_ref, pl.ds(j * tile.k, tile.k), visible, carry)
+    return fold(call, q, scale, k_ref, v_ref, pl.ds(j * tile.k, tile.k), visible, carry)
 
   zeros = jnp.zeros((tile.q,), jnp.float32)
   carry = zeros - jnp.inf, zeros, zeros, jnp.zeros((tile.q, q.shape[1]), jnp.float32)
@@ -234,7 +255,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta
 
   def step(masked, j, carry):
     visible = masked and functools.partial(_visible, call, row, j * tile.k, tile)
-    return add_dq(q, go, *scalars, k_ref, v_ref, pl.ds(j * tile.k, tile.k), visible, carry)
+    return add_dq(call, q, go, *scalars, k_ref, v_ref, pl.ds(j * tile.k, tile.k), visible, carry)
 
   zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros((tile.q,), jnp.float32)
   dq, total = three_loops(call.key_blocks(row + call.offset, tile, k_ref.shape[0] // tile.k), step, zeros)
@@ -256,7 +277,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delt
         query = i * tile.q + jnp.arange(tile.q)[None, :]
         return call.visible(query + call.offset - (key + jnp.arange(tile.k)[:, None]))
 
-      return add_dkv(k, v, *queries, h, pl.ds(i * tile.q, tile.q), masked and visible, carry)
+      return add_dkv(call, k, v, *queries, h, pl.ds(i * tile.q, tile.q), masked and visible, carry)
     return three_loops(bounds, step, carry)
 
   zeros = jnp.zeros(k.shape, jnp.float32)

@@ -164,7 +164,7 @@ def _gather_kernel(starts_ref, q_ref, k_ref, v_ref, scale_ref, m_ref, L_ref, Q_r
   row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q  # the longest first
 
   def step(keys, visible, carry):
-    return pallas_gpu.fold(q, scale, k_ref, v_ref, keys, visible, carry)
+    return pallas_gpu.fold(call, q, scale, k_ref, v_ref, keys, visible, carry)
 
   carry = m_ref[...], L_ref[...], Q_ref[...], S_ref[...]
   m, L, Q, S = _over_keys(call, tile, segments, starts_ref, row, lengths, step, carry)
@@ -178,7 +178,7 @@ def _dq_kernel(starts_ref, q_ref, k_ref, v_ref, go_ref, scale_ref, m_ref, twice_
   scalars = scale_ref[...], m_ref[...], twice_ref[...], delta_ref[...]
 
   def step(keys, visible, carry):
-    return pallas_gpu.add_dq(q, go, *scalars, k_ref, v_ref, keys, visible, carry)
+    return pallas_gpu.add_dq(call, q, go, *scalars, k_ref, v_ref, keys, visible, carry)
 
   carry = dq_ref[...], total_ref[...]
   dq_out_ref[...], total_out_ref[...] = _over_keys(call, tile, segments, starts_ref, row, lengths, step, carry)
@@ -201,7 +201,7 @@ def _dkv_kernel(starts_ref, q_ref, k_ref, v_ref, go_ref, scale_ref, m_ref, twice
           return call.visible(i * tile.q + jnp.arange(tile.q)[None, :] - (row + jnp.arange(tile.k)[:, None]))
 
         rows = pl.ds(index * length_q + i * tile.q, tile.q)
-        return pallas_gpu.add_dkv(k, v, *queries, h, rows, masked and visible, carry)
+        return pallas_gpu.add_dkv(call, k, v, *queries, h, rows, masked and visible, carry)
 
       return three_loops(call.query_blocks(row, tile, length_q // tile.q), step, carry)
 
