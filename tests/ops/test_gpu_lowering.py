@@ -16,13 +16,13 @@ HOPPER = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=Abstrac
 
 
 def lowered(call, *shapes) -> str:
-  """Text of the program that has the gradients of the sum of all results of `call`."""
+  """Text of the program of the sum of all results of `call` and its gradients."""
   def total(*arguments):
     return sum(jnp.sum(x.astype(jnp.float32)) for x in call(*arguments))
 
   with jax.sharding.use_abstract_mesh(HOPPER):
-    gradients = jax.jit(jax.grad(total, tuple(range(len(shapes)))))
-    return gradients.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    both = jax.jit(jax.value_and_grad(total, tuple(range(len(shapes)))))
+    return both.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
