@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -28,7 +29,6 @@ from atma_jax.ops import tiles as table
 from atma_jax.ops.polar_attention import formula
 from atma_jax.ops.tiles import Tile, Tiles
 
-HEAD_SIZES = (64, 128)
 LOG2_E = math.log2(math.e)
 MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key makes no NaN, and exact under any scale
 
@@ -36,13 +36,7 @@ MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key m
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
   del parameters
-  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"takes q, k and v all in bfloat16 or all in float32, not {q.dtype}, {k.dtype}, {v.dtype}"
-  if q.shape[-1] not in HEAD_SIZES:
-    return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
-  if dispatch.platform() != "gpu":
-    return f"needs a GPU, and this runs on {dispatch.platform()}"
-  return None
+  return dispatch.kernel_refusal("gpu", q, k, v)
 
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
@@ -150,6 +144,17 @@ def rows_of(array: jax.Array) -> jax.Array:
   return jnp.swapaxes(array, -1, -2)
 
 
+def by_queries(tile: Tile, q: jax.Array, k: jax.Array) -> tuple[Any, ...]:
+  """Blocks of queries, of whole keys, of scalars a head (H, T) and a row (B, H, T); and the grid, the longest rows first."""
+  (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+  blocks = T // tile.q
+  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
+  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
+  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
+  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  return query, key, head_rows, rows, (H, B, blocks)
+
+
 # What a block of keys, or of queries, adds to the sums of each kernel; `visible` makes the mask, and is false where all see all.
 
 
@@ -197,9 +202,9 @@ def add_dkv(call: Call, k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delt
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, scale_ref, null_ref, v_null_ref, direction_ref, lse_ref, crowding_ref,
-                    norm_ref, *, call: Call, blocks: int):
+                    norm_ref, *, call: Call):
   tile = call.tiles.forward
-  row = (blocks - 1 - pl.program_id(2)) * tile.q  # the longest first
+  row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q  # the longest first
   q, scale = q_ref[...], scale_ref[...]
 
   def step(masked, j, carry):
@@ -226,18 +231,14 @@ def _forward(q, k, v, temp, null, v_null, call: Call):
   """Direction (B, T, H, D); lse in base 2, crowding, norm of the attended vector (B, H, T)."""
   scale = call.pad(rows_of(temp) * (LOG2_E * q.shape[3] ** -0.5), 1)
   q, k, v, null = call.pad(q, 1), call.pad(k, 1), call.pad(v, 1), call.pad(rows_of(null) * LOG2_E, 1)
-  (B, T, H, D), (S, K), tile = q.shape, k.shape[1:3], call.tiles.forward
-  blocks = T // tile.q
-  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
-  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
-  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
-  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  (B, T, H, D), tile = q.shape, call.tiles.forward
+  query, key, head_rows, rows, grid = by_queries(tile, q, k)
   scalars = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
   outputs = pl.pallas_call(
-    functools.partial(_forward_kernel, call=call, blocks=blocks), name="polar_attention",
+    functools.partial(_forward_kernel, call=call), name="polar_attention",
     out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), scalars, scalars, scalars],
     in_specs=[query, key, key, head_rows, head_rows, pl.BlockSpec((None, D), lambda h, b, i: (h, 0))],
-    out_specs=[query, rows, rows, rows], grid=(H, B, blocks), interpret=call.interpret,
+    out_specs=[query, rows, rows, rows], grid=grid, interpret=call.interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(q, k, v, scale, null, v_null)
   return outputs[0][:, : call.queries], *(x[..., : call.queries] for x in outputs[1:])
@@ -247,9 +248,9 @@ def _forward(q, k, v, temp, null, v_null, call: Call):
 
 
 def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, q_dq_ref,
-               total_ref, *, call: Call, blocks: int):
+               total_ref, *, call: Call):
   tile = call.tiles.dq
-  row = (blocks - 1 - pl.program_id(2)) * tile.q
+  row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q
   q, go, scale = q_ref[...], go_ref[...], scale_ref[...]
   scalars = scale, lse_ref[...], twice_ref[...], delta_ref[...]
 
@@ -296,17 +297,13 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: Call):
   arguments = q, k, v, go, scale, lse, twice, delta
 
   tile = call.tiles.dq
-  blocks = T // tile.q
-  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
-  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
-  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
-  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  query, key, head_rows, rows, grid = by_queries(tile, q, k)
   scalars = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
   dq, q_dq, total = pl.pallas_call(
-    functools.partial(_dq_kernel, call=call, blocks=blocks), name="polar_attention_dq",
+    functools.partial(_dq_kernel, call=call), name="polar_attention_dq",
     out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), scalars, scalars],
     in_specs=[query, key, key, query, head_rows, rows, rows, rows],
-    out_specs=[query, rows, rows], grid=(H, B, blocks), interpret=call.interpret,
+    out_specs=[query, rows, rows], grid=grid, interpret=call.interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(*arguments)
 
