@@ -162,9 +162,8 @@ class GlobalMixer(nnx.Module):
     (B, T, H, D) and, for polar attention, ``magnitude`` (B, T, H); of the memory see `Memory`.
     """
     config, (B, T) = self.config, (x.shape[0] if span is None else span.rows, x.shape[1])
-    parts = self._split(self.inputs(x)) if hasattr(self, "inputs") else [part(x) for part in self._projections()]
-    q, k, v, *gates = (part[:B] for part in parts)
-    q, gate = jnp.split(q.reshape(B, T, config.num_heads, 2 * config.head_dim), 2, axis=-1)
+    q, gate, k, v, *gates = (part[:B] for part in self._projected(x))
+    q, gate = (z.reshape(B, T, config.num_heads, config.head_dim) for z in (q, gate))
     q = layers.head_norm(q)
     k = layers.head_norm(k.reshape(B, T, config.num_kv_heads, config.head_dim))
     v = v.reshape(B, T, config.num_kv_heads, config.head_dim)
@@ -202,10 +201,15 @@ class GlobalMixer(nnx.Module):
     memory = [self.memory.gamma, self.memory.beta, self.memory.gate] if self.config.memory.enabled else []
     return [self.q, self.k, self.v, *memory]
 
-  def _split(self, joined: jax.Array) -> list[jax.Array]:
-    """The outputs of `_projections`, from all of them one after the other."""
-    sizes = [part.bias.shape[0] for part in self._projections()]
-    return jnp.split(joined, list(itertools.accumulate(sizes))[:-1], axis=-1)
+  def _projected(self, x: jax.Array) -> list[jax.Array]:
+    """Queries and their gates (B, T, H D), keys and values (B, T, K D), and what the memory's gates are made of."""
+    first, *others = self._projections()
+    heads, shape = self.config.num_heads, x.shape[:-1]
+    if not hasattr(self, "inputs"):
+      return [*first.split(x, 2, groups=heads), *(part(x) for part in others)]
+    ends = list(itertools.accumulate(part.bias.shape[0] for part in (first, *others)))
+    q, *rest = jnp.split(self.inputs(x), ends[:-1], axis=-1)
+    return [*(z.reshape(*shape, -1) for z in jnp.split(q.reshape(*shape, heads, -1), 2, axis=-1)), *rest]
 
   def _outputs(self) -> list[layers.Linear]:
     magnitude = [self.core.mu_proj] if isinstance(self.core, PolarCore) else []

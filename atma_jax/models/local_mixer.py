@@ -8,6 +8,7 @@ import jax
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import LocalPast, Span, convolve
+from atma_jax.models.parallel import gated_short_conv
 
 
 class LocalMixer(nnx.Module):
@@ -30,7 +31,9 @@ class LocalMixer(nnx.Module):
     Rows of x beyond those of the past are filled-up ones (`model.Atma.extend`).
     """
     del reach
-    rows = x.shape[0] if span is None else span.rows
-    b, c, h = (part[:rows] for part in self.in_proj.split(x, 3))
+    if span is None:
+      b, c, h = self.in_proj.split(x, 3)
+      return self.out_proj(gated_short_conv(b, c, h, self.conv.weight[...], channels="mlp")), LocalPast(None)
+    b, c, h = (part[: span.rows] for part in self.in_proj.split(x, 3))
     y, history = convolve(b * h, self.conv.weight[...], past.history, span, "mlp")
     return self.out_proj(layers.fill(c * y, x.shape[0])), LocalPast(history)

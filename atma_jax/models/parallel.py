@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
-import logging
 from typing import Any
 
 import jax
@@ -20,11 +19,8 @@ from atma_jax import ops
 from atma_jax.ops import context_parallel
 from atma_jax.sharding import LOGICAL_AXES, active_mesh, parts, spec
 
-SPLIT_IMPLEMENTATIONS = ("auto", "xla")  # of a sequence split over devices
-
 _CONTEXT, = LOGICAL_AXES["sequence"]
 _TENSOR, = LOGICAL_AXES["heads"]
-_log = logging.getLogger(__name__)
 
 
 def check_length(T: int) -> None:
@@ -38,7 +34,7 @@ def check_length(T: int) -> None:
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, implementation: str,
                     **raw: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`atma_jax.ops.polar_attention` of whole sequences."""
-  call = _attention("polar_attention", context_parallel.polar_attention, ops.polar_attention, implementation, window=window)
+  call = _attention(context_parallel.polar_attention, ops.polar_attention, implementation=implementation, window=window)
   if active_mesh() is None:
     return call(q, k, v, **raw)
   heads = {name: ("heads", None) if value.ndim == 2 else ("heads",) for name, value in raw.items()}
@@ -48,8 +44,7 @@ def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | N
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int | None) -> jax.Array:
   """`atma_jax.ops.softmax_attention` of whole sequences."""
-  call = _attention("softmax_attention", context_parallel.softmax_attention, ops.softmax_attention, "auto", scale=scale,
-                    window=window)
+  call = _attention(context_parallel.softmax_attention, ops.softmax_attention, scale=scale, window=window)
   if active_mesh() is None:
     return call(q, k, v)
   return _over_heads(lambda q, k, v, _: call(q, k, v), q, k, v, {}, {}, _activations(q))
@@ -60,10 +55,10 @@ def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Arra
   """`atma_jax.ops.gated_delta`; without an initial state, of whole sequences."""
   inputs = {"q": q, "k": k, "v": v, "log_gamma": log_gamma, "beta": beta}
   if initial_state is None and parts("sequence") > 1:
-    _check_implementation("gated_delta", implementation)
-    call, time = functools.partial(context_parallel.gated_delta, axis=_CONTEXT), "sequence"
+    op, time = functools.partial(context_parallel.gated_delta, axis=_CONTEXT), "sequence"
   else:
-    call, time = functools.partial(ops.gated_delta, implementation=implementation), None
+    op, time = ops.gated_delta, None
+  call = functools.partial(op, implementation=implementation)
   rows, *_ = _activations(q)
   activations, state = (rows, time, "heads", None), (rows, "heads", None, None)
   axes = {name: activations[: x.ndim] for name, x in inputs.items()}
@@ -82,23 +77,16 @@ def short_conv(x: jax.Array, weight: jax.Array, *, channels: str) -> jax.Array:
                  ((*_activations(x)[:2], channels), (None, channels)), (*_activations(x)[:2], channels))
 
 
-def _attention(name: str, split: Callable, whole: Callable, implementation: str, **options) -> Callable:
+def gated_short_conv(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array, *, channels: str) -> jax.Array:
+  """`atma_jax.ops.gated_short_conv` of whole sequences; `channels` as for `short_conv`."""
   if parts("sequence") == 1:
-    return functools.partial(whole, implementation=implementation, **options)
-  _check_implementation(name, implementation)
-  return functools.partial(split, axis=_CONTEXT, **options)
+    return ops.gated_short_conv(gate, output_gate, x, weight)
+  return output_gate * short_conv(gate * x, weight, channels=channels)
 
 
-def _check_implementation(name: str, implementation: str) -> None:
-  if implementation not in SPLIT_IMPLEMENTATIONS:
-    raise NotImplementedError(f"{name}: {implementation!r} cannot take a sequence split over mesh context={parts('sequence')}; "
-                              f"only {' and '.join(map(repr, SPLIT_IMPLEMENTATIONS))} can")
-  _log_once(f"{name}: 'xla' over a sequence split over mesh context={parts('sequence')}")
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-  _log.info(message)
+def _attention(split: Callable, whole: Callable, **options) -> Callable:
+  op = whole if parts("sequence") == 1 else functools.partial(split, axis=_CONTEXT)
+  return functools.partial(op, **options)
 
 
 def _activations(x: jax.Array) -> tuple[str | None, ...]:

@@ -4,16 +4,16 @@ To be called inside `jax.shard_map`. Device i of the n of a mesh axis holds the 
 arrays are those of one device, T and S their lengths. What each op sends to other devices, a layer:
 
 * Attention: keys and values go round a ring (`jax.lax.ppermute`), each stop folding them into the statistics of the local
-  queries (`ops.streaming`), which is exact because statistics over disjoint keys merge exactly. A ring moves the bytes of an
-  all-gather, (n - 1) 2 K D T, but holds two pieces instead of n and computes while it moves; queries would be H / K
-  times heavier to move. The backward pass takes the gradients of keys and values along, in float32. A window ends the
-  ring after as many stops as it reaches over.
+  queries (`streaming.RingSteps`, or kernels with its methods), which is exact because statistics over disjoint keys merge
+  exactly. A ring moves the bytes of an all-gather, (n - 1) 2 K D T, but holds two pieces instead of n and computes while
+  it moves; queries would be H / K times heavier to move. The backward pass takes the gradients of keys and values along, in
+  float32. A window ends the ring after as many stops as it reaches over.
 * Causal work is even only if every device has early and late queries. So for the attention alone the sequence is dealt out
   anew (`zigzag`): device i gets pieces i and 2n - 1 - i of 2n, for (2 H + 2 K) D T more elements a layer and two hops.
   All else, convolutions, memory, rotary positions and loss, keeps consecutive pieces, where a neighbour's last
   tokens are enough. Attention with a window of at most half the sequence keeps them too: its work is even enough.
 * Gated-delta memory: a piece acts on the state as ``M -> M A + N``; the pairs (A, N), 2 D D H numbers in float32, are combined
-  over the devices by doubling, in ceil(log2 n) exchanges, and the recurrence then runs from the right state.
+  over the devices by doubling, in ceil(log2 n) exchanges, and the op then runs from the right state.
 * Convolutions: the last taps - 1 inputs of the device before.
 """
 
@@ -28,17 +28,32 @@ import jax.numpy as jnp
 
 from atma_jax.ops import dispatch, streaming
 from atma_jax.ops import short_conv as unsplit_short_conv
-from atma_jax.ops.gated_delta import chunked
+from atma_jax.ops.gated_delta.api import OP as MEMORY
 from atma_jax.ops.polar_attention import formula
-from atma_jax.ops.streaming import Blocks, Statistics
+from atma_jax.ops.streaming import Statistics
+
+_POLAR = "atma_jax.ops.polar_attention"
+# Each target is a class with the methods of `streaming.RingSteps`; all serve the same ring.
+ATTENTION = dispatch.Op("attention over a split sequence", {
+  "pallas_gpu": dispatch.Implementation(f"{_POLAR}.ring_gpu:RingSteps", platforms=("gpu",), supports="supports"),
+  "pallas_tpu": dispatch.Implementation(f"{_POLAR}.ring_tpu:RingSteps", platforms=("tpu",), supports="supports"),
+  "xla": dispatch.Implementation("atma_jax.ops.streaming:RingSteps"),
+})
+_DELTA = "atma_jax.ops.gated_delta"
+# ``transition(k, v, log_gamma=, beta=) -> (A, N)``: what the steps do to the state M before them, ``M A + N``.
+TRANSITION = dispatch.Op("gated_delta over a split sequence", {
+  "pallas_gpu": dispatch.Implementation(f"{_DELTA}.pallas_gpu:transition"),
+  "pallas_tpu": dispatch.Implementation(f"{_DELTA}.pallas_tpu:transition"),
+  "xla": dispatch.Implementation(f"{_DELTA}.chunked:transition"),
+})
 
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    axis: str) -> tuple[jax.Array, jax.Array]:
+                    axis: str, implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
   """`atma_jax.ops.polar_attention` of a sequence split over mesh axis `axis`; q (B, T, H, D), k and v (B, T, K, D)."""
   dispatch.check_attention("polar_attention", q, k, v, window)
-  split = _Split(q.shape[1], axis, window)
+  split = _Split(q.shape[1], axis, window, ATTENTION.resolve(implementation, q, k, v))
   q, k, v = map(split.deal, (q, k, v))
   visible = split.positions() + 1
   temp, null = formula.logits_of_counts(null_base, null_slope, len_gain,
@@ -50,10 +65,10 @@ def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Arr
 
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int | None = None,
-                      axis: str) -> jax.Array:
+                      axis: str, implementation: str = "auto") -> jax.Array:
   """`atma_jax.ops.softmax_attention` of a sequence split over mesh axis `axis`; q (B, T, H, D), k and v (B, T, K, D)."""
   dispatch.check_attention("softmax_attention", q, k, v, window)
-  split = _Split(q.shape[1], axis, window)
+  split = _Split(q.shape[1], axis, window, ATTENTION.resolve(implementation, q, k, v))
   q, k, v = map(split.deal, (q, k, v))
   scales = jnp.full(q.shape[1:3], scale, jnp.result_type(jnp.float32, q))
   statistics = Statistics(*_ring(q, k, v, scales, split))
@@ -74,16 +89,18 @@ def halo(x: jax.Array, steps: int, axis: str) -> jax.Array:
   return jnp.concatenate(pieces[::-1], axis=1) if pieces else x[:, :0]
 
 
-def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
-                axis: str) -> tuple[jax.Array, jax.Array]:
+def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, axis: str,
+                implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
   """`atma_jax.ops.gated_delta`, from a zero state, of a sequence split over mesh axis `axis`.
 
   The final state is that of the whole sequence, on every device.
   """
-  dtype = jnp.result_type(jnp.float32, q, k, v)
-  readout, state = _memory(chunked.cut(q, k, v, log_gamma, beta, dtype), axis)
+  (B, _, H, D), Dv = q.shape, v.shape[-1]
+  state = jax.ShapeDtypeStruct((B, H, Dv, D), jnp.result_type(jnp.float32, q, k, v))
+  name = MEMORY.resolve(implementation, q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state)
+  readout, final = _memory(q, k, v, log_gamma, beta, axis, TRANSITION.resolve(name))
   last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
-  return chunked.uncut(readout, v), jax.lax.psum(jnp.where(last, state, 0), axis)
+  return readout, jax.lax.psum(jnp.where(last, final, 0), axis)
 
 
 def zigzag(x: jax.Array, axis: str) -> jax.Array:
@@ -125,18 +142,18 @@ def _rotate(x: Any, axis: str, hop: int) -> Any:
 class _Split:
   """How attention deals a sequence out to the devices; equal for equal calls, so that it can be a static argument."""
 
-  def __init__(self, length: int, axis: str, window: int | None):
-    """`length` is that of a device's piece."""
-    self.axis, self.devices = axis, jax.lax.axis_size(axis)
+  def __init__(self, length: int, axis: str, window: int | None, implementation: str):
+    """`length` is that of a device's piece; `implementation` a name of `ATTENTION`."""
+    self.axis, self.devices, self.implementation = axis, jax.lax.axis_size(axis), implementation
     whole = length * self.devices
-    self.window = whole if window is None else min(window, whole)
+    self.window, self.windowed = whole if window is None else min(window, whole), window is not None and window < whole
     self.zigzag = self.devices > 1 and 2 * self.window > whole
     if self.zigzag and length % 2:
       raise ValueError(f"a sequence of {whole} does not divide into two pieces for each of {self.devices} devices: its length "
                        f"must be a multiple of {2 * self.devices}")
     self.segment = length // 2 if self.zigzag else length
     self.stops = self.devices if self.zigzag else min(self.devices, 1 + -(-(self.window - 1) // length))
-    self._key = (length, axis, self.devices, self.window)
+    self._key = (length, axis, self.devices, self.window, implementation)
 
   def __hash__(self) -> int:
     return hash(self._key)
@@ -160,9 +177,9 @@ class _Split:
     """(T,) of this device."""
     return jnp.concatenate([start + jnp.arange(self.segment) for start in self.starts()])
 
-  def blocks(self, q: jax.Array, k: jax.Array) -> Blocks:
-    size, starts = streaming.block_size(self.segment), self.starts()
-    return Blocks(q, k, self.window, (size, size), query_starts=starts, key_segments=len(starts))
+  def steps(self, q: jax.Array, k: jax.Array) -> streaming.RingSteps:
+    return ATTENTION.implementations[self.implementation].function(
+      q, k, window=self.window if self.windowed else None, query_starts=self.starts())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -172,95 +189,86 @@ def _ring(q, k, v, scale, split: _Split) -> Statistics:
 
 
 def _ring_fwd(q, k, v, scale, split):
-  cut = split.blocks(q, k)
-  rows, keys = cut.queries((q, scale[None])), cut.keys((k, v))
+  steps = split.steps(q, k)
+  (rows, statistics), keys = steps.queries(q, scale), steps.keys(k, v)
 
   def stop(carry, hop):
     statistics, keys = carry
     coming = _rotate(keys, split.axis, 1)  # needs nothing computed here, so it overlaps with what is
-    return (cut.gather(statistics, rows, keys, split.starts(hop)), coming), None
+    return (steps.gather(rows, statistics, keys, split.starts(hop)), coming), None
 
-  carry = (cut.no_statistics(rows), keys)
   if split.stops > 1:
-    carry, _ = jax.lax.scan(stop, carry, jnp.arange(split.stops - 1))
-  statistics = cut.unqueries(cut.gather(carry[0], rows, carry[1], split.starts(split.stops - 1)))
+    (statistics, keys), _ = jax.lax.scan(stop, (statistics, keys), jnp.arange(split.stops - 1))
+  statistics = steps.gather(rows, statistics, keys, split.starts(split.stops - 1))
   statistics = checkpoint_name(statistics, dispatch.KERNEL_OUTPUTS[0])
-  return statistics, (q, k, v, scale, statistics.M)
+  return steps.statistics(statistics), (q, k, v, scale, statistics)
 
 
 def _ring_bwd(split, residuals, cotangents):
-  q, k, v, scale, M = residuals
-  cut = split.blocks(q, k)
-  rows, keys = cut.queries((q, scale[None], M, *cotangents[1:])), cut.keys((k, v))
+  q, k, v, scale, statistics = residuals
+  steps = split.steps(q, k)
+  (rows, dqueries), keys = steps.cotangents(q, scale, statistics, cotangents[1:]), steps.keys(k, v)
 
   def stop(carry, hop):
-    dq, keys, dkeys = carry
+    dqueries, keys, dkeys = carry
     coming = _rotate(keys, split.axis, 1)
-    share, dkeys = cut.spread(rows, keys, dkeys, split.starts(hop))
-    return (dq + share, coming, _rotate(dkeys, split.axis, 1)), None
+    dqueries, dkeys = steps.spread(rows, dqueries, keys, dkeys, split.starts(hop))
+    return (dqueries, coming, _rotate(dkeys, split.axis, 1)), None
 
-  carry = (jnp.zeros(rows[0].shape, cut.dtype), keys, cut.no_gradients(keys))
+  dkeys = steps.no_gradients(keys)
   if split.stops > 1:
-    carry, _ = jax.lax.scan(stop, carry, jnp.arange(split.stops - 1))
-  dq, keys, dkeys = carry
-  share, dkeys = cut.spread(rows, keys, dkeys, split.starts(split.stops - 1))
+    (dqueries, keys, dkeys), _ = jax.lax.scan(stop, (dqueries, keys, dkeys), jnp.arange(split.stops - 1))
+  dqueries, dkeys = steps.spread(rows, dqueries, keys, dkeys, split.starts(split.stops - 1))
   if split.stops > 1:
     dkeys = _rotate(dkeys, split.axis, 1 - split.stops)  # back to where the keys belong
-  dq, (dk, dv) = cut.unqueries(dq + share), cut.unkeys(dkeys)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), streaming.scale_gradient(q, dq, scale)
+  (dq, total), (dk, dv) = steps.query_gradients(dqueries), steps.key_gradients(dkeys)
+  dscale = _scale_gradient(jnp.sum(q * dq, axis=-1), total / scale, steps.statistics(statistics), cotangents, scale)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dscale
+
+
+def _scale_gradient(q_dq: jax.Array, total: jax.Array, statistics: Statistics, cotangents: Statistics,
+                    scale: jax.Array) -> jax.Array:
+  """Gradient of scale (T, H); `total` is ``sum_j dlogit_j`` as rounded, what it should be follows from the statistics."""
+  _, L, Q, S = statistics
+  exact = cotangents[1] * L + 2 * cotangents[2] * Q + jnp.sum(cotangents[3] * S, axis=-1)
+  lse = statistics.M + jnp.log(L)
+  return jnp.sum(formula.temperature_gradient(q_dq, total, exact, lse, Q / (L * L), scale), axis=0)
 
 
 _ring.defvjp(_ring_fwd, _ring_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _memory(inputs, axis):
-  """Readouts of the chunks of `chunked.cut`, and the state after this device's."""
-  return _memory_fwd(inputs, axis)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _memory(q, k, v, log_gamma, beta, axis, implementation):
+  """Readouts of this device's steps and the state after them."""
+  return _memory_fwd(q, k, v, log_gamma, beta, axis, implementation)[0]
 
 
-def _memory_fwd(inputs, axis):
-  chunks = chunked.within(inputs)
-  A, N = _summary(chunks)
-  start = _states_before(A, N, axis)
-  final, states = jax.lax.scan(chunked.carry, start, chunks)
-  return (chunked.read(chunks, states), final), (inputs, states, A)
+def _memory_fwd(q, k, v, log_gamma, beta, axis, implementation):
+  A, N = TRANSITION.implementations[implementation].function(k, v, log_gamma=log_gamma, beta=beta)
+  A, start = checkpoint_name((A, _states_before(A, N, axis)), dispatch.KERNEL_OUTPUTS[1])
+
+  def run(q, k, v, log_gamma, beta, state):
+    op = MEMORY.implementations[implementation].function
+    return op(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state)
+
+  outputs, vjp = jax.vjp(run, q, k, v, log_gamma, beta, start)
+  return outputs, (vjp, A)
 
 
-def _memory_bwd(axis, residuals, cotangents):
+def _memory_bwd(axis, implementation, residuals, cotangents):
   """A later device's cotangents reach this one's final state only, by way of the states between: they take the way back.
 
-  With X the cotangent of a piece's initial state, ``X = own + X_next A^T``, own being the share of its own outputs.
+  With X the cotangent of a piece's initial state, ``X = own + X_next A^T``, own being the share of its own outputs. So the op's
+  backward pass runs twice, the first time for own alone.
   """
-  inputs, states, A = residuals
-  dreadout, dfinal = cotangents
-
-  def from_later_devices(chunks, dstates):
-    def step(dstate, inputs):
-      chunk, from_read = inputs
-      dcarry, = jax.vjp(lambda state: chunked.carry(state, chunk)[0], dstate)[1](dstate)  # linear: any state will do
-      return dcarry + from_read, None
-
-    own, _ = jax.lax.scan(step, dfinal, (chunks, dstates), reverse=True)
-    return dfinal + _states_before(A.mT, own, axis, reverse=True)
-
-  return chunked.backward(inputs, states, dreadout, from_later_devices)[:1]
+  del implementation
+  (vjp, A), (dreadout, dfinal) = residuals, cotangents
+  *_, own = vjp((dreadout, dfinal))
+  return vjp((dreadout, dfinal + _states_before(A.mT, own, axis, reverse=True)))[:5]
 
 
 _memory.defvjp(_memory_fwd, _memory_bwd)
-
-
-def _summary(chunks) -> tuple[jax.Array, jax.Array]:
-  """A (B, H, D, D) and N (B, H, Dv, D) such that the chunks take the state M to ``M A + N``."""
-  B, H, (D, Dv) = *chunks.keys.shape[1:3], (chunks.keys.shape[-1], chunks.writes.shape[-1])
-  dtype = chunks.decay.dtype
-
-  def step(carry, chunk):
-    A, N = carry
-    return (chunked.carry(A, chunk._replace(writes=jnp.zeros((), dtype)))[0], chunked.carry(N, chunk)[0]), None
-
-  start = jnp.broadcast_to(jnp.eye(D, dtype=dtype), (B, H, D, D)), jnp.zeros((B, H, Dv, D), dtype)
-  return jax.lax.scan(step, start, chunks)[0]
 
 
 def _states_before(A: jax.Array, N: jax.Array, axis: str, reverse: bool = False) -> jax.Array:

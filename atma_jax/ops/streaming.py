@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def _statistics_bwd(window, blocks, residuals, cotangents):
   q, k, v, scale, M = residuals
   cut, (_, *cotangents) = _cut(q, k, window, blocks), cotangents
   rows, keys = cut.queries((q, scale[None], M, *cotangents)), cut.keys((k, v))
-  dq, dkeys = cut.spread(rows, keys, cut.no_gradients(keys), (0,))
+  (dq, _), dkeys = cut.spread(rows, keys, cut.no_gradients(keys), (0,))
   dq, (dk, dv) = cut.unqueries(dq), cut.unkeys(dkeys)
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), scale_gradient(q, dq, scale)
 
@@ -181,7 +181,7 @@ class Blocks:
     return jax.lax.map(query_block, (self._firsts(), rows, statistics))
 
   def spread(self, rows, keys, gradients, key_starts: Sequence[jax.typing.ArrayLike]):
-    """Gradients of the queries, cut, and `gradients` of keys and values with these queries' share added.
+    """Gradients of the queries and ``scale sum_j dlogit_j``, cut, and `gradients` of keys and values with their share added.
 
     Args:
       rows: queries, scales, the final M, and the cotangents of L, Q and S.
@@ -194,12 +194,13 @@ class Blocks:
       gS = gS.astype(values.dtype)
 
       def key_block(segment, j, carry):
-        dq, dk, dv = carry
+        dq, total, dk, dv = carry
         k, v = self._take(keys, segment, j), self._take(values, segment, j)
         p = jnp.exp(self._logits(first - key_starts[segment], j, q, k, scale) - M[..., None])
         dp = jnp.einsum("bkgtd,bksd->bkgts", gS, v, preferred_element_type=self.dtype)
         dscore = (scale[..., None] * p * (dp + gL[..., None] + 2 * gQ[..., None] * p)).astype(q.dtype)
         dq += jnp.einsum("bkgts,bksd->bkgtd", dscore, k, preferred_element_type=self.dtype)
+        total += jnp.sum(dscore.astype(self.dtype), axis=-1)
         dk_j = jnp.einsum("bkgts,bkgtd->bksd", dscore, q, preferred_element_type=self.dtype)
         dv_j = jnp.einsum("bkgts,bkgtd->bksd", p.astype(v.dtype), gS, preferred_element_type=self.dtype)
 
@@ -207,10 +208,11 @@ class Blocks:
           at = (segment * self.count_k + j) * self.block_k
           return jax.lax.dynamic_update_slice_in_dim(x, self._take(x, segment, j) + y, at, axis=2)
 
-        return dq, add(dk, dk_j), add(dv, dv_j)
+        return dq, total, add(dk, dk_j), add(dv, dv_j)
 
-      dq, *carry = self._loop(first, key_starts, key_block, (jnp.zeros(q.shape, self.dtype), *carry))
-      return tuple(carry), dq
+      zeros = jnp.zeros(q.shape, self.dtype), jnp.zeros(q.shape[:-1], self.dtype)
+      dq, total, *carry = self._loop(first, key_starts, key_block, (*zeros, *carry))
+      return tuple(carry), (dq, total)
 
     gradients, dq = jax.lax.scan(query_block, tuple(gradients), (self._firsts(), rows))
     return dq, gradients
@@ -242,6 +244,62 @@ class Blocks:
     if self.S % self.block_k:
       visible &= key < self.S
     return jnp.where(visible, scale[..., None] * scores, -jnp.inf)
+
+
+class RingSteps:
+  """One device's work in a ring of keys and values: what `ops.context_parallel` asks of an implementation.
+
+  Queries, and keys, are ``len(query_starts)`` equal segments of consecutive positions. Between `queries` and `statistics`, and
+  between `cotangents` and `query_gradients`, everything is in the implementation's own layout, keys and their gradients too.
+  """
+
+  def __init__(self, q: jax.Array, k: jax.Array, *, window: int | None, query_starts: Sequence[jax.typing.ArrayLike]):
+    """q (B, T, H, D) and k (B, S, K, D) say shapes only; `window` is None where no query's sight ends."""
+    segments = len(query_starts)
+    sizes = block_size(q.shape[1] // segments), block_size(k.shape[1] // segments)
+    window = jnp.iinfo(jnp.int32).max // 2 if window is None else window
+    self._blocks = Blocks(q, k, window, sizes, query_starts=query_starts, key_segments=segments)
+
+  def queries(self, q: jax.Array, scale: jax.Array) -> tuple[Any, Any]:
+    """From q and scale (T, H): what `gather` takes, and the statistics over no keys."""
+    rows = self._blocks.queries((q, scale[None]))
+    return rows, self._blocks.no_statistics(rows)
+
+  def keys(self, k: jax.Array, v: jax.Array) -> Any:
+    """What goes round the ring."""
+    return self._blocks.keys((k, v))
+
+  def gather(self, rows: Any, statistics: Any, keys: Any, key_starts: Sequence[jax.typing.ArrayLike]) -> Any:
+    """Adds keys, whose segments start at these positions, to the statistics."""
+    return self._blocks.gather(statistics, rows, keys, key_starts)
+
+  def statistics(self, statistics: Any) -> Statistics:
+    """(B, T, H) and (B, T, H, D)."""
+    return self._blocks.unqueries(statistics)
+
+  def cotangents(self, q: jax.Array, scale: jax.Array, statistics: Any,
+                 cotangents: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, Any]:
+    """From the statistics over all keys and cotangents of L, Q and S: what `spread` takes, and zeros it adds to."""
+    rows = (*self._blocks.queries((q, scale[None])), statistics.M, *self._blocks.queries(cotangents))
+    return rows, (jnp.zeros(rows[0].shape, self._blocks.dtype), jnp.zeros(rows[0].shape[:-1], self._blocks.dtype))
+
+  def no_gradients(self, keys: Any) -> Any:
+    """Zeros for the gradients of `keys`."""
+    return self._blocks.no_gradients(keys)
+
+  def spread(self, rows: Any, dqueries: Any, keys: Any, dkeys: Any,
+             key_starts: Sequence[jax.typing.ArrayLike]) -> tuple[Any, Any]:
+    """Adds what these keys give to the gradients of the queries, and get to their own."""
+    share, dkeys = self._blocks.spread(rows, keys, dkeys, key_starts)
+    return jax.tree.map(jnp.add, dqueries, share), dkeys
+
+  def query_gradients(self, dqueries: Any) -> tuple[jax.Array, jax.Array]:
+    """dq (B, T, H, D) and ``scale sum_j dlogit_j`` (B, T, H), in the dtype of the statistics."""
+    return self._blocks.unqueries(dqueries)
+
+  def key_gradients(self, dkeys: Any) -> tuple[jax.Array, jax.Array]:
+    """dk and dv (B, S, K, D), in the dtype of the statistics."""
+    return self._blocks.unkeys(dkeys)
 
 
 def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:

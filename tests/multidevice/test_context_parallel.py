@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 
 from atma_jax import ops
-from atma_jax.ops import context_parallel
+from atma_jax.ops import context_parallel, dispatch
+from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
+from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
+from atma_jax.ops.polar_attention import ring_gpu, ring_tpu
+from atma_jax.ops.tiles import Tile, Tiles
 from atma_jax.sharding import make_mesh
 
+INTERPRETED = {
+  "pallas_gpu": functools.partial(ring_gpu.RingSteps, tiles=Tiles(Tile(32, 16), Tile(16, 32), Tile(16, 16)), interpret=True),
+  "pallas_tpu": functools.partial(ring_tpu.RingSteps, tiles=Tiles(Tile(256, 128), Tile(128, 256), Tile(128, 128)),
+                                  interpret=True),
+}
 P = jax.sharding.PartitionSpec
 TIME = P(None, "context")
 
@@ -75,30 +84,63 @@ def test_polar_attention(n, T, H, K, window):
         attention_inputs(T, H, K), 2e-5)
 
 
-def test_softmax_attention():
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Kernels run in interpret mode."""
+  def put(op, name, kernel):
+    class Entry(dispatch.Implementation):
+      function = property(lambda self: kernel)
+
+    monkeypatch.setitem(op.implementations, name, Entry("", platforms=()))
+
+  for name, steps in INTERPRETED.items():
+    put(context_parallel.ATTENTION, name, steps)
+  for name, kernels in (("pallas_gpu", delta_gpu), ("pallas_tpu", delta_tpu)):
+    put(context_parallel.MEMORY, name, functools.partial(kernels.gated_delta, interpret=True))
+    put(context_parallel.TRANSITION, name, functools.partial(kernels.transition, interpret=True))
+
+
+@pytest.mark.parametrize("implementation", INTERPRETED)
+@pytest.mark.parametrize(("n", "T", "H", "K", "window"), [
+  (2, 600, 2, 1, None),  # zigzag, pieces of 150 in blocks of 16 to 256
+  (4, 56, 4, 2, 37),  # zigzag, pieces of 7
+  (4, 600, 2, 2, 160),  # consecutive pieces of 150, three stops
+])
+def test_polar_attention_kernels(interpreted, implementation, n, T, H, K, window):
+  def call(op, q, k, v, raw, **how):
+    return op(q, k, v, **raw, window=window, **how)
+
+  check(functools.partial(call, ops.polar_attention, implementation="reference"),
+        split(functools.partial(call, context_parallel.polar_attention, implementation=implementation), n, TIME, TIME, TIME, P()),
+        attention_inputs(T, H, K, D=64, B=1), 2e-5)
+
+
+@pytest.mark.parametrize(("implementation", "D"), [("xla", 8), *((name, 64) for name in INTERPRETED)])
+def test_softmax_attention(interpreted, implementation, D):
   n, T, H, K, window = CASES[0]
 
   def call(op, q, k, v, **how):
     return op(q, k, v, scale=0.3, window=window, **how)
 
   check(functools.partial(call, ops.softmax_attention, implementation="reference"),
-        split(functools.partial(call, context_parallel.softmax_attention), n, TIME, TIME, TIME),
-        attention_inputs(T, H, K)[:3], 2e-5)
+        split(functools.partial(call, context_parallel.softmax_attention, implementation=implementation), n, TIME, TIME, TIME),
+        attention_inputs(T, H, K, D)[:3], 2e-5)
 
 
-@pytest.mark.parametrize(("n", "T"), [(2, 70), (8, 8)])
-def test_gated_delta(n, T):
+@pytest.mark.parametrize(("implementation", "n", "T", "D", "Dv"), [
+  ("xla", 2, 70, 6, 5), ("xla", 8, 8, 6, 5), ("pallas_gpu", 4, 300, 64, 128), ("pallas_tpu", 4, 600, 64, 128)])
+def test_gated_delta(interpreted, implementation, n, T, D, Dv):
   rng = np.random.default_rng(0)
-  q, k, v = (jnp.asarray(rng.normal(size=(2, T, 2, d)), jnp.float32) for d in (6, 6, 5))
+  q, k, v = (jnp.asarray(rng.normal(size=(1, T, 2, d)), jnp.float32) for d in (D, D, Dv))
   q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-  log_gamma = jax.nn.log_sigmoid(jnp.asarray(rng.normal(size=(2, T, 2)) + 3, jnp.float32))
-  beta = jax.nn.sigmoid(jnp.asarray(rng.normal(size=(2, T, 2)), jnp.float32))
+  log_gamma = jax.nn.log_sigmoid(jnp.asarray(rng.normal(size=(1, T, 2)) + 3, jnp.float32))
+  beta = jax.nn.sigmoid(jnp.asarray(rng.normal(size=(1, T, 2)), jnp.float32))
 
   def whole(q, k, v, log_gamma, beta):
     return ops.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, implementation="reference")
 
   def parts(q, k, v, log_gamma, beta, axis):
-    return context_parallel.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, axis=axis)
+    return context_parallel.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, axis=axis, implementation=implementation)
 
   check(whole, split(parts, n, *[TIME] * 5, out=(TIME, P())), (q, k, v, log_gamma, beta), 2e-5)
 

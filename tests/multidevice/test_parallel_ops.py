@@ -104,7 +104,9 @@ def test_what_cannot_be_split_is_refused():
   with jax.set_mesh(make_mesh(data=2, tensor=4)), pytest.raises(ValueError, match=r"6 query heads .* tensor=4"):
     parallel.polar_attention(q, k, v, **raw, window=None, implementation="xla")
   with jax.set_mesh(make_mesh(data=4, context=2)):
-    with pytest.raises(NotImplementedError, match="'reference' cannot take a sequence split over mesh context=2"):
-      parallel.polar_attention(q, k, v, **raw, window=None, implementation="reference")
+    refusals = {"reference": "split sequence has no .reference.", "pallas_tpu": "needs a TPU", "pallas_gpu": "needs a GPU"}
+    for name, why in refusals.items():
+      with pytest.raises(NotImplementedError, match=why):
+        parallel.polar_attention(q, k, v, **raw, window=None, implementation=name)
     with pytest.raises(ValueError, match="18 tokens: must be a multiple of twice mesh context=2"):
       parallel.check_length(18)

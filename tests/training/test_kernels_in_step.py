@@ -80,3 +80,18 @@ def test_a_whole_training_step_compiles_for_a_tpu_and_keeps_each_kernel_once():
   print("\n".join(plan.lines()))
   assert plan.traffic.kernels == len(FORWARD["pallas_tpu"] + BACKWARD["pallas_tpu"])
   assert 0 < plan.temporary_bytes < plan.peak_bytes < 2**30
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
+def test_a_training_step_over_a_context_axis_compiles_for_tpus_with_the_kernels_of_every_stop():
+  config = tiny("pallas_tpu", "dots", scan=False)
+  config.model.block_pattern, config.model.num_layers = ("local", "global"), 2
+  config.data.sequence_length, config.data.batch_size, context = 1024, 4, 4
+  config.mesh.data, config.mesh.fsdp, config.mesh.context = 2, 2, context
+  plan = ahead.plan(config, "v5e:4x4")
+  print("\n".join(plan.lines()))
+  # One global layer. Attention: three kernels a stop. Memory: its summary, forward, and backward twice.
+  assert plan.traffic.kernels == 3 * context + 4
+  assert plan.traffic.unknown_loops == 0
+  assert plan.traffic.collectives["collective-permute"][0] >= 2 * (context - 1) + 4 * (context - 1)  # k, v; back with dk, dv
+  assert 0 < plan.temporary_bytes < plan.peak_bytes < 2**30

@@ -17,15 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
-from atma_jax.ops.cached_attention.api import Scales
+from atma_jax.ops.cached_attention.api import Scales, kernel_refusal
 from atma_jax.ops.streaming import Statistics
 
 KEYS = 64  # in a step of a program: with values, 32 KiB of bfloat16 on their way while the step before is worked on
 ROWS = 16  # of the smallest matrix product; a group has no more query heads
 PROGRAMS = 256  # enough for the memory of a large GPU to be busy
 COLUMNS = 64  # of a head's values that a program merges
-HEAD_SIZES = (64, 128)
 LOG2_E = math.log2(math.e)
 MASKED = -(2.0**100)  # a score; finite, so that a share without a visible key makes no NaN
 
@@ -34,22 +32,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: 
              scale: jax.Array, *, table: jax.Array | None = None, **options) -> str | None:
   """Why the kernel cannot serve this call, or None if it can."""
   del v, values, lengths, options
-  if q.shape[1] != 1:
-    return f"takes one new token a row, not {q.shape[1]}"
-  if q.dtype not in (jnp.bfloat16, jnp.float32) or keys.dtype not in (jnp.int8, jnp.bfloat16, jnp.float32):
-    return f"takes bfloat16 or float32 queries and int8, bfloat16 or float32 keys, not {q.dtype} and {keys.dtype}"
-  if scale.dtype != jnp.float32:
-    return f"gathers in float32, not {scale.dtype}"
-  if q.shape[3] not in HEAD_SIZES or q.shape[2] // k.shape[2] > ROWS:
-    return (f"takes head sizes {' and '.join(map(str, HEAD_SIZES))} and groups of at most {ROWS} heads, not {q.shape[3]} "
-            f"and {q.shape[2] // k.shape[2]}")
-  if table is not None and keys.shape[-2] % KEYS:
-    return f"takes pages of a multiple of {KEYS} tokens, not {keys.shape[-2]}"
-  if dispatch.platform() != "gpu":
-    return f"needs a GPU, and this runs on {dispatch.platform()}"
-  if dispatch.undivided():
-    return "takes the arrays of one device, not whole ones of a mesh"
-  return None
+  return kernel_refusal("gpu", q, k, keys, scale, table, group=ROWS, page=KEYS)
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,

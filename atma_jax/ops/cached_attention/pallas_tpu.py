@@ -16,14 +16,13 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from atma_jax.ops import dispatch
-from atma_jax.ops.cached_attention.api import Scales
+from atma_jax.ops.cached_attention.api import Scales, kernel_refusal
 from atma_jax.ops.streaming import Statistics
 
 KEYS = 2048  # in a step, of each head: a MiB of bfloat16 keys and values for two heads of 128
 ROWS = 16  # rows of a tile of bfloat16; a group has no more query heads
 LANES = 128
 TILE = 32  # slots that are read and written around a new one: rows of a tile of int8
-HEAD_SIZES = (64, 128)
 MASKED = -1e30
 
 
@@ -31,18 +30,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: 
              scale: jax.Array, *, table: jax.Array | None = None, **options) -> str | None:
   """Why the kernel cannot serve this call, or None if it can."""
   del v, values, lengths, options
-  if q.shape[1] != 1:
-    return f"takes one new token a row, not {q.shape[1]}"
-  if q.dtype not in (jnp.bfloat16, jnp.float32) or keys.dtype not in (jnp.int8, jnp.bfloat16, jnp.float32):
-    return f"takes bfloat16 or float32 queries and int8, bfloat16 or float32 keys, not {q.dtype} and {keys.dtype}"
-  if scale.dtype != jnp.float32:
-    return f"gathers in float32, not {scale.dtype}"
-  if q.shape[3] not in HEAD_SIZES or q.shape[2] // k.shape[2] > ROWS:
-    return (f"takes head sizes {' and '.join(map(str, HEAD_SIZES))} and groups of at most {ROWS} heads, not {q.shape[3]} "
-            f"and {q.shape[2] // k.shape[2]}")
-  if table is not None and keys.shape[-2] % LANES:
-    return f"takes pages of a multiple of {LANES} tokens, not {keys.shape[-2]}"
-  return _elsewhere()
+  return kernel_refusal("tpu", q, k, keys, scale, table, group=ROWS, page=LANES)
 
 
 def supports_append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts: jax.Array,
@@ -51,17 +39,11 @@ def supports_append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts:
   del lengths, counts, table
   if ring.ndim != 5 or new.shape[3] != 1:
     return f"writes one new vector a row, not {new.shape[3]} of shape {new.shape[4:]}"
-  if ring.dtype not in (jnp.int8, jnp.bfloat16, jnp.float32) or ring.shape[4] not in HEAD_SIZES:
-    return f"takes int8, bfloat16 or float32 vectors of {' or '.join(map(str, HEAD_SIZES))}, not {ring.dtype} of {ring.shape[4]}"
-  return _elsewhere()
-
-
-def _elsewhere() -> str | None:
-  if dispatch.platform() != "tpu":
-    return f"needs a TPU, and this runs on {dispatch.platform()}"
-  if dispatch.undivided():
-    return "takes what lies on one device: on a mesh of several it must be called inside shard_map"
-  return None
+  sizes = dispatch.KERNEL_HEAD_SIZES
+  if ring.dtype not in (jnp.int8, jnp.bfloat16, jnp.float32) or ring.shape[4] not in sizes:
+    return (f"takes int8, bfloat16 or float32 vectors of {' or '.join(map(str, sizes))}, not {ring.dtype} of "
+            f"{ring.shape[4]}")
+  return dispatch.elsewhere("tpu")
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,

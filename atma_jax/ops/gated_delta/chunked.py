@@ -9,7 +9,6 @@ of `pallas_tpu`, whose docstring has the figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,13 +31,30 @@ class _Chunks(NamedTuple):
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
                 initial_state: jax.Array, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
   """See `atma_jax.ops.gated_delta`; saves its inputs and one state per chunk for the backward pass."""
-  inputs = cut(q, k, v, log_gamma, beta, initial_state.dtype, chunk)
+  inputs = _cut(q, k, v, log_gamma, beta, initial_state.dtype, chunk)
   readout, final_state = _run(inputs, initial_state)
-  return uncut(readout, v), final_state
+  return _uncut(readout, v), final_state
 
 
-def cut(q: jax.Array, k: jax.Array, v: jax.Array, log_gamma: jax.Array, beta: jax.Array, dtype: jnp.dtype,
-        chunk: int = CHUNK) -> tuple[jax.Array, ...]:
+def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
+               chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+  """What all steps do to the state M before them: A (B, H, D, D) and N (B, H, Dv, D) of ``M A + N``.
+
+  Arguments are those of `gated_delta`; made for `ops.context_parallel`, which needs no gradient of it.
+  """
+  (B, _, H, D), Dv, dtype = k.shape, v.shape[-1], jnp.result_type(jnp.float32, k, v)
+  chunks = _within(_cut(k, k, v, log_gamma, beta, dtype, chunk))
+
+  def step(carried, chunk):
+    A, N = carried
+    return (_carry(A, chunk._replace(writes=jnp.zeros((), dtype)))[0], _carry(N, chunk)[0]), None
+
+  start = jnp.broadcast_to(jnp.eye(D, dtype=dtype), (B, H, D, D)), jnp.zeros((B, H, Dv, D), dtype)
+  return jax.lax.scan(step, start, chunks)[0]
+
+
+def _cut(q: jax.Array, k: jax.Array, v: jax.Array, log_gamma: jax.Array, beta: jax.Array, dtype: jnp.dtype,
+         chunk: int = CHUNK) -> tuple[jax.Array, ...]:
   """Each (B, T, H, ...) in chunks (N, B, H, n, ...), the gates in `dtype`.
 
   A padded step has gamma 1 and beta 0 and leaves the state alone.
@@ -55,7 +71,7 @@ def cut(q: jax.Array, k: jax.Array, v: jax.Array, log_gamma: jax.Array, beta: ja
   return tuple(map(chunks, (q, k, v, log_gamma.astype(dtype), beta.astype(dtype))))
 
 
-def uncut(readout: jax.Array, v: jax.Array) -> jax.Array:
+def _uncut(readout: jax.Array, v: jax.Array) -> jax.Array:
   """Readouts of chunks (N, B, H, n, Dv) as one of v's shape and dtype."""
   readout = jnp.moveaxis(readout, (0, 2), (1, 3))
   return readout.reshape(v.shape[0], -1, *v.shape[2:])[:, :v.shape[1]].astype(v.dtype)
@@ -63,48 +79,36 @@ def uncut(readout: jax.Array, v: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _run(inputs, initial_state):
-  chunks = within(inputs)
-  final_state, states = jax.lax.scan(carry, initial_state, chunks)
-  return read(chunks, states), final_state
+  chunks = _within(inputs)
+  final_state, states = jax.lax.scan(_carry, initial_state, chunks)
+  return _read(chunks, states), final_state
 
 
 def _run_fwd(inputs, initial_state):
-  chunks = within(inputs)
-  final_state, states = jax.lax.scan(carry, initial_state, chunks)
-  return (read(chunks, states), final_state), (inputs, states)
+  chunks = _within(inputs)
+  final_state, states = jax.lax.scan(_carry, initial_state, chunks)
+  return (_read(chunks, states), final_state), (inputs, states)
 
 
 def _run_bwd(residuals, cotangents):
+  inputs, states = residuals
   dreadout, dfinal_state = cotangents
-  return backward(*residuals, dreadout, lambda chunks, dstates: dfinal_state)
-
-
-def backward(inputs: tuple[jax.Array, ...], states: jax.Array, dreadout: jax.Array,
-             dfinal_state: Callable[[_Chunks, jax.Array], jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
-  """Gradients of the inputs of `within` and of the initial state.
-
-  Args:
-    inputs, states: what `within` took, and the states before every chunk.
-    dreadout: cotangent of the readouts (N, B, H, n, Dv).
-    dfinal_state: makes the cotangent of the final state from the chunks and the readouts' share of that of the states.
-  """
-  chunks, within_vjp = jax.vjp(within, inputs)
-  dchunks, dstates = jax.vjp(read, chunks, states)[1](dreadout)
+  chunks, within_vjp = jax.vjp(_within, inputs)
+  dchunks, dstates = jax.vjp(_read, chunks, states)[1](dreadout)
 
   def step(dstate, inputs):
     state, chunk, from_read = inputs
-    dcarry, dchunk = jax.vjp(lambda s, c: carry(s, c)[0], state, chunk)[1](dstate)
+    dcarry, dchunk = jax.vjp(lambda s, c: _carry(s, c)[0], state, chunk)[1](dstate)
     return dcarry + from_read, dchunk
 
-  final = dfinal_state(chunks, dstates)
-  dinitial_state, from_carry = jax.lax.scan(step, final, (states, chunks, dstates), reverse=True)
+  dinitial_state, from_carry = jax.lax.scan(step, dfinal_state, (states, chunks, dstates), reverse=True)
   return *within_vjp(jax.tree.map(jnp.add, dchunks, from_carry)), dinitial_state
 
 
 _run.defvjp(_run_fwd, _run_bwd)
 
 
-def within(inputs) -> _Chunks:
+def _within(inputs) -> _Chunks:
   """All chunks at once: q, k (N, B, H, n, D), v (N, B, H, n, Dv), log_gamma and beta (N, B, H, n)."""
   q, k, v, log_gamma, beta = inputs
   dtype = log_gamma.dtype
@@ -127,14 +131,14 @@ def within(inputs) -> _Chunks:
   )
 
 
-def carry(state: jax.Array, chunk: _Chunks) -> tuple[jax.Array, jax.Array]:
+def _carry(state: jax.Array, chunk: _Chunks) -> tuple[jax.Array, jax.Array]:
   """The state (B, H, Dv, D) after a chunk, and the one before it."""
   writes = _writes(chunk, state)
   after = chunk.decay[..., None, None] * state + jnp.einsum("...nv,...nd->...vd", writes, chunk.keys)
   return after, state
 
 
-def read(chunks: _Chunks, states: jax.Array) -> jax.Array:
+def _read(chunks: _Chunks, states: jax.Array) -> jax.Array:
   """Readouts (N, B, H, n, Dv) of all chunks from the states before them."""
   return jnp.einsum("...nd,...vd->...nv", chunks.queries, states) + chunks.attention @ _writes(chunks, states)
 

@@ -28,20 +28,13 @@ from atma_jax.ops import tiles as table
 
 CHUNK = 64
 CHUNK_WARPS = 4  # one warpgroup: tiles have 64 rows
-HEAD_SIZES = (64, 128)
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
-  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"takes q, k and v all in bfloat16 or all in float32, not {q.dtype}, {k.dtype}, {v.dtype}"
-  if q.shape[-1] not in HEAD_SIZES or v.shape[-1] not in HEAD_SIZES:
-    return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]} and {v.shape[-1]}"
   if any(parameters[name].dtype == jnp.float64 for name in ("log_gamma", "beta", "initial_state")):
     return "takes no float64"
-  if dispatch.platform() != "gpu":
-    return f"needs a GPU, and this runs on {dispatch.platform()}"
-  return None
+  return dispatch.kernel_refusal("gpu", q, k, v)
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
@@ -50,20 +43,40 @@ def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Arra
   """See `atma_jax.ops.gated_delta`; `carry` overrides the table, `interpret` runs the kernels without a GPU."""
   T = q.shape[1]
   carry = carry or table.delta(q.dtype.itemsize, q.shape[3], T)
-  padding = -T % CHUNK  # a padded step has gamma 1 and beta 0 and leaves the state alone
-
-  def pad(x):
-    return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) if padding else x
-
-  def rows(x):
-    """(B, T, H) as (B, H, T) float32."""
-    return jnp.swapaxes(pad(x.astype(jnp.float32)), 1, 2)
-
-  log_gamma = rows(log_gamma)
-  log_g = jnp.cumsum(log_gamma.reshape(*log_gamma.shape[:2], -1, CHUNK), axis=-1).reshape(log_gamma.shape)
-  readout, state = _run(pad(q), pad(k), pad(v), log_g, rows(beta), initial_state.mT.astype(jnp.float32), carry,
+  readout, state = _run(_pad(q), _pad(k), _pad(v), _log_g(log_gamma), _rows(beta), initial_state.mT.astype(jnp.float32), carry,
                         interpret)
   return readout[:, :T], state.mT
+
+
+def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, carry: table.Carry | None = None,
+               interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+  """See `atma_jax.ops.gated_delta.chunked.transition`; `carry` and `interpret` as above."""
+  (B, T, H, D), Dv = k.shape, v.shape[-1]
+  k, v, log_g, beta = _pad(k), _pad(v), _log_g(log_gamma), _rows(beta)
+  call = _Call(k, v, carry or table.delta(k.dtype.itemsize, D, T), interpret)
+  writes, erases, _ = call.all_chunks("within", _within_kernel, (k, v, log_g, beta), (v, k, call.square))
+  identity = jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (B, H, D, D))
+  changes = call.last_state("transition", _transition_kernel, (erases, k), (), log_g, identity)
+  written = call.last_state("transition", _transition_kernel, (erases, k), (writes,), log_g,
+                            jnp.zeros((B, H, D, Dv), jnp.float32))
+  return changes.mT, written.mT
+
+
+def _pad(x: jax.Array) -> jax.Array:
+  """(B, T, ...) to whole chunks; a padded step has gamma 1 and beta 0 and leaves the state alone."""
+  padding = -x.shape[1] % CHUNK
+  return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) if padding else x
+
+
+def _rows(x: jax.Array) -> jax.Array:
+  """(B, T, H) as (B, H, T) float32."""
+  return jnp.swapaxes(_pad(x.astype(jnp.float32)), 1, 2)
+
+
+def _log_g(log_gamma: jax.Array) -> jax.Array:
+  """Log of the product of a chunk's decays up to each step, (B, H, T)."""
+  log_gamma = _rows(log_gamma)
+  return jnp.cumsum(log_gamma.reshape(*log_gamma.shape[:2], -1, CHUNK), axis=-1).reshape(log_gamma.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -128,17 +141,25 @@ class _Call:
 
     Returns one array like `sliced[0]`, a state (D, Dv) of each chunk, and the last state.
     """
-    tile = self.tile
-    columns = tile.columns or (64 if self.B * self.H * self.Dv >= 96 * 64 else 32)  # enough programs for the multiprocessors
+    return self._carry(name, kernel, whole, sliced, log_g, state, (sliced[0], self.states))
+
+  def last_state(self, name, kernel, whole, sliced, log_g, state):
+    """The last of what `carry` returns."""
+    return self._carry(name, kernel, whole, sliced, log_g, state, ())[0]
+
+  def _carry(self, name, kernel, whole, sliced, log_g, state, outputs):
+    tile, Dv = self.tile, state.shape[3]
+    columns = tile.columns or (64 if self.B * self.H * Dv >= 96 * 64 else 32)  # enough programs for the multiprocessors
     rows = pl.BlockSpec((None, self.T, None, self.D), lambda j, h, b: (b, 0, h, 0))
     rows_slice = pl.BlockSpec((None, self.T, None, columns), lambda j, h, b: (b, 0, h, j))
     scalars = pl.BlockSpec((None, None, self.T), lambda j, h, b: (b, h, 0))
     state_slice = pl.BlockSpec((None, None, self.D, columns), lambda j, h, b: (b, h, 0, j))
     states_slice = pl.BlockSpec((None, None, self.N, self.D, columns), lambda j, h, b: (b, h, 0, 0, j))
     in_specs = (*(rows for _ in whole), *(rows_slice for _ in sliced), scalars, state_slice)
-    return self._pallas_call(name, functools.partial(kernel, chunks=self.N), (self.Dv // columns, self.H, self.B),
-                             (*whole, *sliced, log_g, state), in_specs, (sliced[0], self.states, state),
-                             (rows_slice, states_slice, state_slice), warps=tile.warps, stages=tile.stages)
+    out_specs = *(rows_slice if x.ndim == 4 else states_slice for x in outputs), state_slice
+    return self._pallas_call(name, functools.partial(kernel, chunks=self.N), (Dv // columns, self.H, self.B),
+                             (*whole, *sliced, log_g, state), in_specs, (*outputs, state), out_specs, warps=tile.warps,
+                             stages=tile.stages)
 
   def _pallas_call(self, name, kernel, grid, inputs, in_specs, outputs, out_specs, *, warps, stages):
     return pl.pallas_call(
@@ -208,6 +229,22 @@ def _carry_kernel(erases_ref, k_ref, within_ref, log_g_ref, state_ref, writes_re
     states_ref[c] = rounded
     writes = within_ref[rows, :] - _matmul(erases_ref[rows, :], rounded, k.dtype)
     writes_ref[rows, :] = writes.astype(writes_ref.dtype)
+    last = _last(log_g)
+    return jnp.exp(last) * state + _matmul(k, jnp.exp(last - log_g)[:, None] * writes, k.dtype, (0, 0))
+
+  final_ref[...] = lax.fori_loop(0, chunks, step, state_ref[...])
+
+
+def _transition_kernel(erases_ref, k_ref, *refs, chunks: int):
+  """The last state alone; without writes within chunks, of what is carried."""
+  *within_ref, log_g_ref, state_ref, final_ref = refs
+
+  def step(c, state):
+    rows = pl.ds(c * CHUNK, CHUNK)
+    k, log_g = k_ref[rows, :], log_g_ref[rows]
+    writes = -_matmul(erases_ref[rows, :], state, k.dtype)
+    for ref in within_ref:
+      writes += ref[rows, :]
     last = _last(log_g)
     return jnp.exp(last) * state + _matmul(k, jnp.exp(last - log_g)[:, None] * writes, k.dtype, (0, 0))
 

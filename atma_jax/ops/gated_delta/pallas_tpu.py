@@ -31,44 +31,52 @@ from atma_jax.ops import dispatch
 from atma_jax.ops import tiles as table
 
 CHUNK = 128  # a matrix unit's edge
-HEAD_SIZES = (64, 128)
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
-  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"takes q, k and v all in bfloat16 or all in float32, not {q.dtype}, {k.dtype}, {v.dtype}"
-  if q.shape[-1] not in HEAD_SIZES or v.shape[-1] not in HEAD_SIZES:
-    return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]} and {v.shape[-1]}"
   if any(parameters[name].dtype == jnp.float64 for name in ("log_gamma", "beta", "initial_state")):
     return "takes no float64"
-  if dispatch.platform() != "tpu":
-    return f"needs a TPU, and this runs on {dispatch.platform()}"
-  if dispatch.undivided():
-    return "takes what lies on one device: on a mesh of several it must be called inside shard_map"
-  return None
+  return dispatch.kernel_refusal("tpu", q, k, v)
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, initial_state: jax.Array,
                 carry: table.Carry | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """See `atma_jax.ops.gated_delta`; `carry` overrides the table, `interpret` runs the kernels without a TPU."""
-  T, H, D = q.shape[1:]
-  heads = (carry or table.delta(q.dtype.itemsize, D, T)).heads
-  heads = max(n for n in range(1, min(heads, H) + 1) if H % n == 0)
-  padding = -T % CHUNK  # a padded step has gamma 1 and beta 0 and leaves the state alone
+  readout, state = _run(*map(_head_first, (q, k, v)), jnp.cumsum(_rows(log_gamma), axis=-1), _rows(beta),
+                        initial_state.mT.astype(jnp.float32), _heads(k, carry), interpret)
+  return jnp.swapaxes(readout, 1, 2)[:, : q.shape[1]], state.mT
 
-  def head_first(x):
-    """(B, T, H, ...) as (B, H, T padded, ...)."""
-    return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) if padding else x, 1, 2)
 
-  def rows(x):
-    """(B, T, H) as (B, H, N, 1, n) float32."""
-    x = head_first(x.astype(jnp.float32))
-    return x.reshape(*x.shape[:2], -1, 1, CHUNK)
+def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, carry: table.Carry | None = None,
+               interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+  """See `atma_jax.ops.gated_delta.chunked.transition`; `carry` and `interpret` as above."""
+  (B, _, H, D), Dv = k.shape, v.shape[-1]
+  identity = jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (B, H, D, D))
+  inputs = *map(_head_first, (k, v)), jnp.cumsum(_rows(log_gamma), axis=-1), _rows(beta), identity
+  changes, written = _call("gated_delta_transition", _transition_kernel, inputs,
+                           (identity, jax.ShapeDtypeStruct((B, H, D, Dv), jnp.float32)), _heads(k, carry), interpret,
+                           reverse=False, products=19, states=2)
+  return changes.mT, written.mT
 
-  readout, state = _run(*map(head_first, (q, k, v)), jnp.cumsum(rows(log_gamma), axis=-1), rows(beta),
-                        initial_state.mT.astype(jnp.float32), heads, interpret)
-  return jnp.swapaxes(readout, 1, 2)[:, :T], state.mT
+
+def _heads(k: jax.Array, carry: table.Carry | None) -> int:
+  """Heads of a program."""
+  T, H, D = k.shape[1:]
+  heads = (carry or table.delta(k.dtype.itemsize, D, T)).heads
+  return max(n for n in range(1, min(heads, H) + 1) if H % n == 0)
+
+
+def _head_first(x: jax.Array) -> jax.Array:
+  """(B, T, H, ...) as (B, H, T padded, ...); a padded step has gamma 1 and beta 0 and leaves the state alone."""
+  padding = -x.shape[1] % CHUNK
+  return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) if padding else x, 1, 2)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+  """(B, T, H) as (B, H, N, 1, n) float32."""
+  x = _head_first(x.astype(jnp.float32))
+  return x.reshape(*x.shape[:2], -1, 1, CHUNK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -97,29 +105,32 @@ def _run_backward(heads, interpret, residuals, cotangents):
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _call(name, kernel, inputs, outputs, heads, interpret, *, reverse, products):
-  """Runs `kernel` over all chunks, its last input and output being states (B, H, D, Dv) and its scratch another.
+def _call(name, kernel, inputs, outputs, heads, interpret, *, reverse, products, states=1):
+  """Runs `kernel` over all chunks; its last input and its last `states` outputs are states (B, H, D, Dv), its scratch more of
+  those outputs.
 
   The rank of the other arrays tells their kind: (B, H, T, D) vectors, (B, H, N, rows, columns) a matrix or a row a chunk.
   """
-  (B, H, T, D), Dv = inputs[0].shape, inputs[2].shape[3]
+  B, H, T, D = inputs[0].shape
   count = T // CHUNK
 
-  def block(x):
+  def block(x, state):
     def chunk(c):
       return count - 1 - c if reverse else c
 
+    if state:
+      return pl.BlockSpec((None, heads, *x.shape[2:]), lambda b, h, c: (b, h, 0, 0))
     if x.ndim == 4:
       return pl.BlockSpec((None, heads, CHUNK, x.shape[3]), lambda b, h, c: (b, h, chunk(c), 0))
     return pl.BlockSpec((None, heads, None, *x.shape[3:]), lambda b, h, c: (b, h, chunk(c), 0, 0))
 
-  state = pl.BlockSpec((None, heads, D, Dv), lambda b, h, c: (b, h, 0, 0))
-  arrays = (*inputs, *outputs)
+  Dv, arrays = outputs[-1].shape[3], (*inputs, *outputs)
+  in_specs = [block(x, index == len(inputs) - 1) for index, x in enumerate(inputs)]
+  out_specs = [block(x, index >= len(outputs) - states) for index, x in enumerate(outputs)]
   return pl.pallas_call(
     functools.partial(kernel, count=count), name=name, grid=(B, H // heads, count), interpret=interpret,
-    in_specs=[*map(block, inputs[:-1]), state], out_specs=[*map(block, outputs[:-1]), state],
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-    scratch_shapes=[pltpu.VMEM((heads, D, Dv), jnp.float32)],
+    in_specs=in_specs, out_specs=out_specs, out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+    scratch_shapes=[pltpu.VMEM((heads, *x.shape[2:]), jnp.float32) for x in outputs[-states:]],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"),
                                          vmem_limit_bytes=table.vmem_bytes(table.generation())),
     cost_estimate=pl.CostEstimate(flops=2 * products * B * H * T * CHUNK * max(D, Dv), transcendentals=B * H * T * CHUNK,
@@ -204,6 +215,30 @@ def _forward_kernel(q_ref, k_ref, v_ref, log_g_ref, beta_ref, state_ref, readout
   @pl.when(pl.program_id(2) == count - 1)
   def _():
     final_ref[...] = state
+
+
+def _transition_kernel(k_ref, v_ref, log_g_ref, beta_ref, identity_ref, changes_ref, written_ref, change_ref, write_ref, *,
+                       count):
+  """The carry from the identity without writes, and from zero with them; both transposed."""
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    change_ref[...], write_ref[...] = identity_ref[...], jnp.zeros(write_ref.shape, jnp.float32)
+
+  k, log_g = k_ref[...], log_g_ref[...]
+  dtype, (p, s), column, last = k.dtype, _steps(), _column(log_g), _last(log_g)
+  g, beta, decay = jnp.exp(column), _column(beta_ref[...]), jnp.exp(last - column)
+  inverse = _unit_lower_inverse(jnp.where(s < p, beta * _ratios(log_g) * _product(k, k, dtype, ROWS), 0), dtype).astype(dtype)
+
+  def after(state, v):
+    writes = _product(inverse, beta * (v - g * _product(k, state, dtype)), dtype)
+    return jnp.exp(last) * state + _product(k, decay * writes, dtype, COLUMNS)
+
+  change_ref[...] = after(change_ref[...], 0.0)
+  write_ref[...] = after(write_ref[...], v_ref[...].astype(jnp.float32))
+
+  @pl.when(pl.program_id(2) == count - 1)
+  def _():
+    changes_ref[...], written_ref[...] = change_ref[...], write_ref[...]
 
 
 def _backward_kernel(q_ref, k_ref, v_ref, log_g_ref, beta_ref, writes_ref, inverse_ref, states_ref, g_readout_ref, g_final_ref,

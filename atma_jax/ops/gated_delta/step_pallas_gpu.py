@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from atma_jax.ops import dispatch
 
 ROWS = 16  # of a state that a program takes: 8 KiB
-HEAD_SIZES = (64, 128)
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, *, state: jax.Array, **parameters) -> str | None:
@@ -21,13 +20,9 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, *, state: jax.Array, **pa
   del k, parameters
   if state.dtype != jnp.float32:
     return f"takes a float32 state, not {state.dtype}"
-  if q.shape[3] not in HEAD_SIZES or v.shape[3] not in HEAD_SIZES:
-    return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[3]} and {v.shape[3]}"
-  if dispatch.platform() != "gpu":
-    return f"needs a GPU, and this runs on {dispatch.platform()}"
-  if dispatch.undivided():
-    return "takes the arrays of one device, not whole ones of a mesh"
-  return None
+  if not {q.shape[3], v.shape[3]} <= set(dispatch.KERNEL_HEAD_SIZES):
+    return f"takes head sizes {' and '.join(map(str, dispatch.KERNEL_HEAD_SIZES))}, not {q.shape[3]} and {v.shape[3]}"
+  return dispatch.elsewhere("gpu")
 
 
 def gated_delta_step(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, state: jax.Array,

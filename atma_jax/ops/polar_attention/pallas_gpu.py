@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -28,7 +29,6 @@ from atma_jax.ops import tiles as table
 from atma_jax.ops.polar_attention import formula
 from atma_jax.ops.tiles import Tile, Tiles
 
-HEAD_SIZES = (64, 128)
 LOG2_E = math.log2(math.e)
 MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key makes no NaN, and exact under any scale
 
@@ -36,13 +36,7 @@ MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key m
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
   del parameters
-  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"takes q, k and v all in bfloat16 or all in float32, not {q.dtype}, {k.dtype}, {v.dtype}"
-  if q.shape[-1] not in HEAD_SIZES:
-    return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
-  if dispatch.platform() != "gpu":
-    return f"needs a GPU, and this runs on {dispatch.platform()}"
-  return None
+  return dispatch.kernel_refusal("gpu", q, k, v)
 
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
@@ -52,19 +46,21 @@ def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Arr
   (T, D), S = (q.shape[1], q.shape[3]), k.shape[1]
   tiles = tiles or table.polar("gpu", q.dtype.itemsize, D, T)
   temp, null = formula.positional_logits(null_base, null_slope, len_gain, queries=T, keys=S, window=window)
-  call = _Call(T, S, S if window is None else min(window, S), tiles, interpret)
+  window = S if window is None else min(window, S)
+  call = Call(T, S, window, window < S, tiles, interpret)
   direction, lse, crowding = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32),
                                      v_null.astype(jnp.float32), call)
   return direction, formula.magnitude(1 / crowding, jax.nn.sigmoid(lse - null), mag_beta)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
   """What is static about a call."""
 
   queries: int
   keys: int
-  window: int  # at most `keys`, which then means none
+  window: int
+  windowed: bool  # else no query has more than `window` keys before it
   tiles: Tiles
   interpret: bool
 
@@ -73,13 +69,8 @@ class _Call:
     """Position of the first query."""
     return self.keys - self.queries
 
-  @property
-  def windowed(self) -> bool:
-    return self.window < self.keys
-
-  def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Whether a query (its row, not its position) sees a key."""
-    distance = queries + self.offset - keys
+  def visible(self, distance: jax.Array) -> jax.Array:
+    """Whether a query so many positions after a key sees it."""
     return (distance >= 0) & (distance < self.window) if self.windowed else distance >= 0
 
   def pad(self, x: jax.Array, axis: int) -> jax.Array:
@@ -89,42 +80,58 @@ class _Call:
     padding[axis] = (0, -x.shape[axis] % max(max(tile.q, tile.k) for tile in tiles))
     return jnp.pad(x, padding) if padding[axis][1] else x
 
-  def key_blocks(self, row: jax.Array, tile: Tile, keys: int) -> tuple[jax.Array, ...]:
-    """Blocks of keys that `tile.q` queries from `row` on see: (first, first unmasked, first masked, end)."""
-    position = row + self.offset
-    end = jnp.minimum(_ceil(position + tile.q, tile.k), keys // tile.k)
-    full_end = jnp.minimum(lax.div(position + 1, tile.k), end)
+  def key_blocks(self, position: jax.Array, tile: Tile, blocks: int) -> tuple[jax.Array, ...]:
+    """Blocks of keys, of so many, that `tile.q` queries from a position on see: (first, first unmasked, first masked, end)."""
+    end = jnp.clip(ceil(position + tile.q, tile.k), 0, blocks)
+    full_end = jnp.clip(lax.div(position + 1, tile.k), 0, end)
     if not self.windowed:
       return 0, 0, full_end, end
     first = jnp.minimum(lax.div(jnp.maximum(position - self.window + 1, 0), tile.k), end)
-    full = jnp.clip(_ceil(jnp.maximum(position + tile.q - self.window, 0), tile.k), first, end)
+    full = jnp.clip(ceil(jnp.maximum(position + tile.q - self.window, 0), tile.k), first, end)
     return first, full, jnp.maximum(full, full_end), end
 
-  def query_blocks(self, key: jax.Array, tile: Tile, queries: int) -> tuple[jax.Array, ...]:
-    """Blocks of queries that see any of `tile.k` keys from `key` on: (first, first unmasked, first masked, end)."""
-    row = key - self.offset  # of the query at the first key's position
-    blocks = queries // tile.q
+  def query_blocks(self, row: jax.Array, tile: Tile, blocks: int) -> tuple[jax.Array, ...]:
+    """Blocks of queries, of so many, that see any of `tile.k` keys of which the first has the position of query `row`."""
     first = jnp.minimum(lax.div(jnp.maximum(row, 0), tile.q), blocks)
-    full = jnp.clip(_ceil(jnp.maximum(row + tile.k - 1, 0), tile.q), first, blocks)
+    full = jnp.clip(ceil(jnp.maximum(row + tile.k - 1, 0), tile.q), first, blocks)
     if not self.windowed:
       return first, full, blocks, blocks
-    end = jnp.clip(_ceil(jnp.maximum(row + tile.k - 1 + self.window, 0), tile.q), first, blocks)
+    end = jnp.clip(ceil(jnp.maximum(row + tile.k - 1 + self.window, 0), tile.q), first, blocks)
     full = jnp.minimum(full, end)
     return first, full, jnp.clip(lax.div(jnp.maximum(row + self.window, 0), tile.q), full, end), end
 
 
-def _ceil(x: jax.Array, y: int) -> jax.Array:
+  def power(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """``2^(x scale - shift)``: two instructions an element, where `jnp.exp2` takes care of denormal numbers with five more."""
+    if self.interpret:
+      return jnp.exp2(x * scale - shift)
+    return _assembly("{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }", x, scale, -shift)
+
+  def product_sum(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    """``x y + z`` as one instruction: the compiler would round the product by itself."""
+    return x * y + z if self.interpret else _assembly("fma.rn.f32 $0, $1, $2, $3;", x, y, z)
+
+
+def _assembly(code: str, *arguments: jax.Array) -> jax.Array:
+  shape = jnp.broadcast_shapes(*(x.shape for x in arguments))
+  result, = plgpu.elementwise_inline_asm(code, args=[jnp.broadcast_to(x, shape) for x in arguments], pack=1,
+                                         constraints=",".join(["=f", *"f" * len(arguments)]),
+                                         result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)])
+  return result
+
+
+def ceil(x: jax.Array, y: int) -> jax.Array:
   return lax.div(x + (y - 1), y)
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
   """Matrix product accumulated in float32; float32 operands are not rounded to tf32."""
   precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
                          preferred_element_type=jnp.float32)
 
 
-def _three_loops(bounds: tuple[jax.Array, ...], body, carry):
+def three_loops(bounds: tuple[jax.Array, ...], body, carry):
   """Runs ``body(masked, index, carry)`` over [b0, b1) masked, [b1, b2) unmasked and [b2, b3) masked."""
   for lower, upper, masked in zip(bounds[:-1], bounds[1:], (True, False, True)):
     if lower is not upper:
@@ -132,36 +139,81 @@ def _three_loops(bounds: tuple[jax.Array, ...], body, carry):
   return carry
 
 
-def _rows(array: jax.Array) -> jax.Array:
+def rows_of(array: jax.Array) -> jax.Array:
   """(..., T, H) to (..., H, T), the layout in which a kernel reads a block of queries' scalars."""
   return jnp.swapaxes(array, -1, -2)
+
+
+def by_queries(tile: Tile, q: jax.Array, k: jax.Array) -> tuple[Any, ...]:
+  """Blocks of queries, of whole keys, of scalars a head (H, T) and a row (B, H, T); and the grid, the longest rows first."""
+  (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+  blocks = T // tile.q
+  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
+  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
+  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
+  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  return query, key, head_rows, rows, (H, B, blocks)
+
+
+# What a block of keys, or of queries, adds to the sums of each kernel; `visible` makes the mask, and is false where all see all.
+
+
+def fold(call: Call, q, scale, k_ref, v_ref, keys, visible, carry):
+  """Statistics m, the largest logit in base 2, L, Q and S of a block of queries."""
+  m, L, Q, S = carry
+  scores = dot(q, k_ref[keys, :], (1, 1))
+  if visible:
+    scores = jnp.where(visible(), scores, MASKED)
+  m_next = jnp.maximum(m, jnp.max(scores, axis=1) * scale)  # the scale is positive
+  p, shrink = call.power(scores, scale[:, None], m_next[:, None]), call.power(m, jnp.ones_like(m), m_next)
+  L = L * shrink + jnp.sum(p, axis=1)
+  Q = Q * (shrink * shrink) + jnp.sum(p * p, axis=1)
+  v = v_ref[keys, :]
+  return m_next, L, Q, S * shrink[:, None] + dot(p.astype(v.dtype), v)
+
+
+def add_dq(call: Call, q, go, scale, lse, twice, delta, k_ref, v_ref, keys, visible, carry):
+  """dq of a block of queries, and the sum of a query's dlogit, times its scale."""
+  (dq, total), natural, k = carry, scale / LOG2_E, k_ref[keys, :]
+  p = call.power(dot(q, k, (1, 1)), scale[:, None], lse[:, None])
+  if visible:
+    p = jnp.where(visible(), p, 0)
+  ds = p * call.product_sum(dot(go, v_ref[keys, :], (1, 1)), natural[:, None],
+                            call.product_sum(p, twice[:, None], -delta[:, None]))
+  ds = ds.astype(k.dtype)
+  return dq + dot(ds, k), total + jnp.sum(ds.astype(jnp.float32), axis=1)
+
+
+def add_dkv(call: Call, k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, h, rows, visible, carry):
+  """dk and dv of a block of keys, from queries of head h of the group."""
+  dk, dv = carry
+  q, go, scale = q_ref[rows, h, :], go_ref[rows, h, :], scale_ref[h, rows]
+  p = call.power(dot(k, q, (1, 1)), scale[None, :], lse_ref[h, rows][None, :])
+  if visible:
+    p = jnp.where(visible(), p, 0)
+  dv = dv + dot(p.astype(go.dtype), go)
+  natural = (scale / LOG2_E)[None, :]
+  ds = p * call.product_sum(dot(v, go, (1, 1)), natural,
+                            call.product_sum(p, twice_ref[h, rows][None, :], -delta_ref[h, rows][None, :]))
+  return dk + dot(ds.astype(q.dtype), q), dv
 
 
 # Forward.
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, scale_ref, null_ref, v_null_ref, direction_ref, lse_ref, crowding_ref,
-                    norm_ref, *, call: _Call, blocks: int):
+                    norm_ref, *, call: Call):
   tile = call.tiles.forward
-  row = (blocks - 1 - pl.program_id(2)) * tile.q  # the longest first
+  row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q  # the longest first
   q, scale = q_ref[...], scale_ref[...]
 
   def step(masked, j, carry):
-    m, L, Q, S = carry
-    keys = pl.ds(j * tile.k, tile.k)
-    scores = _dot(q, k_ref[keys, :], (1, 1))
-    if masked:
-      scores = jnp.where(_visible(call, row, j * tile.k, tile), scores, MASKED)
-    m_next = jnp.maximum(m, jnp.max(scores, axis=1) * scale)  # the scale is positive
-    p, shrink = jnp.exp2(scores * scale[:, None] - m_next[:, None]), jnp.exp2(m - m_next)
-    L = L * shrink + jnp.sum(p, axis=1)
-    Q = Q * (shrink * shrink) + jnp.sum(p * p, axis=1)
-    v = v_ref[keys, :]
-    return m_next, L, Q, S * shrink[:, None] + _dot(p.astype(v.dtype), v)
+    visible = masked and functools.partial(_visible, call, row, j * tile.k, tile)
+    return fold(call, q, scale, k_ref, v_ref, pl.ds(j * tile.k, tile.k), visible, carry)
 
   zeros = jnp.zeros((tile.q,), jnp.float32)
   carry = zeros - jnp.inf, zeros, zeros, jnp.zeros((tile.q, q.shape[1]), jnp.float32)
-  m, L, Q, S = _three_loops(call.key_blocks(row, tile, k_ref.shape[0]), step, carry)
+  m, L, Q, S = three_loops(call.key_blocks(row + call.offset, tile, k_ref.shape[0] // tile.k), step, carry)
 
   lse, null = m + jnp.log2(L), null_ref[...]
   w_key, w_null = 1 / (1 + jnp.exp2(null - lse)), 1 / (1 + jnp.exp2(lse - null))
@@ -171,26 +223,22 @@ def _forward_kernel(q_ref, k_ref, v_ref, scale_ref, null_ref, v_null_ref, direct
   lse_ref[...], crowding_ref[...], norm_ref[...] = lse, Q / (L * L), norm
 
 
-def _visible(call: _Call, row: jax.Array, key: jax.Array, tile: Tile) -> jax.Array:
-  return call.visible(row + jnp.arange(tile.q)[:, None], key + jnp.arange(tile.k)[None, :])
+def _visible(call: Call, row: jax.Array, key: jax.Array, tile: Tile) -> jax.Array:
+  return call.visible(row + jnp.arange(tile.q)[:, None] + call.offset - (key + jnp.arange(tile.k)[None, :]))
 
 
-def _forward(q, k, v, temp, null, v_null, call: _Call):
+def _forward(q, k, v, temp, null, v_null, call: Call):
   """Direction (B, T, H, D); lse in base 2, crowding, norm of the attended vector (B, H, T)."""
-  scale = call.pad(_rows(temp) * (LOG2_E * q.shape[3] ** -0.5), 1)
-  q, k, v, null = call.pad(q, 1), call.pad(k, 1), call.pad(v, 1), call.pad(_rows(null) * LOG2_E, 1)
-  (B, T, H, D), (S, K), tile = q.shape, k.shape[1:3], call.tiles.forward
-  blocks = T // tile.q
-  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
-  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
-  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
-  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  scale = call.pad(rows_of(temp) * (LOG2_E * q.shape[3] ** -0.5), 1)
+  q, k, v, null = call.pad(q, 1), call.pad(k, 1), call.pad(v, 1), call.pad(rows_of(null) * LOG2_E, 1)
+  (B, T, H, D), tile = q.shape, call.tiles.forward
+  query, key, head_rows, rows, grid = by_queries(tile, q, k)
   scalars = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
   outputs = pl.pallas_call(
-    functools.partial(_forward_kernel, call=call, blocks=blocks), name="polar_attention",
+    functools.partial(_forward_kernel, call=call), name="polar_attention",
     out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), scalars, scalars, scalars],
     in_specs=[query, key, key, head_rows, head_rows, pl.BlockSpec((None, D), lambda h, b, i: (h, 0))],
-    out_specs=[query, rows, rows, rows], grid=(H, B, blocks), interpret=call.interpret,
+    out_specs=[query, rows, rows, rows], grid=grid, interpret=call.interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(q, k, v, scale, null, v_null)
   return outputs[0][:, : call.queries], *(x[..., : call.queries] for x in outputs[1:])
@@ -200,59 +248,47 @@ def _forward(q, k, v, temp, null, v_null, call: _Call):
 
 
 def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, q_dq_ref,
-               total_ref, *, call: _Call, blocks: int):
+               total_ref, *, call: Call):
   tile = call.tiles.dq
-  row = (blocks - 1 - pl.program_id(2)) * tile.q
+  row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q
   q, go, scale = q_ref[...], go_ref[...], scale_ref[...]
-  lse, twice, delta, natural = lse_ref[...], twice_ref[...], delta_ref[...], scale / LOG2_E
+  scalars = scale, lse_ref[...], twice_ref[...], delta_ref[...]
 
   def step(masked, j, carry):
-    dq, total = carry
-    keys = pl.ds(j * tile.k, tile.k)
-    k = k_ref[keys, :]
-    p = jnp.exp2(_dot(q, k, (1, 1)) * scale[:, None] - lse[:, None])
-    if masked:
-      p = jnp.where(_visible(call, row, j * tile.k, tile), p, 0)
-    ds = p * (_dot(go, v_ref[keys, :], (1, 1)) * natural[:, None] + (p * twice[:, None] - delta[:, None]))
-    ds = ds.astype(k.dtype)
-    return dq + _dot(ds, k), total + jnp.sum(ds.astype(jnp.float32), axis=1)
+    visible = masked and functools.partial(_visible, call, row, j * tile.k, tile)
+    return add_dq(call, q, go, *scalars, k_ref, v_ref, pl.ds(j * tile.k, tile.k), visible, carry)
 
   zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros((tile.q,), jnp.float32)
-  dq, total = _three_loops(call.key_blocks(row, tile, k_ref.shape[0]), step, zeros)
+  dq, total = three_loops(call.key_blocks(row + call.offset, tile, k_ref.shape[0] // tile.k), step, zeros)
   dq_ref[...] = dq.astype(dq_ref.dtype)
   q_dq_ref[...], total_ref[...] = jnp.sum(dq * q.astype(jnp.float32), axis=1), total
 
 
 def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dk_ref, dv_ref, *,
-                call: _Call):
+                call: Call):
   tile = call.tiles.dkv
   key = pl.program_id(2) * tile.k
   k, v = k_ref[...], v_ref[...]
-  bounds = call.query_blocks(key, tile, q_ref.shape[0])
+  bounds = call.query_blocks(key - call.offset, tile, q_ref.shape[0] // tile.q)
+  queries = q_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref
 
   def head(h, carry):
     def step(masked, i, carry):
-      dk, dv = carry
-      rows = pl.ds(i * tile.q, tile.q)
-      q, go, scale = q_ref[rows, h, :], go_ref[rows, h, :], scale_ref[h, rows]
-      p = jnp.exp2(_dot(k, q, (1, 1)) * scale[None, :] - lse_ref[h, rows][None, :])
-      if masked:
-        visible = call.visible(i * tile.q + jnp.arange(tile.q)[None, :], key + jnp.arange(tile.k)[:, None])
-        p = jnp.where(visible, p, 0)
-      dv = dv + _dot(p.astype(go.dtype), go)
-      natural = (scale / LOG2_E)[None, :]
-      ds = p * (_dot(v, go, (1, 1)) * natural + (p * twice_ref[h, rows][None, :] - delta_ref[h, rows][None, :]))
-      return dk + _dot(ds.astype(q.dtype), q), dv
-    return _three_loops(bounds, step, carry)
+      def visible():
+        query = i * tile.q + jnp.arange(tile.q)[None, :]
+        return call.visible(query + call.offset - (key + jnp.arange(tile.k)[:, None]))
+
+      return add_dkv(call, k, v, *queries, h, pl.ds(i * tile.q, tile.q), masked and visible, carry)
+    return three_loops(bounds, step, carry)
 
   zeros = jnp.zeros(k.shape, jnp.float32)
   dk, dv = lax.fori_loop(0, q_ref.shape[1], head, (zeros, zeros))
   dk_ref[...], dv_ref[...] = dk.astype(dk_ref.dtype), dv.astype(dv_ref.dtype)
 
 
-def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
+def _backward(q, k, v, go, temp, lse, twice, delta, call: Call):
   """Gradients of q, k, v; ``q.dq`` and the sum of a query's dlogit (B, H, T); from `go` (B, T, H, D) and (B, H, T) scalars."""
-  natural = _rows(temp) * q.shape[3] ** -0.5
+  natural = rows_of(temp) * q.shape[3] ** -0.5
   scale = call.pad(natural * LOG2_E, 1)
   twice, delta = (x * natural for x in (twice, delta))
   lse, twice, delta = (call.pad(x, 2) for x in (lse, twice, delta))
@@ -261,17 +297,13 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
   arguments = q, k, v, go, scale, lse, twice, delta
 
   tile = call.tiles.dq
-  blocks = T // tile.q
-  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
-  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
-  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
-  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  query, key, head_rows, rows, grid = by_queries(tile, q, k)
   scalars = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
   dq, q_dq, total = pl.pallas_call(
-    functools.partial(_dq_kernel, call=call, blocks=blocks), name="polar_attention_dq",
+    functools.partial(_dq_kernel, call=call), name="polar_attention_dq",
     out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), scalars, scalars],
     in_specs=[query, key, key, query, head_rows, rows, rows, rows],
-    out_specs=[query, rows, rows], grid=(H, B, blocks), interpret=call.interpret,
+    out_specs=[query, rows, rows], grid=grid, interpret=call.interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(*arguments)
 
@@ -293,24 +325,24 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: _Call):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, temp, null, v_null, call: _Call):
+def _attend(q, k, v, temp, null, v_null, call: Call):
   """Direction (B, T, H, D), and natural log-sum-exp and crowding (B, T, H), from temp and null (T, H)."""
   return _attend_forward(q, k, v, temp, null, v_null, call)[0]
 
 
-def _attend_forward(q, k, v, temp, null, v_null, call: _Call):
+def _attend_forward(q, k, v, temp, null, v_null, call: Call):
   direction, lse, crowding, norm = checkpoint_name(_forward(q, k, v, temp, null, v_null, call), "polar_attention")
   residuals = q, k, v, temp, null, v_null, direction, lse, crowding, norm
-  return (direction, _rows(lse) / LOG2_E, _rows(crowding)), residuals
+  return (direction, rows_of(lse) / LOG2_E, rows_of(crowding)), residuals
 
 
-def _attend_backward(call: _Call, residuals, cotangents):
+def _attend_backward(call: Call, residuals, cotangents):
   q, k, v, temp, null, v_null, direction, lse, crowding, norm = residuals
-  natural_lse, crowding = _rows(lse) / LOG2_E, _rows(crowding)
-  through = formula.through_null(cotangents, direction, natural_lse - null, crowding, _rows(norm), v_null)
-  dq, dk, dv, q_dq, total = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, _rows(through.twice),
-                                      _rows(through.delta), call)
-  dtemp = formula.temperature_gradient(_rows(q_dq), _rows(total), through.d_lse, natural_lse, crowding, temp)
+  natural_lse, crowding = rows_of(lse) / LOG2_E, rows_of(crowding)
+  through = formula.through_null(cotangents, direction, natural_lse - null, crowding, rows_of(norm), v_null)
+  dq, dk, dv, q_dq, total = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, rows_of(through.twice),
+                                      rows_of(through.delta), call)
+  dtemp = formula.temperature_gradient(rows_of(q_dq), rows_of(total), through.d_lse, natural_lse, crowding, temp)
   return dq, dk, dv, jnp.sum(dtemp, axis=0), through.d_null, through.d_v_null
 
 

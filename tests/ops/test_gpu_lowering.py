@@ -1,0 +1,73 @@
+"""The GPU kernels lower to Triton without a GPU, inline assembly included, which interpret mode does not run."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+import pytest
+
+from atma_jax.ops.cached_attention import api as cached
+from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
+from atma_jax.ops.gated_delta.step import gated_delta_step
+from atma_jax.ops.polar_attention import pallas_gpu
+
+HOPPER = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
+
+
+def lowered(call, *shapes) -> str:
+  """Text of the program of the sum of all results of `call` and its gradients."""
+  def total(*arguments):
+    return sum(jnp.sum(x.astype(jnp.float32)) for x in call(*arguments))
+
+  with jax.sharding.use_abstract_mesh(HOPPER):
+    both = jax.jit(jax.value_and_grad(total, tuple(range(len(shapes)))))
+    return both.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("T, K, D, window", [(300, 2, 64, 100), (256, 4, 128, None), (1, 4, 64, None)])
+def test_polar_attention(T, K, D, window, dtype):
+  H, shape = 4, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  names = ["v_null", "null_base", "null_slope", "len_gain", "mag_beta"]
+
+  def call(q, k, v, *raw):
+    return pallas_gpu.polar_attention(q, k, v, **dict(zip(names, raw, strict=True)), window=window)
+
+  arrays = [jax.ShapeDtypeStruct((1, T, heads, D), dtype) for heads in (H, K, K)]
+  text = lowered(call, *arrays, shape((H, D)), *[shape((H,))] * 4)
+  assert text.count("@__gpu$xla.gpu.triton") == 3  # forward, dq, dkv
+  assert text.count("ex2.approx.ftz.f32") == 3
+
+
+def test_gated_delta():
+  B, T, H, D = 1, 130, 2, 64
+  vectors, scalars = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+
+  def call(q, k, v, log_gamma, beta):
+    return delta_gpu.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=jnp.zeros((B, H, D, D)))
+
+  assert lowered(call, *[vectors] * 3, *[scalars] * 2).count("@__gpu$xla.gpu.triton") == 7
+
+
+@pytest.mark.parametrize("R, dtype, page, kernels", [
+  (131328, jnp.bfloat16, None, 2), (768, jnp.int8, 64, 2), (72, jnp.float32, None, 2), (8, jnp.bfloat16, None, 1)])
+def test_decoding(R, dtype, page, kernels):
+  """Attention, its merge where there is more than one share of the keys, and the memory's step, chosen by "auto"."""
+  B, L, H, K, D = 2, 4, 8, 2, 128
+  wide = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+  ring = jax.ShapeDtypeStruct((L, B * R // page if page else B, K, page or R, D), dtype)
+  scales = (jax.ShapeDtypeStruct(ring.shape[:-1], jnp.float32),) * 2 if dtype == jnp.int8 else None
+  table = jax.ShapeDtypeStruct((B, R // page), jnp.int32) if page else None
+
+  def call(q, k, v, keys, values, scales, lengths, table, gates, state):
+    found = cached.cached_statistics(q, k, v, keys, values, lengths, gates, window=50, scales=scales, layer=2, table=table)
+    return found, gated_delta_step(q, k, v, log_gamma=gates, beta=gates, state=state, layer=1)
+
+  vectors, gates = [jax.ShapeDtypeStruct((B, 1, n, D), wide) for n in (H, K, K)], jax.ShapeDtypeStruct((B, 1, H), jnp.float32)
+  with jax.sharding.use_abstract_mesh(HOPPER):
+    text = jax.jit(call).trace(*vectors, ring, ring, scales, jax.ShapeDtypeStruct((B,), jnp.int32), table, gates,
+                               jax.ShapeDtypeStruct((L, B, H, D, D), jnp.float32)).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@__gpu$xla.gpu.triton") == kernels + 1
