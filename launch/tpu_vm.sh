@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A training job on Cloud TPU VMs: create them, install this checkout, run on all workers, follow the log, delete.
-# For v4, v5e, v5p and v6e; TPU7x and later are had through GKE only (launch/gke).
+# For v4, v5e, v5p and v6e; the Cloud TPU API that this calls serves no TPU7x and later: launch/gke.
 set -euo pipefail
 
 # shellcheck source=launch/options.sh

@@ -1,27 +1,169 @@
 """Shared fixtures. The process sees one CPU device; tests/multidevice sees eight (its own process).
 
 Programs are compiled once a test run, not once a process: the workers, and the mains they start, share a compilation cache
-that lasts as long as the run. Runs compared bit for bit then run the same program.
+that lasts as long as the run. Runs compared bit for bit then run the same program. Mains run in children forked from one
+process that has the libraries imported (and no backend started): each is the real main with its own flags, environment,
+streams and exit code, without paying for the imports again.
 """
 
 from __future__ import annotations
 
 import atexit
+from collections.abc import Mapping
+import importlib.metadata
+import json
 import os
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import threading
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit it; jax reads it when it is imported
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="atma_jax-tests-")
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+_QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false"  # fusions take half of the time of compiling a training step
+if importlib.metadata.version("jax").startswith("0.10.") and _QUICK_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_TO_COMPILE}"  # later versions do not know it
 
 import jax
 import numpy as np
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+# Reads jobs, one JSON line each; answers "PID" when one has started and "PID EXIT_CODE" when it has ended.
+FORKING = """
+import gc, json, os, runpy, signal, sys
+import absl.app, flax.nnx, grain, jax, matplotlib.pyplot, ml_collections, optax, orbax.checkpoint, pyarrow.parquet
+
+def reap(*_):
+  while children:
+    child, status = os.waitpid(-1, os.WNOHANG)
+    if not child:
+      return
+    children.discard(child)
+    os.write(1, f"{child} {os.waitstatus_to_exitcode(status)}\\n".encode())
+
+children = set()
+signal.signal(signal.SIGCHLD, reap)
+gc.freeze()
+for line in sys.stdin:
+  job = json.loads(line)
+  signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+  child = os.fork()
+  if child == 0:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    for stream, name in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
+      os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdin = open(os.devnull)
+    os.environ.clear()
+    os.environ.update(job["environ"])
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+      jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))
+    sys.argv = [job["module"], *job["arguments"]]
+    exec(job["first"], {})
+    runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
+    sys.exit(0)
+  children.add(child)
+  os.write(1, f"{child}\\n".encode())
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+for child in list(children):
+  os.kill(child, signal.SIGKILL)
+"""
+
+
+class Child:
+  """A main that runs; what of `subprocess.Popen` the tests use."""
+
+  def __init__(self, forking: Forking, pid: int):
+    self.pid, self.returncode = pid, None
+    self._forking = forking
+
+  def poll(self) -> int | None:
+    """Its exit code, or minus the signal that ended it; None while it runs."""
+    if self.returncode is None:
+      self.returncode = self._forking.codes.get(self.pid)
+    return self.returncode
+
+  def wait(self, timeout: float) -> int:
+    with self._forking.changed:
+      if not self._forking.changed.wait_for(lambda: self.poll() is not None, timeout):
+        raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+    return self.returncode
+
+  def send_signal(self, number: int) -> None:
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def terminate(self) -> None:
+    self.send_signal(signal.SIGTERM)
+
+  def kill(self) -> None:
+    self.send_signal(signal.SIGKILL)
+
+
+class Forking:
+  """Starts mains as children of one process that has imported what they import."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.changed, self.codes = threading.Condition(), {}
+    self._folder, self._started = folder, []
+    self._process = subprocess.Popen([sys.executable, "-c", FORKING], cwd=REPOSITORY, stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    threading.Thread(target=self._listen, daemon=True).start()
+
+  def _listen(self) -> None:
+    for line in self._process.stdout:
+      pid, *code = map(int, line.split())
+      with self.changed:
+        if code:
+          self.codes[pid] = code[0]
+        else:
+          self.codes.pop(pid, None)  # of an older one of that number
+          self._started.append(pid)
+        self.changed.notify_all()
+
+  def start(self, name: str, *arguments: object, stdout: str | os.PathLike = os.devnull,
+            stderr: str | os.PathLike = os.devnull, environ: Mapping[str, str] | None = None, first: str = "") -> Child:
+    """``python -m atma_jax.NAME ARGUMENTS...`` in the repository, `environ` its whole environment, `first` code run before it."""
+    job = {"module": f"atma_jax.{name}", "arguments": [str(a) for a in arguments], "stdout": os.fspath(stdout),
+           "stderr": os.fspath(stderr), "environ": dict(os.environ if environ is None else environ), "first": first}
+    print(json.dumps(job), file=self._process.stdin, flush=True)
+    with self.changed:
+      assert self.changed.wait_for(lambda: self._started, 120), "nothing was started"
+      return Child(self, self._started.pop())
+
+  def run(self, name: str, *arguments: object, timeout: float = 600, **options) -> subprocess.CompletedProcess[str]:
+    """Starts one and waits for its end."""
+    out, error = self._folder / "stdout", self._folder / "stderr"
+    child = self.start(name, *arguments, stdout=out, stderr=error, **options)
+    try:
+      child.wait(timeout)
+    finally:
+      child.kill()
+    return subprocess.CompletedProcess([name, *arguments], child.returncode, out.read_text(), error.read_text())
+
+  def close(self) -> None:
+    self._process.stdin.close()
+    assert self._process.wait(timeout=60) == 0
+
+
+@pytest.fixture(scope="session")
+def forking(tmp_path_factory):
+  """Starts mains; see `Forking`."""
+  forking = Forking(tmp_path_factory.mktemp("streams"))
+  yield forking
+  forking.close()
+
+
+@pytest.fixture(scope="session")
+def main(forking):
+  """Calls ``python -m atma_jax.NAME ARGUMENTS...`` in the repository and returns the completed process."""
+  return forking.run
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,10 @@
 """The command lines: bad input is one line that names the field and the legal values, and exit code 2.
 
-Most cases run in children forked from one process that has the libraries imported (and no backend started): each is
-the real main with its own flags, streams and exit code, without paying for the imports again.
+Most cases run in forked children, see tests/conftest.py.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 import socket
 import subprocess
@@ -17,41 +15,6 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 DEBUG = "--config=configs/debug.py"
 OUTPUT = {"train": "--workdir", "prepare_data": "--directory"}
-
-SERVER = """
-import json, os, runpy, sys
-import absl.app, flax.nnx, grain, jax, matplotlib.pyplot, ml_collections, optax, orbax.checkpoint, pyarrow.parquet
-for line in sys.stdin:
-  job = json.loads(line)
-  child = os.fork()
-  if child == 0:
-    for stream, name in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
-      os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)
-    sys.stdin = open(os.devnull)
-    sys.argv = [job["module"], *job["arguments"]]
-    runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
-    sys.exit(0)
-  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def main(tmp_path_factory):
-  """Calls ``python -m atma_jax.NAME ARGUMENTS...`` in the repository; returns exit code, stdout and stderr."""
-  folder = tmp_path_factory.mktemp("streams")
-  server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=REPOSITORY, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True)
-
-  def call(name: str, *arguments: object) -> tuple[int, str, str]:
-    job = {"module": f"atma_jax.{name}", "arguments": [str(a) for a in arguments],
-           "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr")}
-    print(json.dumps(job), file=server.stdin, flush=True)
-    code = int(server.stdout.readline())
-    return code, (folder / "stdout").read_text(), (folder / "stderr").read_text()
-
-  yield call
-  server.stdin.close()
-  assert server.wait(timeout=60) == 0
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +40,18 @@ def small(corpus: pathlib.Path) -> list[str]:
 def trained(main, corpus, tmp_path_factory):
   """A work directory after one step."""
   workdir = tmp_path_factory.mktemp("trained")
-  code, _, stderr = main("train", *small(corpus), f"--workdir={workdir}")
-  assert code == 0, stderr
+  done = main("train", *small(corpus), f"--workdir={workdir}")
+  assert done.returncode == 0, done.stderr
   return workdir
 
 
-def assert_one_line(result: tuple[int, str, str], *words: str):
+def assert_one_line(result: subprocess.CompletedProcess[str], *words: str):
   """Exit code 2; one line beginning with "error:", the last one, which holds every word; no traceback."""
-  code, stdout, stderr = result
-  lines = stderr.splitlines()
+  lines = result.stderr.splitlines()
   errors = [line for line in lines if line.startswith("error:")]
-  assert code == 2, stderr
-  assert errors == lines[-1:], stderr
-  assert "Traceback" not in stdout + stderr
+  assert result.returncode == 2, result.stderr
+  assert errors == lines[-1:], result.stderr
+  assert "Traceback" not in result.stdout + result.stderr
   assert [word for word in words if word not in errors[0]] == [], errors[0]
 
 
@@ -222,9 +184,10 @@ def test_serve_sizes(main, trained):
 @pytest.mark.parametrize("name", ["train", "evaluate", "prepare_data", "serve"])
 def test_help(main, name):
   """--help lists the main's own flags."""
-  _, stdout, stderr = main(name, "--help")
-  assert "--config" in stdout + stderr or "--checkpoint" in stdout + stderr
-  assert "Traceback" not in stdout + stderr
+  result = main(name, "--help")
+  said = result.stdout + result.stderr
+  assert "--config" in said or "--checkpoint" in said
+  assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(("command", "words"), [
@@ -236,4 +199,4 @@ def test_in_a_process_of_its_own(command, words):
   """As a shell starts it, imports and interpreter exit included."""
   result = subprocess.run([sys.executable, "-m", f"atma_jax.{command[0]}", *command[1:]], cwd=REPOSITORY,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-  assert_one_line((result.returncode, result.stdout, result.stderr), *words)
+  assert_one_line(result, *words)

@@ -44,8 +44,8 @@ def tune(config: Config, shapes: list[tuple[int, int]], repeats: int, seed: int)
     UserError: the kernels do not serve the recipe's head size or dtype, or no candidate runs.
   """
   H, K, D, key = config.model.num_heads, config.model.num_kv_heads, config.model.head_dim, jax.random.key(seed)
-  if D not in pallas_gpu.HEAD_SIZES:
-    raise UserError(f"config.model.head_dim={D}: the kernels take {' and '.join(map(str, pallas_gpu.HEAD_SIZES))}")
+  if D not in dispatch.KERNEL_HEAD_SIZES:
+    raise UserError(f"config.model.head_dim={D}: the kernels take {' and '.join(map(str, dispatch.KERNEL_HEAD_SIZES))}")
   platform = dispatch.platform()
   interpret = platform not in KERNELS
   print(f"{dispatch.device_kind()}, jax {jax.__version__}, H={H} K={K} D={D}"

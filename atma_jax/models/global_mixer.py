@@ -158,7 +158,7 @@ class GlobalMixer(nnx.Module):
     (B, T, H, D) and, for polar attention, ``magnitude`` (B, T, H); of the memory see `Memory`.
     """
     config, (B, T, _) = self.config, x.shape
-    q, gate = jnp.split(self.q(x).reshape(B, T, config.num_heads, 2 * config.head_dim), 2, axis=-1)
+    q, gate = (z.reshape(B, T, config.num_heads, config.head_dim) for z in self.q.split(x, 2, groups=config.num_heads))
     q = layers.head_norm(q)
     k = layers.head_norm(self.k(x).reshape(B, T, config.num_kv_heads, config.head_dim))
     v = self.v(x).reshape(B, T, config.num_kv_heads, config.head_dim)

@@ -120,11 +120,14 @@ class Linear(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.split(x, 1)[0]
 
-  def split(self, x: jax.Array, parts: int) -> list[jax.Array]:
-    """The output in `parts` equal pieces, a product each: the backward pass then has nothing to concatenate."""
-    kernels = jnp.split(self.kernel[...].astype(self.dtype), parts, axis=1)
-    biases = jnp.split(self.bias[...].astype(self.dtype), parts)
-    return [x.astype(self.dtype) @ kernel + bias for kernel, bias in zip(kernels, biases)]
+  def split(self, x: jax.Array, parts: int, groups: int = 1) -> list[jax.Array]:
+    """The output in `parts` equal pieces, a product each: the backward pass then has nothing to concatenate.
+
+    With `groups` the outputs are as many equal groups, and a piece is its share of every group.
+    """
+    kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+    pieces = [jnp.split(w.reshape(*w.shape[:-1], groups, -1), parts, axis=-1) for w in (kernel, bias)]
+    return [x.astype(self.dtype) @ w.reshape(kernel.shape[0], -1) + b.reshape(-1) for w, b in zip(*pieces)]
 
 
 class DepthwiseFilter(nnx.Module):

@@ -8,6 +8,7 @@ import jax
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import LocalPast, Span, convolve
+from atma_jax.models.parallel import gated_short_conv
 
 
 class LocalMixer(nnx.Module):
@@ -28,5 +29,7 @@ class LocalMixer(nnx.Module):
     """The output for tokens that follow `past`, and the update of the past; it has no slots for `reach` to limit."""
     del reach
     b, c, h = self.in_proj.split(x, 3)
+    if span is None:
+      return self.out_proj(gated_short_conv(b, c, h, self.conv.weight[...], channels="mlp")), LocalPast(None)
     y, history = convolve(b * h, self.conv.weight[...], past.history, span, "mlp")
     return self.out_proj(c * y), LocalPast(history)

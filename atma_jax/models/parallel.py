@@ -77,6 +77,13 @@ def short_conv(x: jax.Array, weight: jax.Array, *, channels: str) -> jax.Array:
                  ((*_activations(x)[:2], channels), (None, channels)), (*_activations(x)[:2], channels))
 
 
+def gated_short_conv(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array, *, channels: str) -> jax.Array:
+  """`atma_jax.ops.gated_short_conv` of whole sequences; `channels` as for `short_conv`."""
+  if parts("sequence") == 1:
+    return ops.gated_short_conv(gate, output_gate, x, weight)
+  return output_gate * short_conv(gate * x, weight, channels=channels)
+
+
 def _attention(split: Callable, whole: Callable, **options) -> Callable:
   op = whole if parts("sequence") == 1 else functools.partial(split, axis=_CONTEXT)
   return functools.partial(op, **options)

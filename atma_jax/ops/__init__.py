@@ -4,12 +4,13 @@ from atma_jax.ops.cross_entropy import cross_entropy, soft_cap, token_losses, to
 from atma_jax.ops.gated_delta.api import gated_delta
 from atma_jax.ops.polar_attention.api import polar_attention, polar_statistics
 from atma_jax.ops.rotary import rotary_embedding
-from atma_jax.ops.short_conv import short_conv
+from atma_jax.ops.short_conv import gated_short_conv, short_conv
 from atma_jax.ops.softmax_attention import softmax_attention
 
 __all__ = [
   "cross_entropy",
   "gated_delta",
+  "gated_short_conv",
   "polar_attention",
   "polar_statistics",
   "rotary_embedding",

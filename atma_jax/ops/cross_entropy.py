@@ -94,8 +94,8 @@ def _cross_entropy_fwd(hidden, kernel, bias, targets, weights, cap, z_loss, chun
     dlogits = weighted_p - jnp.where(_one_hot(logits, targets), weights[..., None], 0)
     share = 1 - jnp.square(logits / cap)
     dz = dlogits * share * jnp.sqrt(share)  # the cap's slope is (1 - (y / cap)^2)^(3/2)
-    dbias += jnp.sum(dz, axis=(0, 1))
-    dz = dz.astype(hidden.dtype)
+    dz = jax.lax.optimization_barrier(dz.astype(hidden.dtype))  # stored once, and in the narrow type
+    dbias += jnp.sum(dz, axis=(0, 1), dtype=dtype)
     dkernel += jnp.einsum("btc,btv->cv", hidden, dz, preferred_element_type=dtype)
     dhidden = jnp.einsum("btv,cv->btc", dz, cast)
     loss_sum += jnp.sum(weights * (nll + z_loss * z2))
@@ -139,15 +139,17 @@ def _log_partition(head: jax.Array, bias: jax.Array, targets: jax.Array, cap: fl
   """Logsumexp of the logits and the target's logit, (B, chunk) each.
 
   The cap bounds the logits, so nothing has to look for their maximum, unless the cap is so wide that exponentials could
-  underflow; and one reduction takes both sums: the head's output is read once.
+  underflow; and one reduction takes both sums: the head's output is read once. The target is capped after the sum, or XLA
+  would store the capped logits, which both sums would then need.
   """
-  logits = _logits(head, bias, cap)
+  z = head + bias.astype(head.dtype)
+  logits = soft_cap(z, cap)
   top = jnp.max(logits, axis=-1) if cap > 40 else jnp.full(logits.shape[:-1], cap, logits.dtype)
-  target = jnp.where(_one_hot(logits, targets), logits, 0)
+  target = jnp.where(_one_hot(logits, targets), z, 0)
   zero = jnp.zeros((), logits.dtype)
   total, target = jax.lax.reduce((jnp.exp(logits - top[..., None]), target), (zero, zero),
                                  lambda a, b: (a[0] + b[0], a[1] + b[1]), (logits.ndim - 1,))
-  return top + jnp.log(total), target
+  return top + jnp.log(total), soft_cap(target, cap)
 
 
 def _chunks(chunk: int, parts: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:

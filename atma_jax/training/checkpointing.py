@@ -4,8 +4,10 @@ A step has three items: ``state`` (arrays), ``data`` (the iterator's state) and 
 Orbax writes it in the background and renames it into place, so a kill leaves the step before. A restore verifies a
 position-dependent checksum of every array: a truncated or altered step is reported and the one before it used.
 
-The directory is any that Orbax takes, ``gs://BUCKET/PATH`` included; several processes must all see it. Whether a step was
-written or can be read is agreed between them: a disk that fails in one of them is a failure for all, and none is left waiting.
+The directory is any that Orbax takes, ``gs://BUCKET/PATH`` included; several processes must all see it. Steps go there directly,
+not by way of local disks: Orbax 0.12's managers for that (emergency, peer-to-peer, replicator) bind a local step to the processes
+and devices that wrote it, keep nothing like ``meta``, or need several slices or a driver of GKE. Whether a step was written or
+can be read is agreed between the processes: a disk that fails in one of them is a failure for all, and none is left waiting.
 """
 
 from __future__ import annotations

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from atma_jax.cli import load_recipe
 from atma_jax.training.loop import DONE, train
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 SENTENCES = "The quick brown fox number {} jumps over the lazy dog, {} times in a row, and then sleeps.\n"
 
 
-def ablate(*arguments: object) -> subprocess.CompletedProcess:
-  return subprocess.run([sys.executable, "-m", "atma_jax.ablate", *map(str, arguments)], cwd=REPOSITORY, text=True,
-                        capture_output=True, timeout=600, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(main, tmp_path_factory):
   """Two seeds."""
   corpus, output = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("sweep")
   for i in range(40):
     (corpus / f"{i}.txt").write_text("".join(SENTENCES.format(i, j * i) for j in range(12)))
-  done = ablate(
-    "--config=configs/debug.py", f"--config.data.sources=text:{corpus}/*.txt", "--config.data.sequence_length=32",
+  done = main(
+    "ablate", "--config=configs/debug.py", f"--config.data.sources=text:{corpus}/*.txt", "--config.data.sequence_length=32",
     "--config.model.num_layers=1", "--config.model.block_pattern=global", "--config.model.width=16",
     "--config.model.memory.enabled=false", "--config.optimizer.kind=adamw",
     "--config.model.window=16", "--config.train.steps=4", "--config.train.log_every=1", "--config.train.validate_every=0",
@@ -43,7 +34,7 @@ def losses(path: pathlib.Path) -> list[float]:
   return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
 
 
-def test_results_and_resumption(finished):
+def test_results_and_resumption(main, finished):
   """Both cells share the data; the same directory again runs nothing."""
   results = {path.parent.name: json.loads(path.read_text()) for path in finished.glob("cells/*/result.json")}
   assert results.keys() == {"seed-0", "seed-1"}
@@ -54,7 +45,7 @@ def test_results_and_resumption(finished):
   assert len(list((finished / "data").glob("*/manifest.json"))) == 1
   assert {"results.parquet", "results.csv", "tables.md", "tables.tex", "dashboard.html"} <= {p.name for p in finished.iterdir()}
   before = {path: path.stat().st_mtime_ns for path in finished.glob("cells/**/*") if path.is_file()}
-  again = ablate(f"--output={finished}")
+  again = main("ablate", f"--output={finished}")
   assert again.returncode == 0 and "2 of 2 cells done" in again.stderr
   assert {path: path.stat().st_mtime_ns for path in finished.glob("cells/**/*") if path.is_file()} == before
 
@@ -71,6 +62,6 @@ def test_a_cell_is_reproduced_from_its_recipe(finished, tmp_path):
   (["--preset=paper120", "--output=OUT"], "--config=FILE is required"),
   (["--axis=model.attention=polar", "--config=configs/debug.py"], "--output=DIR is required"),
 ])
-def test_bad_input_is_one_line(tmp_path, arguments, words):
-  done = ablate(*(a.replace("OUT", str(tmp_path)) for a in arguments))
+def test_bad_input_is_one_line(main, tmp_path, arguments, words):
+  done = main("ablate", *(a.replace("OUT", str(tmp_path)) for a in arguments))
   assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 from flax import nnx
 import jax
@@ -235,30 +233,24 @@ def test_a_kept_prefix_restores_everything(engine, forward):
   assert [cost(p) for p in (other, third, longer)] == [59, 59, 66]  # two are kept, and these were others
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-  result = subprocess.run([sys.executable, "-m", "atma_jax.generate", *arguments], stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=120)
-  return result.returncode, result.stdout, result.stderr
-
-
-def test_generate_command(checkpoint, engine, tmp_path):
+def test_generate_command(main, checkpoint, engine, tmp_path):
   """A file of prompts gives a JSON line each, in order, with what the engine gives."""
   file = tmp_path / "prompts.txt"
   file.write_text("one\ntwo and more\n\n")
-  code, stdout, stderr = run(f"--checkpoint={checkpoint}", f"--prompts_file={file}", "--temperature=0",
-                             "--max_tokens=12", "--ignore_end")
-  assert code == 0, stderr
-  records = [json.loads(line) for line in stdout.splitlines()]
+  done = main("generate", f"--checkpoint={checkpoint}", f"--prompts_file={file}", "--temperature=0", "--max_tokens=12",
+              "--ignore_end")
+  assert done.returncode == 0, done.stderr
+  records = [json.loads(line) for line in done.stdout.splitlines()]
   expected = engine.generate(["one", "two and more", ""], dataclasses.replace(GREEDY, max_tokens=12))
   assert [record["prompt"] for record in records] == ["one", "two and more", ""]
   assert [record["tokens"] for record in records] == [completion.tokens for completion in expected]
-  assert "tokens/s" in stderr
+  assert "tokens/s" in done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
   (["--prompt=a"], ["--checkpoint"]), (["--checkpoint=/nowhere", "--prompt=a", "--top_p=2"], ["top_p=2", "at most 1"])])
-def test_generate_refusals(arguments, words):
-  code, stdout, stderr = run(*arguments)
-  last = stderr.splitlines()[-1]
-  assert code == 2 and stdout == "" and "Traceback" not in stderr
+def test_generate_refusals(main, arguments, words):
+  done = main("generate", *arguments)
+  last = done.stderr.splitlines()[-1]
+  assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
   assert last.startswith("error:") and all(word in last for word in words)

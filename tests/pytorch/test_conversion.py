@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
@@ -10,8 +11,6 @@ import pickle
 import pickletools
 import shutil
 import struct
-import subprocess
-import sys
 import zipfile
 
 from flax import nnx
@@ -295,12 +294,9 @@ def test_state_dict_round_trip_names_what_is_wrong(golden):
     from_state_dict(tensors | {"blocks.1.attn.conv.weight": np.zeros((64, 2, 3))}, dataclasses.replace(config))
 
 
-def test_command(golden, tmp_path):
+def test_command(main, golden, tmp_path):
   """The main itself: both directions, and exit code 2 with one line for bad input."""
-
-  def convert(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "atma_jax.convert", *flags], capture_output=True, text=True, timeout=300)
-
+  convert = functools.partial(main, "convert")
   source = golden.folder / "checkpoint_polar_mem0_win0"
   assert convert(f"--input={source}", f"--output={tmp_path / 'ours'}").returncode == 0
   assert convert(f"--input={tmp_path / 'ours'}", f"--output={tmp_path / 'back'}").returncode == 0

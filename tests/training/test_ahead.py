@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 from jax.experimental import topologies
@@ -21,7 +18,6 @@ from atma_jax.training.hlo import traffic
 from atma_jax.training.state import ModelDefinition
 
 pytest.importorskip("libtpu")
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 TINY = """
 from atma_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 
@@ -152,13 +148,11 @@ def test_evaluation_has_a_plan_too(recipe):
   assert plan.flops == pytest.approx(training_flops_per_token(ModelDefinition(recipe.model), 256) * plan.tokens / 3)
 
 
-def test_a_plan_that_does_not_fit_is_one_line_with_the_numbers(tmp_path):
+def test_a_plan_that_does_not_fit_is_one_line_with_the_numbers(main, tmp_path):
   """Through the main: 17 GB of embedding on each device of 15.75 GiB."""
   (tmp_path / "tiny.py").write_text(TINY)
-  done = subprocess.run(
-    [sys.executable, "-m", "atma_jax.compile_ahead", f"--config={tmp_path / 'tiny.py'}", "--topology=v5e:2x2",
-     "--mode=evaluate", "--config.mesh.data=4", "--config.mesh.fsdp=1", f"--config.model.vocab_size={2**25}"],
-    cwd=REPOSITORY, capture_output=True, text=True, timeout=200, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  done = main("compile_ahead", f"--config={tmp_path / 'tiny.py'}", "--topology=v5e:2x2", "--mode=evaluate",
+              "--config.mesh.data=4", "--config.mesh.fsdp=1", f"--config.model.vocab_size={2**25}")
   errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
   assert done.returncode == 2 and len(errors) == 1 and done.stdout == "", done.stderr
   assert "--topology=v5e:2x2: the step does not fit the 15.75 GiB of a device: needs " in errors[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -26,8 +27,8 @@ def recipe(tmp_path_factory) -> Config:
     (folder / f"{i}.txt").write_text("".join(SENTENCES.format(i, j * i) for j in range(12)))
   return Config(
     name="tiny",
-    model=ModelConfig(vocab_size=257, num_layers=4, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
-                      activation_dtype="float32"),
+    model=ModelConfig(vocab_size=257, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
+                      block_pattern=("local", "global"), activation_dtype="float32"),
     data=DataConfig(directory=str(folder / "prepared"), sources=(f"text:{folder}/*.txt",), tokenizer="bytes",
                     validation_documents=3, heldout_documents=2, shard_tokens=100_000, sequence_length=32, batch_size=4),
     train=TrainConfig(steps=6, log_every=1, checkpoint_every=3, validate_every=3, validation_batches=1,
@@ -63,9 +64,9 @@ def test_run_again_is_done(recipe, finished):
   assert run(recipe, finished) == DONE and losses(finished) == before
 
 
-def test_damaged_newest_step_is_passed_over_and_resume_is_bitwise(recipe, finished, tmp_path):
+def test_damaged_newest_step_is_passed_over_and_resume_is_bitwise(recipe, finished, tmp_path, caplog):
   workdir = tmp_path / "run"
-  assert run(recipe, workdir) == DONE
+  shutil.copytree(finished, workdir)
   newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
   for file in sorted(newest.glob("state/**/*")):
     if file.is_file() and file.stat().st_size > 4096:
@@ -73,6 +74,7 @@ def test_damaged_newest_step_is_passed_over_and_resume_is_bitwise(recipe, finish
       content[len(content) // 2] ^= 0xFF
       file.write_bytes(content)
   assert run(recipe, workdir) == DONE
+  assert any("checkpoints/6 is damaged and was passed over" in record.getMessage() for record in caplog.records)
   assert losses(workdir) == losses(finished)
   a, b = weights(workdir), weights(finished)
   assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)

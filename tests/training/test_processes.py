@@ -5,27 +5,29 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable
 import contextlib
+import functools
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 
+from atma_jax.evaluation.options import Options
+from atma_jax.evaluation.runner import evaluate
 from atma_jax.sharding import make_mesh
 from atma_jax.training.checkpointing import load_model
 from atma_jax.training.state import params_of
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+SPLIT = ("--config.mesh.data=1", "--config.mesh.fsdp=2")
 HEARTBEAT = 5  # seconds; what a machine under load still manages
-STEPS, EVERY = 10, 3
+STEPS, EVERY = 14, 4
 RECIPE = """
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 
@@ -39,10 +41,10 @@ def get_config():
     train=TrainConfig(steps={steps}, log_every=1, checkpoint_every={every}, checkpoint_keep=9, validate_every={steps},
                       validation_batches=1, validation_lengths=(1, 2)))
 """
-# Training as it is, but for a pause after each step (so that a signal finds it running), a list of the rows each process
-# read, by their place in the run, and what `FAULT` does.
-MAIN = """
-import os, runpy, sys, time, zlib
+# Training as it is, but for a pause after each step (so that a signal finds it running) and a list of the rows each process
+# read, by their place in the run.
+WATCHED = """
+import os, sys, time, zlib
 from atma_jax.data.pipeline import TrainingData
 from atma_jax.training import checkpointing
 fetch = TrainingData.__next__
@@ -58,9 +60,6 @@ def marked(self):
   return batch
 
 TrainingData.__next__ = marked
-exec(os.environ.get("FAULT", ""))
-sys.argv = ["train", *sys.argv[1:]]
-runpy.run_module("atma_jax.train", run_name="__main__", alter_sys=True)
 """
 FAIL_TO_WRITE_ONCE = """
 import tensorstore, orbax.checkpoint as ocp
@@ -94,28 +93,37 @@ def recipe(tmp_path_factory) -> pathlib.Path:
   return path
 
 
-class Run:
-  """`count` processes of `devices` CPU devices each that train one recipe; killed when the block ends."""
+def together(port: int, count: int, i: int) -> list[str]:
+  """The flags that make one process the `i`-th of `count`."""
+  return [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}",
+          f"--heartbeat_seconds={HEARTBEAT}"] if count > 1 else []
 
-  def __init__(self, recipe: pathlib.Path, workdir: pathlib.Path, count: int, devices: int, *options: str, pause: float = 0.0,
-               fault: str = "", workdirs: Iterable[pathlib.Path] = (), module: str | None = None):
-    self.workdir, self.count = workdir, count
+
+class Run:
+  """`count` processes of `devices` CPU devices each that train one recipe, or evaluate; killed when the block ends."""
+
+  def __init__(self, forking, recipe: pathlib.Path, workdir: pathlib.Path, count: int, devices: int, *options: str,
+               pause: float = 0.0, fault: str = "", workdirs: Iterable[pathlib.Path] = (),
+               checkpoint: pathlib.Path | None = None):
+    self.workdir, self.count, self.pause = workdir, count, pause
     workdir.mkdir(exist_ok=True)
+    for i in range(count):
+      (workdir / f"stderr-{i}").write_text("")
     with socket.socket() as found:
       found.bind(("127.0.0.1", 0))
       port = found.getsockname()[1]
     workdirs = list(workdirs) or [workdir] * count
-    environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COORDINATOR_ADDRESS")}
-    environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PAUSE": str(pause), "FAULT": fault}
+    environ = {name: value for name, value in os.environ.items() if name != "JAX_COORDINATOR_ADDRESS"}
+    environ["XLA_FLAGS"] = re.sub(r"\S+device_count=\d+", "", environ.get("XLA_FLAGS", ""))
+    environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PAUSE": str(pause)}
     self.processes = []
     for i in range(count):
-      together = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}",
-                  f"--heartbeat_seconds={HEARTBEAT}"] if count > 1 else []
-      start = ["-m", module] if module else ["-c", MAIN, f"--config={recipe}", f"--workdir={workdirs[i]}"]
-      self.processes.append(subprocess.Popen(
-        [sys.executable, *start, *together, *options], cwd=REPOSITORY, text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=(workdir / f"stderr-{i}").open("w"),
-        env=environ | {"ROWS": str(workdir / f"rows-{i}")}))
+      command = ["train", f"--config={recipe}", f"--workdir={workdirs[i]}"]
+      if checkpoint is not None:
+        command = ["evaluate", f"--checkpoint={checkpoint}", f"--output={workdirs[i]}"]
+      self.processes.append(forking.start(
+        *command, *together(port, count, i), *options, stdout=workdir / f"stdout-{i}", stderr=workdir / f"stderr-{i}",
+        environ=environ | {"ROWS": str(workdir / f"rows-{i}")}, first=WATCHED + fault))
 
   def __enter__(self) -> Run:
     return self
@@ -123,7 +131,15 @@ class Run:
   def __exit__(self, *_) -> None:
     for process in self.processes:
       process.kill()
-      process.wait()
+      process.wait(60)
+
+  def lose(self, rng: np.random.Generator, step: int, number: int) -> tuple[int, list[int]]:
+    """Sends one process a signal, at a random moment after a step; which one it was, and the exit codes once all have ended."""
+    self.wait_for_step(step)
+    time.sleep(rng.uniform(0, self.pause))
+    which = int(rng.integers(self.count))
+    self.processes[which].send_signal(number)
+    return which, self.codes()
 
   def codes(self, timeout: float = 600) -> list[int]:
     """The exit codes, once all have ended."""
@@ -136,7 +152,8 @@ class Run:
   def wait_for_step(self, step: int) -> None:
     deadline = time.monotonic() + 400
     while all(process.poll() is None for process in self.processes) and time.monotonic() < deadline:
-      if max(losses(self.workdir), default=0) >= step:
+      # Not a loss from before a resumption: those after the step that it goes on from are dropped before it compiles.
+      if "compiled the step" in self.errors()[0] and max(losses(self.workdir), default=0) >= step:
         return
       time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached: {self.errors()}")
@@ -168,11 +185,17 @@ def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def alone(recipe, tmp_path_factory) -> pathlib.Path:
+def run(forking, recipe):
+  """`Run` of the recipe, by processes that `forking` starts."""
+  return functools.partial(Run, forking, recipe)
+
+
+@pytest.fixture(scope="module")
+def alone(run, tmp_path_factory) -> pathlib.Path:
   """An uninterrupted run of one process with two devices, parameters split."""
   workdir = tmp_path_factory.mktemp("alone")
-  with Run(recipe, workdir, 1, 2, "--config.mesh.data=1", "--config.mesh.fsdp=2") as run:
-    assert run.codes() == [0], run.errors()
+  with run(workdir, 1, 2, *SPLIT) as started:
+    assert started.codes() == [0], started.errors()
   return workdir
 
 
@@ -184,60 +207,95 @@ def assert_the_same(workdir: pathlib.Path, expected: pathlib.Path):
   assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_kill_one_of_two_then_resume_is_bitwise(recipe, alone, tmp_path):
+def assert_lost(started: Run, victim: int, codes: list[int], began: float):
+  """One was killed: the others ended in time and say so."""
+  assert time.monotonic() - began < 2 * HEARTBEAT + 5, victim
+  assert codes.pop(victim) == -signal.SIGKILL and not {0, 2, 75} & set(codes), (victim, codes)
+  errors = started.errors()
+  del errors[victim]
+  assert all("another task died" in text for text in errors), errors
+
+
+def test_kill_one_of_two_then_resume_is_bitwise(run, alone, tmp_path):
   rng = np.random.default_rng(time.time_ns())
-  victim, moment = int(rng.integers(2)), int(rng.integers(2, STEPS - 1))
-  mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2")
-  with Run(recipe, tmp_path, 2, 1, *mesh, pause=0.2) as run:
-    run.wait_for_step(moment)
-    time.sleep(rng.uniform(0, 0.2))
-    run.processes[victim].kill()
-    killed = time.monotonic()
-    codes = run.codes()
-    seconds = time.monotonic() - killed
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, 2, 75), (victim, moment, codes)
-    assert seconds < 2 * HEARTBEAT + 5, (victim, moment, seconds)
-    assert "another task died" in run.errors()[1 - victim]
-  with Run(recipe, tmp_path, 2, 1, *mesh) as run:
-    assert run.codes() == [0, 0], run.errors()
-    assert "resuming at step" in run.errors()[0] or moment <= EVERY
-    assert "INFO" not in run.errors()[1] and "step 10/10" not in run.errors()[1]  # process 0 tells what all do
+  moment = int(rng.integers(2, STEPS - 1))
+  with run(tmp_path, 2, 1, *SPLIT, pause=0.2) as started:
+    started.wait_for_step(moment)
+    began = time.monotonic()
+    assert_lost(started, *started.lose(rng, moment, signal.SIGKILL), began)
+  with run(tmp_path, 2, 1, *SPLIT) as started:
+    assert started.codes() == [0, 0], started.errors()
+    errors = started.errors()
+    assert "resuming at step" in errors[0] or moment <= EVERY
+    assert "INFO" not in errors[1] and f"step {STEPS}/{STEPS}" not in errors[1]  # process 0 tells what all do
   assert_the_same(tmp_path, alone)
 
 
-def test_four_processes_then_two_then_one(recipe, alone, tmp_path):
-  """Every SIGTERM reaches one process only; all save the same step and exit 75. Meshes: 2x2x2, fsdp 8, data 8."""
-  plans = [(4, 2, {"data": 2, "fsdp": 2, "tensor": 2}, 2), (2, 4, {"data": 1, "fsdp": 8}, 5), (1, 8, {"data": 8}, None)]
-  saved = 0
-  for count, devices, mesh, until in plans:
-    options = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    with Run(recipe, tmp_path, count, devices, *options, pause=0.3 if until else 0) as run:
-      if until:
-        run.wait_for_step(until)
-        run.processes[-1].terminate()
-      assert run.codes() == [75 if until else 0] * count, run.errors()
-      if saved:
-        assert f"resuming at step {saved}" in run.errors()[0]
-      if until:
-        saved = int(re.search(r"pre-empted: step (\d+) is saved", run.errors()[0])[1])
-        assert until < saved < STEPS and (tmp_path / "checkpoints" / str(saved)).is_dir()
+def mesh(**axes: int) -> list[str]:
+  return [f"--config.mesh.{axis}={size}" for axis, size in axes.items()]
+
+
+def pre_empted(started: Run) -> int:
+  """The step that was saved."""
+  saved = int(re.search(r"pre-empted: step (\d+) is saved", started.errors()[0])[1])
+  assert (started.workdir / "checkpoints" / str(saved)).is_dir()
+  return saved
+
+
+def leave_half_written(workdir: pathlib.Path) -> int:
+  """Two steps that are newer than the newest: one that Orbax has not named yet, one with half of its arrays."""
+  folder = workdir / "checkpoints"
+  good = max(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
+  for name in (str(good + 1), f"{good + 2}.orbax-checkpoint-tmp"):
+    shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.copytree(folder / str(good), folder / name)
+    file = max((path for path in (folder / name).glob("state/**/*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+  return good
+
+
+def test_four_processes_lose_one_twice_then_two_then_one(run, alone, tmp_path):
+  """SIGTERM to any one of four, kill -9 of any one of four, SIGTERM to one of two, all at random moments; eight devices each."""
+  rng = np.random.default_rng(time.time_ns())
+  for number in (signal.SIGTERM, signal.SIGKILL):
+    with run(tmp_path, 4, 2, *mesh(data=2, fsdp=2, tensor=2), pause=0.5) as started:
+      if number == signal.SIGTERM:
+        _, codes = started.lose(rng, int(rng.integers(1, 3)), number)
+        assert codes == [75] * 4, started.errors()
+        saved = pre_empted(started)
+      else:
+        started.wait_for_step(saved + int(rng.integers(1, 3)))
+        began = time.monotonic()
+        assert_lost(started, *started.lose(rng, saved + 1, number), began)
+        assert f"resuming at step {saved}" in started.errors()[0]
+  good = leave_half_written(tmp_path)
+  with run(tmp_path, 2, 4, *mesh(data=1, fsdp=8), pause=0.5) as started:
+    _, codes = started.lose(rng, good + 1, signal.SIGTERM)
+    assert codes == [75] * 2, started.errors()
+    assert f"checkpoints/{good + 1} is damaged and was passed over" in started.errors()[0]
+    assert f"resuming at step {good}" in started.errors()[0]
+    saved = pre_empted(started)
+    assert good < saved < STEPS and not list((tmp_path / "checkpoints").glob("*tmp*"))
+  with run(tmp_path, 1, 8, *mesh(data=8)) as started:
+    assert started.codes() == [0], started.errors()
+    assert f"resuming at step {saved}" in started.errors()[0]
   assert rows(tmp_path) == rows(alone) and len(rows(tmp_path)) == 8 * STEPS
   # Sums over devices are taken in another order: 2^-24 times the square root of their length a step, kept relative by the
-  # optimizers, and grown by ten steps at a learning rate of 0.3 (as in tests/multidevice).
+  # optimizers, and grown by the steps at a learning rate of 0.3 (as in tests/multidevice).
   moved, expected = losses(tmp_path), losses(alone)
   assert sorted(moved) == sorted(expected) == list(range(1, STEPS + 1))
   np.testing.assert_allclose([moved[s] for s in sorted(moved)], [expected[s] for s in sorted(moved)], rtol=5e-5)
 
 
-def test_a_write_that_fails_in_one_process_is_agreed_counted_and_retried(recipe, alone, tmp_path):
-  with Run(recipe, tmp_path, 2, 1, "--config.mesh.data=1", "--config.mesh.fsdp=2", fault=FAIL_TO_WRITE_ONCE) as run:
-    assert run.codes() == [0, 0], run.errors()
-    assert "checkpoints/3 could not be written (1 failed so far)" in run.errors()[0]
-    assert "process 1: OSError: [Errno 28] No space left on device" in run.errors()[0]
+def test_a_write_that_fails_in_one_process_is_agreed_counted_and_retried(run, alone, tmp_path):
+  with run(tmp_path, 2, 1, *SPLIT, fault=FAIL_TO_WRITE_ONCE) as started:
+    assert started.codes() == [0, 0], started.errors()
+    assert "checkpoints/4 could not be written (1 failed so far)" in started.errors()[0]
+    assert "process 1: OSError: [Errno 28] No space left on device" in started.errors()[0]
   counts = {r["step"]: r["failed_saves"] for r in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
             if "failed_saves" in r}
-  assert counts[2] == 0 and counts[STEPS] == 1
-  assert {path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")} == {"5", "6", "9", "10"}  # 3 again at 3 + 2
+  assert counts[3] == 0 and counts[STEPS] == 1
+  assert {path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")} == {"6", "8", "12", "14"}  # 4 again at 4 + 2
   assert_the_same(tmp_path, alone)
 
 
@@ -245,11 +303,47 @@ def test_a_write_that_fails_in_one_process_is_agreed_counted_and_retried(recipe,
   (["--config.data.sources=text:/nowhere/*.txt", "--config.data.directory=DIR"], False, "/nowhere"),
   ([], True, "does not show what process 0 wrote there"),
 ], ids=["no-data", "workdir-not-shared"])
-def test_what_one_process_finds_wrong_ends_all_with_the_message(recipe, tmp_path, options, private, message):
+def test_what_one_process_finds_wrong_ends_all_with_the_message(run, tmp_path, options, private, message):
   options = [option.replace("DIR", str(tmp_path / "data")) for option in options]
   workdirs = [tmp_path / "0", tmp_path / "1"] if private else [tmp_path] * 2
-  with Run(recipe, tmp_path, 2, 1, *options, workdirs=workdirs) as run:
-    assert run.codes() == [2, 2], run.errors()
-    for text in run.errors():
+  with run(tmp_path, 2, 1, *options, workdirs=workdirs) as started:
+    assert started.codes() == [2, 2], started.errors()
+    for text in started.errors():
       errors = [line for line in text.splitlines() if line.startswith("error:")]
       assert len(errors) == 1 and message in errors[0] and "Traceback" not in text, text
+
+
+def assert_the_same_value(value: object, expected: object, path: str):
+  """Numbers within the rounding of another order of summation (as in tests/multidevice), all else exactly."""
+  if isinstance(expected, dict):
+    assert value.keys() == expected.keys(), path
+    for name in expected:
+      assert_the_same_value(value[name], expected[name], f"{path}.{name}")
+  elif isinstance(expected, list):
+    assert len(value) == len(expected), path
+    for i, (one, other) in enumerate(zip(value, expected)):
+      assert_the_same_value(one, other, f"{path}[{i}]")
+  elif isinstance(expected, float):
+    np.testing.assert_allclose(value, expected, atol=5e-5, err_msg=path)
+  else:
+    assert value == expected, path
+
+
+def test_evaluation_by_two_processes_is_that_of_one(run, alone, tmp_path):
+  """Record by record in the same order, and only process 0 writes and prints."""
+  options = ("--suite=loss,needle", "--multiples=1,2", "--trials=3", "--min_documents=2")
+  outputs = [tmp_path / "0", tmp_path / "1"]
+  with run(tmp_path, 2, 1, *options, checkpoint=alone, workdirs=outputs) as started:
+    assert started.codes() == [0, 0], started.errors()
+  evaluate(str(alone), str(tmp_path / "one"), Options(suite=("loss", "needle"), multiples=(1, 2), trials=3, min_documents=2))
+  found, expected = ([json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+                     for folder in (outputs[0], tmp_path / "one"))
+  assert len(found) == len(expected) > 10
+  measured = {"seconds", "tokens_per_second", "program_gib", "hardware"}
+  for number, (one, other) in enumerate(zip(found, expected)):
+    assert (one["hardware"][:4], other["hardware"][:4]) == ("2 x ", "1 x ")
+    assert_the_same_value(*({k: v for k, v in record.items() if k not in measured} for record in (one, other)), f"{number}")
+  assert {path.name for path in outputs[0].iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+  tables, nothing = ([line for line in (tmp_path / f"stdout-{i}").read_text().splitlines() if "[Gloo]" not in line]
+                     for i in (0, 1))
+  assert len(tables) == 3 and "document_loss" in tables[0] and not nothing and not outputs[1].exists()

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import socket
-import subprocess
-import sys
 
 import pytest
 
 from atma_jax.config import Config, UserError
 from atma_jax.training.loop import train
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 RECIPE = """
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 
@@ -46,16 +42,14 @@ def storage(tmp_path_factory):
   running.stop()
 
 
-def test_train_and_resume(storage, tmp_path):
+def test_train_and_resume(main, storage, tmp_path):
   environ, bucket = storage
   for i in range(20):
     (tmp_path / f"{i}.txt").write_text(f"Document {i}: the quick brown fox jumps {i * 7} times over the lazy dog.\n" * 8)
   (tmp_path / "recipe.py").write_text(RECIPE.format(folder=tmp_path))
   for steps, words in ((4, "starting"), (6, "resuming at step 4")):
-    done = subprocess.run(
-      [sys.executable, "-m", "atma_jax.train", f"--config={tmp_path / 'recipe.py'}", "--workdir=gs://bucket/run",
-       f"--config.train.steps={steps}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
-      env=os.environ | environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
+    done = main("train", f"--config={tmp_path / 'recipe.py'}", "--workdir=gs://bucket/run", f"--config.train.steps={steps}",
+                environ=os.environ | environ)
     assert done.returncode == 0 and words in done.stderr, done.stderr
   records = [json.loads(line) for line in (bucket / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6] and records[-1]["failed_saves"] == 0

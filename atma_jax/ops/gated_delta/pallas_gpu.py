@@ -28,20 +28,13 @@ from atma_jax.ops import tiles as table
 
 CHUNK = 64
 CHUNK_WARPS = 4  # one warpgroup: tiles have 64 rows
-HEAD_SIZES = (64, 128)
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
-  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"takes q, k and v all in bfloat16 or all in float32, not {q.dtype}, {k.dtype}, {v.dtype}"
-  if q.shape[-1] not in HEAD_SIZES or v.shape[-1] not in HEAD_SIZES:
-    return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]} and {v.shape[-1]}"
   if any(parameters[name].dtype == jnp.float64 for name in ("log_gamma", "beta", "initial_state")):
     return "takes no float64"
-  if dispatch.platform() != "gpu":
-    return f"needs a GPU, and this runs on {dispatch.platform()}"
-  return None
+  return dispatch.kernel_refusal("gpu", q, k, v)
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -28,7 +29,6 @@ from atma_jax.ops import tiles as table
 from atma_jax.ops.polar_attention import formula
 from atma_jax.ops.tiles import Tile, Tiles
 
-HEAD_SIZES = (64, 128)
 LOG2_E = math.log2(math.e)
 MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key makes no NaN, and exact under any scale
 
@@ -36,13 +36,7 @@ MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key m
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
   del parameters
-  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"takes q, k and v all in bfloat16 or all in float32, not {q.dtype}, {k.dtype}, {v.dtype}"
-  if q.shape[-1] not in HEAD_SIZES:
-    return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
-  if dispatch.platform() != "gpu":
-    return f"needs a GPU, and this runs on {dispatch.platform()}"
-  return None
+  return dispatch.kernel_refusal("gpu", q, k, v)
 
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
@@ -107,6 +101,25 @@ class Call:
     return first, full, jnp.clip(lax.div(jnp.maximum(row + self.window, 0), tile.q), full, end), end
 
 
+  def power(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """``2^(x scale - shift)``: two instructions an element, where `jnp.exp2` takes care of denormal numbers with five more."""
+    if self.interpret:
+      return jnp.exp2(x * scale - shift)
+    return _assembly("{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }", x, scale, -shift)
+
+  def product_sum(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    """``x y + z`` as one instruction: the compiler would round the product by itself."""
+    return x * y + z if self.interpret else _assembly("fma.rn.f32 $0, $1, $2, $3;", x, y, z)
+
+
+def _assembly(code: str, *arguments: jax.Array) -> jax.Array:
+  shape = jnp.broadcast_shapes(*(x.shape for x in arguments))
+  result, = plgpu.elementwise_inline_asm(code, args=[jnp.broadcast_to(x, shape) for x in arguments], pack=1,
+                                         constraints=",".join(["=f", *"f" * len(arguments)]),
+                                         result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)])
+  return result
+
+
 def ceil(x: jax.Array, y: int) -> jax.Array:
   return lax.div(x + (y - 1), y)
 
@@ -131,44 +144,57 @@ def rows_of(array: jax.Array) -> jax.Array:
   return jnp.swapaxes(array, -1, -2)
 
 
+def by_queries(tile: Tile, q: jax.Array, k: jax.Array) -> tuple[Any, ...]:
+  """Blocks of queries, of whole keys, of scalars a head (H, T) and a row (B, H, T); and the grid, the longest rows first."""
+  (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+  blocks = T // tile.q
+  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
+  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
+  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
+  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  return query, key, head_rows, rows, (H, B, blocks)
+
+
 # What a block of keys, or of queries, adds to the sums of each kernel; `visible` makes the mask, and is false where all see all.
 
 
-def fold(q, scale, k_ref, v_ref, keys, visible, carry):
+def fold(call: Call, q, scale, k_ref, v_ref, keys, visible, carry):
   """Statistics m, the largest logit in base 2, L, Q and S of a block of queries."""
   m, L, Q, S = carry
   scores = dot(q, k_ref[keys, :], (1, 1))
   if visible:
     scores = jnp.where(visible(), scores, MASKED)
   m_next = jnp.maximum(m, jnp.max(scores, axis=1) * scale)  # the scale is positive
-  p, shrink = jnp.exp2(scores * scale[:, None] - m_next[:, None]), jnp.exp2(m - m_next)
+  p, shrink = call.power(scores, scale[:, None], m_next[:, None]), call.power(m, jnp.ones_like(m), m_next)
   L = L * shrink + jnp.sum(p, axis=1)
   Q = Q * (shrink * shrink) + jnp.sum(p * p, axis=1)
   v = v_ref[keys, :]
   return m_next, L, Q, S * shrink[:, None] + dot(p.astype(v.dtype), v)
 
 
-def add_dq(q, go, scale, lse, twice, delta, k_ref, v_ref, keys, visible, carry):
+def add_dq(call: Call, q, go, scale, lse, twice, delta, k_ref, v_ref, keys, visible, carry):
   """dq of a block of queries, and the sum of a query's dlogit, times its scale."""
   (dq, total), natural, k = carry, scale / LOG2_E, k_ref[keys, :]
-  p = jnp.exp2(dot(q, k, (1, 1)) * scale[:, None] - lse[:, None])
+  p = call.power(dot(q, k, (1, 1)), scale[:, None], lse[:, None])
   if visible:
     p = jnp.where(visible(), p, 0)
-  ds = p * (dot(go, v_ref[keys, :], (1, 1)) * natural[:, None] + (p * twice[:, None] - delta[:, None]))
+  ds = p * call.product_sum(dot(go, v_ref[keys, :], (1, 1)), natural[:, None],
+                            call.product_sum(p, twice[:, None], -delta[:, None]))
   ds = ds.astype(k.dtype)
   return dq + dot(ds, k), total + jnp.sum(ds.astype(jnp.float32), axis=1)
 
 
-def add_dkv(k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, h, rows, visible, carry):
+def add_dkv(call: Call, k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, h, rows, visible, carry):
   """dk and dv of a block of keys, from queries of head h of the group."""
   dk, dv = carry
   q, go, scale = q_ref[rows, h, :], go_ref[rows, h, :], scale_ref[h, rows]
-  p = jnp.exp2(dot(k, q, (1, 1)) * scale[None, :] - lse_ref[h, rows][None, :])
+  p = call.power(dot(k, q, (1, 1)), scale[None, :], lse_ref[h, rows][None, :])
   if visible:
     p = jnp.where(visible(), p, 0)
   dv = dv + dot(p.astype(go.dtype), go)
   natural = (scale / LOG2_E)[None, :]
-  ds = p * (dot(v, go, (1, 1)) * natural + (p * twice_ref[h, rows][None, :] - delta_ref[h, rows][None, :]))
+  ds = p * call.product_sum(dot(v, go, (1, 1)), natural,
+                            call.product_sum(p, twice_ref[h, rows][None, :], -delta_ref[h, rows][None, :]))
   return dk + dot(ds.astype(q.dtype), q), dv
 
 
@@ -176,14 +202,14 @@ def add_dkv(k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, h, ro
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, scale_ref, null_ref, v_null_ref, direction_ref, lse_ref, crowding_ref,
-                    norm_ref, *, call: Call, blocks: int):
+                    norm_ref, *, call: Call):
   tile = call.tiles.forward
-  row = (blocks - 1 - pl.program_id(2)) * tile.q  # the longest first
+  row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q  # the longest first
   q, scale = q_ref[...], scale_ref[...]
 
   def step(masked, j, carry):
     visible = masked and functools.partial(_visible, call, row, j * tile.k, tile)
-    return fold(q, scale, k_ref, v_ref, pl.ds(j * tile.k, tile.k), visible, carry)
+    return fold(call, q, scale, k_ref, v_ref, pl.ds(j * tile.k, tile.k), visible, carry)
 
   zeros = jnp.zeros((tile.q,), jnp.float32)
   carry = zeros - jnp.inf, zeros, zeros, jnp.zeros((tile.q, q.shape[1]), jnp.float32)
@@ -205,18 +231,14 @@ def _forward(q, k, v, temp, null, v_null, call: Call):
   """Direction (B, T, H, D); lse in base 2, crowding, norm of the attended vector (B, H, T)."""
   scale = call.pad(rows_of(temp) * (LOG2_E * q.shape[3] ** -0.5), 1)
   q, k, v, null = call.pad(q, 1), call.pad(k, 1), call.pad(v, 1), call.pad(rows_of(null) * LOG2_E, 1)
-  (B, T, H, D), (S, K), tile = q.shape, k.shape[1:3], call.tiles.forward
-  blocks = T // tile.q
-  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
-  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
-  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
-  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  (B, T, H, D), tile = q.shape, call.tiles.forward
+  query, key, head_rows, rows, grid = by_queries(tile, q, k)
   scalars = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
   outputs = pl.pallas_call(
-    functools.partial(_forward_kernel, call=call, blocks=blocks), name="polar_attention",
+    functools.partial(_forward_kernel, call=call), name="polar_attention",
     out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), scalars, scalars, scalars],
     in_specs=[query, key, key, head_rows, head_rows, pl.BlockSpec((None, D), lambda h, b, i: (h, 0))],
-    out_specs=[query, rows, rows, rows], grid=(H, B, blocks), interpret=call.interpret,
+    out_specs=[query, rows, rows, rows], grid=grid, interpret=call.interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(q, k, v, scale, null, v_null)
   return outputs[0][:, : call.queries], *(x[..., : call.queries] for x in outputs[1:])
@@ -226,15 +248,15 @@ def _forward(q, k, v, temp, null, v_null, call: Call):
 
 
 def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, q_dq_ref,
-               total_ref, *, call: Call, blocks: int):
+               total_ref, *, call: Call):
   tile = call.tiles.dq
-  row = (blocks - 1 - pl.program_id(2)) * tile.q
+  row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q
   q, go, scale = q_ref[...], go_ref[...], scale_ref[...]
   scalars = scale, lse_ref[...], twice_ref[...], delta_ref[...]
 
   def step(masked, j, carry):
     visible = masked and functools.partial(_visible, call, row, j * tile.k, tile)
-    return add_dq(q, go, *scalars, k_ref, v_ref, pl.ds(j * tile.k, tile.k), visible, carry)
+    return add_dq(call, q, go, *scalars, k_ref, v_ref, pl.ds(j * tile.k, tile.k), visible, carry)
 
   zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros((tile.q,), jnp.float32)
   dq, total = three_loops(call.key_blocks(row + call.offset, tile, k_ref.shape[0] // tile.k), step, zeros)
@@ -256,7 +278,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delt
         query = i * tile.q + jnp.arange(tile.q)[None, :]
         return call.visible(query + call.offset - (key + jnp.arange(tile.k)[:, None]))
 
-      return add_dkv(k, v, *queries, h, pl.ds(i * tile.q, tile.q), masked and visible, carry)
+      return add_dkv(call, k, v, *queries, h, pl.ds(i * tile.q, tile.q), masked and visible, carry)
     return three_loops(bounds, step, carry)
 
   zeros = jnp.zeros(k.shape, jnp.float32)
@@ -275,17 +297,13 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: Call):
   arguments = q, k, v, go, scale, lse, twice, delta
 
   tile = call.tiles.dq
-  blocks = T // tile.q
-  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
-  key = pl.BlockSpec((None, S, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
-  head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
-  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
+  query, key, head_rows, rows, grid = by_queries(tile, q, k)
   scalars = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
   dq, q_dq, total = pl.pallas_call(
-    functools.partial(_dq_kernel, call=call, blocks=blocks), name="polar_attention_dq",
+    functools.partial(_dq_kernel, call=call), name="polar_attention_dq",
     out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), scalars, scalars],
     in_specs=[query, key, key, query, head_rows, rows, rows, rows],
-    out_specs=[query, rows, rows], grid=(H, B, blocks), interpret=call.interpret,
+    out_specs=[query, rows, rows], grid=grid, interpret=call.interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(*arguments)
 

@@ -32,21 +32,11 @@ from atma_jax.ops.polar_attention import formula
 from atma_jax.ops.polar_attention.tpu_grid import LOG2_E, MASKED, Call, Starts, dot, line, stack, steps_of
 from atma_jax.ops.tiles import Tile, Tiles
 
-HEAD_SIZES = (64, 128)
-
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
   del parameters
-  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"takes q, k and v all in bfloat16 or all in float32, not {q.dtype}, {k.dtype}, {v.dtype}"
-  if q.shape[-1] not in HEAD_SIZES:
-    return f"takes head sizes {' and '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
-  if dispatch.platform() != "tpu":
-    return f"needs a TPU, and this runs on {dispatch.platform()}"
-  if dispatch.undivided():
-    return "takes what lies on one device: on a mesh of several it must be called inside shard_map"
-  return None
+  return dispatch.kernel_refusal("tpu", q, k, v)
 
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from atma_jax.ops import tiles as table
 from atma_jax.ops.polar_attention import pallas_gpu
-from atma_jax.ops.polar_attention.pallas_gpu import LOG2_E, Call, rows_of, three_loops
+from atma_jax.ops.polar_attention.pallas_gpu import LOG2_E, Call, by_queries, rows_of, three_loops
 from atma_jax.ops.streaming import Statistics
 from atma_jax.ops.tiles import Tile, Tiles
 
@@ -49,7 +49,7 @@ class RingSteps:
 
   def gather(self, rows: Any, statistics: Any, keys: Any, key_starts: Sequence[jax.Array]) -> Any:
     tile, (q, scale) = self._call.tiles.forward, rows
-    query, key, head_rows, scalars, grid = self._by_queries(tile, q, keys[0])
+    query, key, head_rows, scalars, grid = by_queries(tile, q, keys[0])
     return Statistics(*self._run("ring_attention", _gather_kernel, tile, grid, key_starts, (q, *keys, scale),
                                  (query, key, key, head_rows), statistics, (scalars, scalars, scalars, query)))
 
@@ -71,7 +71,7 @@ class RingSteps:
     q, go, *scalars = rows
     inputs = q, *keys, go, *scalars
     tile = self._call.tiles.dq
-    query, key, head_rows, row, grid = self._by_queries(tile, q, keys[0])
+    query, key, head_rows, row, grid = by_queries(tile, q, keys[0])
     dqueries = self._run("ring_attention_dq", _dq_kernel, tile, grid, key_starts, inputs,
                          (query, key, key, query, head_rows, row, row, row), dqueries, (query, row))
     tile, members = self._call.tiles.dkv, self._H // self._K
@@ -91,15 +91,6 @@ class RingSteps:
   def key_gradients(self, dkeys: Any) -> tuple[jax.Array, jax.Array]:
     dk, dv = (self._uncut(x, 1) for x in dkeys)
     return dk, dv
-
-  def _by_queries(self, tile: Tile, q: jax.Array, k: jax.Array):
-    """Blocks of queries, of whole keys, of scalars a head and a row, and the grid of a kernel that owns queries."""
-    blocks, H, K = q.shape[1] // tile.q, self._H, self._K
-    query = pl.BlockSpec((None, tile.q, None, self._D), lambda h, b, i: (b, blocks - 1 - i, h, 0))
-    key = pl.BlockSpec((None, k.shape[1], None, self._D), lambda h, b, i: (b, 0, h // (H // K), 0))
-    head_rows = pl.BlockSpec((None, tile.q), lambda h, b, i: (h, blocks - 1 - i))
-    rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, blocks - 1 - i))
-    return query, key, head_rows, rows, (H, self._B, blocks)
 
   def _run(self, name, kernel, tile, grid, key_starts, inputs, specs, sums, sum_specs):
     """One `pallas_call` that adds to `sums` in place."""
@@ -164,7 +155,7 @@ def _gather_kernel(starts_ref, q_ref, k_ref, v_ref, scale_ref, m_ref, L_ref, Q_r
   row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q  # the longest first
 
   def step(keys, visible, carry):
-    return pallas_gpu.fold(q, scale, k_ref, v_ref, keys, visible, carry)
+    return pallas_gpu.fold(call, q, scale, k_ref, v_ref, keys, visible, carry)
 
   carry = m_ref[...], L_ref[...], Q_ref[...], S_ref[...]
   m, L, Q, S = _over_keys(call, tile, segments, starts_ref, row, lengths, step, carry)
@@ -178,7 +169,7 @@ def _dq_kernel(starts_ref, q_ref, k_ref, v_ref, go_ref, scale_ref, m_ref, twice_
   scalars = scale_ref[...], m_ref[...], twice_ref[...], delta_ref[...]
 
   def step(keys, visible, carry):
-    return pallas_gpu.add_dq(q, go, *scalars, k_ref, v_ref, keys, visible, carry)
+    return pallas_gpu.add_dq(call, q, go, *scalars, k_ref, v_ref, keys, visible, carry)
 
   carry = dq_ref[...], total_ref[...]
   dq_out_ref[...], total_out_ref[...] = _over_keys(call, tile, segments, starts_ref, row, lengths, step, carry)
@@ -201,7 +192,7 @@ def _dkv_kernel(starts_ref, q_ref, k_ref, v_ref, go_ref, scale_ref, m_ref, twice
           return call.visible(i * tile.q + jnp.arange(tile.q)[None, :] - (row + jnp.arange(tile.k)[:, None]))
 
         rows = pl.ds(index * length_q + i * tile.q, tile.q)
-        return pallas_gpu.add_dkv(k, v, *queries, h, rows, masked and visible, carry)
+        return pallas_gpu.add_dkv(call, k, v, *queries, h, rows, masked and visible, carry)
 
       return three_loops(call.query_blocks(row, tile, length_q // tile.q), step, carry)
 

@@ -1,0 +1,50 @@
+"""The GPU kernels lower to Triton without a GPU, inline assembly included, which interpret mode does not run."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+import pytest
+
+from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
+from atma_jax.ops.polar_attention import pallas_gpu
+
+HOPPER = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
+
+
+def lowered(call, *shapes) -> str:
+  """Text of the program of the sum of all results of `call` and its gradients."""
+  def total(*arguments):
+    return sum(jnp.sum(x.astype(jnp.float32)) for x in call(*arguments))
+
+  with jax.sharding.use_abstract_mesh(HOPPER):
+    both = jax.jit(jax.value_and_grad(total, tuple(range(len(shapes)))))
+    return both.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("T, K, D, window", [(300, 2, 64, 100), (256, 4, 128, None), (1, 4, 64, None)])
+def test_polar_attention(T, K, D, window, dtype):
+  H, shape = 4, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  names = ["v_null", "null_base", "null_slope", "len_gain", "mag_beta"]
+
+  def call(q, k, v, *raw):
+    return pallas_gpu.polar_attention(q, k, v, **dict(zip(names, raw, strict=True)), window=window)
+
+  arrays = [jax.ShapeDtypeStruct((1, T, heads, D), dtype) for heads in (H, K, K)]
+  text = lowered(call, *arrays, shape((H, D)), *[shape((H,))] * 4)
+  assert text.count("@__gpu$xla.gpu.triton") == 3  # forward, dq, dkv
+  assert text.count("ex2.approx.ftz.f32") == 3
+
+
+def test_gated_delta():
+  B, T, H, D = 1, 130, 2, 64
+  vectors, scalars = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+
+  def call(q, k, v, log_gamma, beta):
+    return delta_gpu.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=jnp.zeros((B, H, D, D)))
+
+  assert lowered(call, *[vectors] * 3, *[scalars] * 2).count("@__gpu$xla.gpu.triton") == 7
