@@ -9,18 +9,21 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
+from atma_jax.ops import context_parallel
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.polar_attention import pallas_gpu
 
-HOPPER = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
+DEVICE = AbstractDevice("NVIDIA H200", 132, "gpu")
+HOPPER = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=DEVICE)
+RING = AbstractMesh((4,), ("context",), (AxisType.Auto,), abstract_device=DEVICE)
 
 
-def lowered(call, *shapes) -> str:
+def lowered(call, *shapes, mesh=HOPPER) -> str:
   """Text of the program of the sum of all results of `call` and its gradients."""
   def total(*arguments):
     return sum(jnp.sum(x.astype(jnp.float32)) for x in call(*arguments))
 
-  with jax.sharding.use_abstract_mesh(HOPPER):
+  with jax.sharding.use_abstract_mesh(mesh):
     both = jax.jit(jax.value_and_grad(total, tuple(range(len(shapes)))))
     return both.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -48,3 +51,22 @@ def test_gated_delta():
     return delta_gpu.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=jnp.zeros((B, H, D, D)))
 
   assert lowered(call, *[vectors] * 3, *[scalars] * 2).count("@__gpu$xla.gpu.triton") == 7
+
+
+@pytest.mark.parametrize("dtype, D, window", [(jnp.bfloat16, 128, None), (jnp.float32, 64, 300)])
+def test_a_ring(dtype, D, window):
+  """On four GPUs "auto" takes the kernels of attention and memory; one loop of stops forward, one backward."""
+  T, H, K = 1200, 4, 2
+
+  def call(q, k, v, log_gamma, beta, *raw):
+    names = ["v_null", "null_base", "null_slope", "len_gain", "mag_beta"]
+    direction, magnitude = context_parallel.polar_attention(q, k, v, **dict(zip(names, raw, strict=True)), window=window,
+                                                            axis="context")
+    readout, _ = context_parallel.gated_delta(q, q, q, log_gamma=log_gamma, beta=beta, axis="context")
+    return direction, magnitude, readout
+
+  time, shape = jax.P(None, "context"), functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  mapped = jax.shard_map(call, mesh=RING, in_specs=(*[time] * 5, *[jax.P()] * 5), out_specs=time, check_vma=False)
+  arrays = [jax.ShapeDtypeStruct((1, T, heads, D), dtype) for heads in (H, K, K)]
+  text = lowered(mapped, *arrays, *[shape((1, T, H))] * 2, shape((H, D)), *[shape((H,))] * 4, mesh=RING)
+  assert text.count("@__gpu$xla.gpu.triton") == 3 + 14
