@@ -10,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
 from atma_jax.ops.cached_attention import api as cached
+from atma_jax.ops.cached_attention import chunk_pallas_gpu
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta.step import gated_delta_step
 from atma_jax.ops.polar_attention import pallas_gpu
@@ -71,3 +72,17 @@ def test_decoding(R, dtype, page, kernels):
     text = jax.jit(call).trace(*vectors, ring, ring, scales, jax.ShapeDtypeStruct((B,), jnp.int32), table, gates,
                                jax.ShapeDtypeStruct((L, B, H, D, D), jnp.float32)).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("@__gpu$xla.gpu.triton") == kernels + 1
+
+
+def test_cached_attention_of_a_chunk():
+  B, T, H, K, D, R = 1, 200, 4, 2, 64, 512
+  ring = jax.ShapeDtypeStruct((1, B, K, R, D), jnp.bfloat16)
+  vectors = [jax.ShapeDtypeStruct((B, T, heads, D), jnp.bfloat16) for heads in (H, K, K)]
+
+  def call(q, k, v, keys, values, lengths, scale):
+    return chunk_pallas_gpu.cached_statistics(q, k, v, keys, values, lengths, scale, window=None, layer=0)
+
+  shapes = *vectors, ring, ring, jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+  with jax.sharding.use_abstract_mesh(HOPPER):
+    text = jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@__gpu$xla.gpu.triton") == 1
