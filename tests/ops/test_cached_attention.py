@@ -159,7 +159,7 @@ def test_shares_of_the_keys():
 
 @pytest.mark.parametrize("name", ["gpu", "tpu"])
 def test_what_the_kernels_do_not_serve(name, monkeypatch):
-  """Is left to XLA by "auto", and refused by name: head sizes they have no tiles for, chunks on a TPU or of int8, other machines."""
+  """Is left to XLA by "auto", and refused by name: head sizes they have no tiles for, some chunks, other machines."""
   monkeypatch.setattr(api.dispatch, "platform", lambda: name)
   arrays = inputs([3])
   assert api.OP.choose(*arrays) == f"pallas_{name}"
