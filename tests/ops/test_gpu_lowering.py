@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
-from atma_jax.ops.cached_attention import api as cached
 from atma_jax.ops import context_parallel
+from atma_jax.ops.cached_attention import api as cached
+from atma_jax.ops.cached_attention import chunk_pallas_gpu
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta.step import gated_delta_step
 from atma_jax.ops.polar_attention import pallas_gpu
@@ -97,3 +98,17 @@ def test_a_ring(dtype, D, window):
   assert sorted(attention) == ["ring_attention", "ring_attention_dkv", "ring_attention_dq"]
   memory = {name.removeprefix("gated_delta_") for name in re.findall(r'name = "(gated_delta_\w+)"', text)}
   assert memory == {"transition", "within", "carry", "read", "read_back", "carry_back", "read_chunks_back", "write_chunks_back"}
+
+
+def test_cached_attention_of_a_chunk():
+  B, T, H, K, D, R = 1, 200, 4, 2, 64, 512
+  ring = jax.ShapeDtypeStruct((1, B, K, R, D), jnp.bfloat16)
+  vectors = [jax.ShapeDtypeStruct((B, T, heads, D), jnp.bfloat16) for heads in (H, K, K)]
+
+  def call(q, k, v, keys, values, lengths, scale):
+    return chunk_pallas_gpu.cached_statistics(q, k, v, keys, values, lengths, scale, window=None, layer=0)
+
+  shapes = *vectors, ring, ring, jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+  with jax.sharding.use_abstract_mesh(HOPPER):
+    text = jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@__gpu$xla.gpu.triton") == 1
