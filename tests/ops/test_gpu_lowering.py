@@ -47,9 +47,10 @@ def test_polar_attention(T, K, D, window, dtype):
   assert text.count("ex2.approx.ftz.f32") == 3
 
 
-def test_gated_delta():
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gated_delta(dtype):
   B, T, H, D = 1, 130, 2, 64
-  vectors, scalars = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+  vectors, scalars = jax.ShapeDtypeStruct((B, T, H, D), dtype), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
 
   def call(q, k, v, log_gamma, beta):
     return delta_gpu.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=jnp.zeros((B, H, D, D)))
