@@ -171,6 +171,10 @@ def test_what_the_kernels_do_not_serve(name, monkeypatch):
     assert api.OP.choose(*other) == "xla"
     with pytest.raises(NotImplementedError, match=f"cached_attention: 'pallas_{name}' takes"):
       api.cached_statistics(*other, implementation=f"pallas_{name}")
+  for gib in (1, 3, 5):  # beyond 4 GiB Pallas counts with 64 bits, and up to 2 GiB 32 will do
+    ring = jax.ShapeDtypeStruct((1, gib << 14, 2, 512, 64), jnp.int8)
+    chosen = api.OP.choose(*arrays[:3], ring, ring, *arrays[5:])
+    assert chosen == ("xla" if (name, gib) == ("gpu", 3) else f"pallas_{name}")
   monkeypatch.undo()
   with pytest.raises(NotImplementedError, match=f"needs a {name.upper()}"):
     api.cached_statistics(*arrays, implementation=f"pallas_{name}")

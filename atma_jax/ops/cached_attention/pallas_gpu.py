@@ -35,6 +35,8 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: 
   del values, lengths, options
   if q.shape[1] > 1:
     return chunk_pallas_gpu.supports(q, k, v, keys, scale, table)
+  if keys.dtype.itemsize == 1 and 2**31 < keys.size <= 2**32:
+    return f"would be given signed offsets of 32 bits by Pallas, too few for {keys.size / 2**30:.3g} GiB of int8 keys"
   return kernel_refusal("gpu", q, k, keys, scale, table, group=ROWS, page=KEYS)
 
 
