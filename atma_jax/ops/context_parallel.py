@@ -197,9 +197,8 @@ def _ring_fwd(q, k, v, scale, split):
     coming = _rotate(keys, split.axis, 1)  # needs nothing computed here, so it overlaps with what is
     return (steps.gather(rows, statistics, keys, split.starts(hop)), coming), None
 
-  if split.stops > 1:
-    (statistics, keys), _ = jax.lax.scan(stop, (statistics, keys), jnp.arange(split.stops - 1))
-  statistics = steps.gather(rows, statistics, keys, split.starts(split.stops - 1))
+  # All stops in one loop: the last need not pass its keys on, but a body of its own would double the program.
+  (statistics, _), _ = jax.lax.scan(stop, (statistics, keys), jnp.arange(split.stops))
   statistics = checkpoint_name(statistics, dispatch.KERNEL_OUTPUTS[0])
   return steps.statistics(statistics), (q, k, v, scale, statistics)
 
@@ -215,12 +214,9 @@ def _ring_bwd(split, residuals, cotangents):
     dqueries, dkeys = steps.spread(rows, dqueries, keys, dkeys, split.starts(hop))
     return (dqueries, coming, _rotate(dkeys, split.axis, 1)), None
 
-  dkeys = steps.no_gradients(keys)
-  if split.stops > 1:
-    (dqueries, keys, dkeys), _ = jax.lax.scan(stop, (dqueries, keys, dkeys), jnp.arange(split.stops - 1))
-  dqueries, dkeys = steps.spread(rows, dqueries, keys, dkeys, split.starts(split.stops - 1))
-  if split.stops > 1:
-    dkeys = _rotate(dkeys, split.axis, 1 - split.stops)  # back to where the keys belong
+  (dqueries, _, dkeys), _ = jax.lax.scan(stop, (dqueries, keys, steps.no_gradients(keys)), jnp.arange(split.stops))
+  if split.stops < split.devices:
+    dkeys = _rotate(dkeys, split.axis, -split.stops)  # back to where the keys belong
   (dq, total), (dk, dv) = steps.query_gradients(dqueries), steps.key_gradients(dkeys)
   dscale = _scale_gradient(jnp.sum(q * dq, axis=-1), total / scale, steps.statistics(statistics), cotangents, scale)
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dscale

@@ -111,7 +111,7 @@ def device_kind() -> str:
 
 
 def undivided() -> bool:
-  """Whether a program sees whole arrays of a mesh of several devices, which a TPU kernel cannot be cut into."""
+  """Whether a program sees whole arrays of a mesh of several devices, which a kernel cannot be cut into."""
   mesh = jax.sharding.get_abstract_mesh()
   return any(mesh.shape[axis] > 1 for axis in mesh.axis_names if axis not in mesh.manual_axes)
 
@@ -125,7 +125,7 @@ def kernel_refusal(device: str, q: jax.Array, k: jax.Array, v: jax.Array) -> str
     return f"takes head sizes {' and '.join(map(str, KERNEL_HEAD_SIZES))}, not {' and '.join(map(str, sorted(sizes)))}"
   if platform() != device:
     return f"needs a {device.upper()}, and this runs on {platform()}"
-  if device == "tpu" and undivided():
+  if undivided():
     return "takes what lies on one device: on a mesh of several it must be called inside shard_map"
   return None
 

@@ -87,7 +87,9 @@ def polar(platform: str, itemsize: int, head_dim: int, length: int) -> Tiles:
 def delta(itemsize: int, head_dim: int, length: int) -> Carry:
   """What a program of the gated delta carries; see `polar`."""
   device = generation()
-  return lookup(DELTA, device, itemsize, head_dim, length) or Carry(heads=8 if VMEM_MIB.get(device, 32) >= 32 else 2)
+  found = lookup(DELTA, device, itemsize, head_dim, length)
+  heads = 8 if VMEM_MIB.get(device, 32) >= 32 else 2
+  return found or (Carry(heads=heads) if itemsize == 2 else Carry(columns=32, stages=1, heads=heads))
 
 
 def lookup(table: Mapping[tuple[Any, ...], Any], device: str, itemsize: int, head_dim: int, length: int) -> Any:

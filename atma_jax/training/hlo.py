@@ -65,25 +65,35 @@ def traffic(text: str) -> Traffic:
   computations, entry = _parse(text)
   runs, unknown = _runs(computations, entry)
   collectives: dict[str, tuple[int, float]] = {}
+  chains: dict[str, tuple[int, str, float]] = {}
   flops = memory = network = 0.0
   kernels = 0
+
+  def add(kind: str, count: int, moved: float) -> None:
+    times, before = collectives.get(kind, (0, 0.0))
+    collectives[kind] = times + count, before + count * moved
+
   for name, count in runs.items():
     sizes = {i.name: i.result for i in computations[name]}
-    channels = set()  # fused, an asynchronous collective is spread over several fusions of one channel
+    channels = set()  # fused, an asynchronous collective is spread over several fusions of one channel,
     for instruction in computations[name]:
       memory += count * _moved(instruction, sizes, computations)
       for part, shapes in _inside(instruction, sizes, computations):
         flops += count * _flops(part, shapes)
         kernels += count * ('custom_call_target="tpu_custom_call"' in part.rest)
         kind = next((k for k in _COLLECTIVES if part.kind in (k, f"{k}-start")), None)
-        channel = re.search(r"channel_id=(\d+)", part.rest)
-        if kind and (part is instruction or channel is None or channel[1] not in channels):
+        chain, channel = (re.search(pattern, part.rest) for pattern in (r'chain_id="(\d+)"', r"channel_id=(\d+)"))
+        if kind and part is not instruction and chain:  # or over those of one chain, some of them in loops it overlaps with
+          one = count, kind, PASSES.get(kind, 1) * _buffer(part, shapes)
+          chains[chain[1]] = min(one, chains.get(chain[1], one))
+        elif kind and (part is instruction or channel is None or channel[1] not in channels):
           if part is not instruction and channel:
             channels.add(channel[1])
-          times, moved = collectives.get(kind, (0, 0.0))
-          collectives[kind] = times + count, moved + count * PASSES.get(kind, 1) * _buffer(part, shapes)
+          add(kind, count, PASSES.get(kind, 1) * _buffer(part, shapes))
         if part.kind == "send" and "megascale" in part.rest:
           network += count * sum(_arrays(shapes[part.operands[0]]))
+  for count, kind, moved in chains.values():
+    add(kind, count, moved)
   return Traffic(flops, memory, collectives, network, unknown, kernels)
 
 

@@ -91,7 +91,7 @@ def test_failure_is_kept_and_retried_on_request(tmp_path):
 def test_killed_worker_takes_its_cell_along_and_the_next_goes_on(tmp_path):
   cells = sweep(tmp_path, 2)
   worker = start_worker(tmp_path, 60)
-  wait_for(lambda: (cells[0].path / "ran").exists())
+  wait_for(lambda: (cells[0].path / "ran").exists() and starts(cells[:1]) == [1])  # and is written
   child = int((cells[0].path / "ran").read_text().split()[0])
   assert Claims().owner(cells[0].path).endswith(f":{worker.pid}")
   worker.send_signal(signal.SIGKILL)
@@ -105,7 +105,7 @@ def test_killed_worker_takes_its_cell_along_and_the_next_goes_on(tmp_path):
 def test_sigterm_ends_the_cells_and_frees_them(tmp_path):
   cells = sweep(tmp_path, 1)
   worker = start_worker(tmp_path, 60)
-  wait_for(lambda: (cells[0].path / "ran").exists())
+  wait_for(lambda: (cells[0].path / "ran").exists() and starts(cells[:1]) == [1])  # and is written
   worker.terminate()
   assert worker.communicate(timeout=60)[0].strip() == "preempted"
   assert Claims().owner(cells[0].path) is None and cells[0].failure() is None

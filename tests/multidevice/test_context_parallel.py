@@ -18,7 +18,7 @@ from atma_jax.ops.tiles import Tile, Tiles
 from atma_jax.sharding import make_mesh
 
 INTERPRETED = {
-  "pallas_gpu": functools.partial(ring_gpu.RingSteps, tiles=Tiles(Tile(32, 16), Tile(16, 32), Tile(16, 16)), interpret=True),
+  "pallas_gpu": functools.partial(ring_gpu.RingSteps, tiles=Tiles(Tile(32, 16), Tile(32, 32), Tile(16, 32)), interpret=True),
   "pallas_tpu": functools.partial(ring_tpu.RingSteps, tiles=Tiles(Tile(256, 128), Tile(128, 256), Tile(128, 128)),
                                   interpret=True),
 }
@@ -102,9 +102,10 @@ def interpreted(monkeypatch):
 
 @pytest.mark.parametrize("implementation", INTERPRETED)
 @pytest.mark.parametrize(("n", "T", "H", "K", "window"), [
-  (2, 600, 2, 1, None),  # zigzag, pieces of 150 in blocks of 16 to 256
+  (2, 600, 2, 1, None),  # zigzag, pieces of 150: two blocks on a TPU, five on a GPU
   (4, 56, 4, 2, 37),  # zigzag, pieces of 7
   (4, 600, 2, 2, 160),  # consecutive pieces of 150, three stops
+  (2, 540, 2, 2, 200),  # of 270: three blocks of queries on a TPU
 ])
 def test_polar_attention_kernels(interpreted, implementation, n, T, H, K, window):
   def call(op, q, k, v, raw, **how):

@@ -108,5 +108,7 @@ def test_what_cannot_be_split_is_refused():
     for name, why in refusals.items():
       with pytest.raises(NotImplementedError, match=why):
         parallel.polar_attention(q, k, v, **raw, window=None, implementation=name)
+      with pytest.raises(NotImplementedError, match=why):
+        parallel.gated_delta(q, q, q, log_gamma=q[..., 0], beta=q[..., 0], initial_state=None, implementation=name)
     with pytest.raises(ValueError, match="18 tokens: must be a multiple of twice mesh context=2"):
       parallel.check_length(18)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.ops.cached_attention import api, pallas_gpu, pallas_tpu, xla
+from atma_jax.ops.cached_attention import api, chunk_pallas_gpu, pallas_gpu, pallas_tpu, xla
 from atma_jax.ops.gated_delta import reference, step, step_pallas_gpu
 from atma_jax.ops.streaming import Statistics
+from atma_jax.ops.tiles import Tile, Tiles
 
 QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of these tests' time
 
@@ -20,11 +21,11 @@ def normal(seed, *shape, dtype=jnp.float32):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def inputs(lengths, H=4, K=2, D=64, R=256, stack=(), dtype=jnp.float32):
+def inputs(lengths, H=4, K=2, D=64, R=256, stack=(), dtype=jnp.float32, T=1):
   B = len(lengths)
-  q, k, v = normal(0, B, 1, H, D, dtype=dtype), normal(1, B, 1, K, D, dtype=dtype), normal(2, B, 1, K, D, dtype=dtype)
+  q, k, v = normal(0, B, T, H, D, dtype=dtype), normal(1, B, T, K, D, dtype=dtype), normal(2, B, T, K, D, dtype=dtype)
   keys, values = (normal(seed, *stack, B, K, R, D, dtype=dtype) for seed in (3, 4))
-  return q, k, v, keys, values, jnp.asarray(lengths, jnp.int32), 0.3 * (1 + normal(5, B, 1, H) ** 2)
+  return q, k, v, keys, values, jnp.asarray(lengths, jnp.int32), 0.3 * (1 + normal(5, B, T, H) ** 2)
 
 
 def oracle(q, k, v, keys, values, lengths, scale, *, window=None, scales=None, layer=None) -> Statistics:
@@ -34,18 +35,18 @@ def oracle(q, k, v, keys, values, lengths, scale, *, window=None, scales=None, l
   q, k, v, keys, values = (np.asarray(x, np.float64) for x in (q, k, v, keys, values))
   if scales is not None:
     keys, values = (x * np.asarray(s, np.float64)[..., None] for x, s in zip((keys, values), scales))
-  (B, _, H, _), (K, R) = q.shape, keys.shape[1:3]
+  (B, T, H, _), (K, R) = q.shape, keys.shape[1:3]
   found = []
-  for b in range(B):
-    n = int(lengths[b])
-    positions = np.arange(max(0, n - R, n + 1 - (window or n + 1)), n)
-    for h in range(H):
-      own_keys = np.concatenate([keys[b, h // (H // K), positions % R], k[b, 0, h // (H // K)][None]])
-      own_values = np.concatenate([values[b, h // (H // K), positions % R], v[b, 0, h // (H // K)][None]])
-      logits = float(scale[b, 0, h]) * own_keys @ q[b, 0, h]
-      p = np.exp(logits - logits.max())
-      found.append((logits.max(), p.sum(), (p * p).sum(), p @ own_values))
-  return Statistics(*(np.stack(x).reshape(B, 1, H, *x[0].shape) for x in zip(*found)))
+  for b, t, h in np.ndindex(B, T, H):
+    n, group = int(lengths[b]), h // (H // K)
+    first = max(0, n + t + 1 - (window or n + T))
+    held, own = np.arange(max(first, n - R), n), slice(max(0, first - n), t + 1)
+    own_keys = np.concatenate([keys[b, group, held % R], k[b, own, group]])
+    own_values = np.concatenate([values[b, group, held % R], v[b, own, group]])
+    logits = float(scale[b, t, h]) * own_keys @ q[b, t, h]
+    p = np.exp(logits - logits.max())
+    found.append((logits.max(), p.sum(), (p * p).sum(), p @ own_values))
+  return Statistics(*(np.stack(x).reshape(B, T, H, *x[0].shape) for x in zip(*found)))
 
 
 @functools.partial(jax.jit, static_argnames=("window", "layer", "splits"), compiler_options=QUICK)
@@ -95,6 +96,30 @@ def test_attention_equals_the_definition(lengths, R, H, K, D, window, layer, spl
     assert_near(compute(*arrays, **options, splits=splits), expected, 2e-5)
 
 
+@functools.partial(jax.jit, static_argnames=("window", "layer"), compiler_options=QUICK)
+def chunk_kernel(*arrays, window, layer):
+  tiles = Tiles(*(Tile(32, 16, 4, 2),) * 3)
+  return chunk_pallas_gpu.cached_statistics(*arrays, window=window, layer=layer, tiles=tiles, interpret=True)
+
+
+@pytest.mark.parametrize("lengths, T, R, H, K, D, window, layer", [
+  ([0, 1, 200], 40, 256, 4, 2, 64, None, 0),
+  ([70], 33, 72, 4, 1, 128, None, 2),  # a ring of no whole blocks
+  ([5], 7, 8, 2, 2, 64, None, 0),  # less than a block of everything
+  ([700, 300, 17], 50, 512, 4, 2, 64, 300, 1),  # wrapped, not yet, shorter than the window
+  ([100, 90], 64, 64, 2, 1, 64, 7, 0),  # of the ring only a few, and of the chunk
+  ([30, 64], 100, 64, 2, 2, 64, 50, 0),  # a chunk larger than the ring
+])
+def test_a_chunk_equals_the_definition(lengths, T, R, H, K, D, window, layer):
+  arrays = inputs(lengths, H, K, D, R, stack=(3,), T=T)
+  assert_near(chunk_kernel(*arrays, window=window, layer=layer), oracle(*arrays, window=window, layer=layer), 5e-5)
+
+
+def test_a_chunk_of_bfloat16_errs_as_its_rounding():
+  arrays = inputs([200, 64], stack=(1,), dtype=jnp.bfloat16, T=20)
+  assert_near(chunk_kernel(*arrays, window=None, layer=0), oracle(*arrays, layer=0), 2**-8)
+
+
 @every_kernel
 def test_what_lies_beyond_the_length_is_not_looked_at(kernel):
   """NaN in slots that a row has not used, or that a window has left behind in whole steps, changes nothing."""
@@ -134,13 +159,15 @@ def test_shares_of_the_keys():
 
 @pytest.mark.parametrize("name", ["gpu", "tpu"])
 def test_what_the_kernels_do_not_serve(name, monkeypatch):
-  """Is left to XLA by "auto", and refused by name: chunks, head sizes they have no tiles for, other machines."""
+  """Is left to XLA by "auto", and refused by name: head sizes they have no tiles for, some chunks, other machines."""
   monkeypatch.setattr(api.dispatch, "platform", lambda: name)
   arrays = inputs([3])
   assert api.OP.choose(*arrays) == f"pallas_{name}"
   assert api.skips_unused_slots(arrays[3], 4, jnp.dtype("float32"))
   assert not api.skips_unused_slots(inputs([3], D=8)[3], 4, jnp.dtype("float32"))
-  for other in (inputs([3], D=8), [jnp.repeat(x, 2, 1) if i in (0, 1, 2, 6) else x for i, x in enumerate(arrays)]):
+  chunk = inputs([3], T=2)
+  assert api.OP.choose(*chunk) == ("pallas_gpu" if name == "gpu" else "xla")
+  for other in (inputs([3], D=8), [x.astype(jnp.int8) if i in (3, 4) else x for i, x in enumerate(chunk)]):
     assert api.OP.choose(*other) == "xla"
     with pytest.raises(NotImplementedError, match=f"cached_attention: 'pallas_{name}' takes"):
       api.cached_statistics(*other, implementation=f"pallas_{name}")

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
+from atma_jax.ops import context_parallel
 from atma_jax.ops.cached_attention import api as cached
+from atma_jax.ops.cached_attention import chunk_pallas_gpu
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta.step import gated_delta_step
 from atma_jax.ops.polar_attention import pallas_gpu
 
-HOPPER = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
+DEVICE = AbstractDevice("NVIDIA H200", 132, "gpu")
+HOPPER = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=DEVICE)
+RING = AbstractMesh((4,), ("context",), (AxisType.Auto,), abstract_device=DEVICE)
 
 
-def lowered(call, *shapes) -> str:
+def lowered(call, *shapes, mesh=HOPPER) -> str:
   """Text of the program of the sum of all results of `call` and its gradients."""
   def total(*arguments):
     return sum(jnp.sum(x.astype(jnp.float32)) for x in call(*arguments))
 
-  with jax.sharding.use_abstract_mesh(HOPPER):
+  with jax.sharding.use_abstract_mesh(mesh):
     both = jax.jit(jax.value_and_grad(total, tuple(range(len(shapes)))))
     return both.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -42,9 +47,10 @@ def test_polar_attention(T, K, D, window, dtype):
   assert text.count("ex2.approx.ftz.f32") == 3
 
 
-def test_gated_delta():
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gated_delta(dtype):
   B, T, H, D = 1, 130, 2, 64
-  vectors, scalars = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+  vectors, scalars = jax.ShapeDtypeStruct((B, T, H, D), dtype), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
 
   def call(q, k, v, log_gamma, beta):
     return delta_gpu.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=jnp.zeros((B, H, D, D)))
@@ -71,3 +77,39 @@ def test_decoding(R, dtype, page, kernels):
     text = jax.jit(call).trace(*vectors, ring, ring, scales, jax.ShapeDtypeStruct((B,), jnp.int32), table, gates,
                                jax.ShapeDtypeStruct((L, B, H, D, D), jnp.float32)).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("@__gpu$xla.gpu.triton") == kernels + 1
+
+
+@pytest.mark.parametrize("dtype, D, window", [(jnp.bfloat16, 128, None), (jnp.float32, 64, 300)])
+def test_a_ring(dtype, D, window):
+  """On four GPUs "auto" takes the kernels of attention and memory; one loop of stops forward, one backward."""
+  T, H, K = 1200, 4, 2
+
+  def call(q, k, v, log_gamma, beta, *raw):
+    names = ["v_null", "null_base", "null_slope", "len_gain", "mag_beta"]
+    direction, magnitude = context_parallel.polar_attention(q, k, v, **dict(zip(names, raw, strict=True)), window=window,
+                                                            axis="context")
+    readout, _ = context_parallel.gated_delta(q, q, q, log_gamma=log_gamma, beta=beta, axis="context")
+    return direction, magnitude, readout
+
+  time, shape = jax.P(None, "context"), functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  mapped = jax.shard_map(call, mesh=RING, in_specs=(*[time] * 5, *[jax.P()] * 5), out_specs=time, check_vma=False)
+  arrays = [jax.ShapeDtypeStruct((1, T, heads, D), dtype) for heads in (H, K, K)]
+  text = lowered(mapped, *arrays, *[shape((1, T, H))] * 2, shape((H, D)), *[shape((H,))] * 4, mesh=RING)
+  attention = [name for name in re.findall(r'name = "(\w+)"', text) if name.startswith("ring_attention")]
+  assert sorted(attention) == ["ring_attention", "ring_attention_dkv", "ring_attention_dq"]
+  memory = {name.removeprefix("gated_delta_") for name in re.findall(r'name = "(gated_delta_\w+)"', text)}
+  assert memory == {"transition", "within", "carry", "read", "read_back", "carry_back", "read_chunks_back", "write_chunks_back"}
+
+
+def test_cached_attention_of_a_chunk():
+  B, T, H, K, D, R = 1, 200, 4, 2, 64, 512
+  ring = jax.ShapeDtypeStruct((1, B, K, R, D), jnp.bfloat16)
+  vectors = [jax.ShapeDtypeStruct((B, T, heads, D), jnp.bfloat16) for heads in (H, K, K)]
+
+  def call(q, k, v, keys, values, lengths, scale):
+    return chunk_pallas_gpu.cached_statistics(q, k, v, keys, values, lengths, scale, window=None, layer=0)
+
+  shapes = *vectors, ring, ring, jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+  with jax.sharding.use_abstract_mesh(HOPPER):
+    text = jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@__gpu$xla.gpu.triton") == 1

@@ -103,7 +103,7 @@ def test_gated_short_conv_equals_its_parts(T, taps):
   for a, b in zip((y, *own_transpose(cotangent.astype(jnp.bfloat16))), (expected, *transpose(cotangent)), strict=True):
     assert a.dtype == jnp.bfloat16
     scale = float(jnp.max(jnp.abs(b)))
-    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=scale * 5 * 2.0**-8)  # three factors and the result, rounded once each
+    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=scale * 5 * 2.0**-8)  # factors and the result, rounded once each
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])

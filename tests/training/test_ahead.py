@@ -94,6 +94,26 @@ def test_collectives_are_counted_with_their_bytes(mesh):
   assert found.collectives == {"all-reduce": (1, 2 * 4 * size)}  # a ring's two passes over it
 
 
+def test_a_collective_that_is_spread_over_a_loop_counts_once():
+  """As the TPU compiler writes an all-gather that runs beside a loop: its pieces are fused into the loop's instructions."""
+  gather = 'f32[8,128]{1,0} all-gather(%p), channel_id=1, dimensions={0}, frontend_attributes={chain_id="7"}'
+
+  def fusion(name, calls):
+    return f"  %{name} = f32[8,128]{{1,0}} fusion(%x), kind=kCustom, calls=%{calls}"
+
+  pieces = [line for name in ("start", "piece", "done") for line in (
+    f"%{name}.body (p: f32[4,128]) -> f32[8,128] {{", "  %p = f32[4,128]{1,0} parameter(0)",
+    f"  ROOT %{name}.gather = {gather}", "}")]
+  text = "\n".join([
+    *pieces,
+    "%loop (x: f32[4,128]) -> f32[4,128] {", "  %x = f32[4,128]{1,0} parameter(0)", fusion("inner", "piece.body"), "}",
+    "%condition (x: f32[4,128]) -> pred[] {", "  %bound = s32[] constant(12)", "  %i = s32[] parameter(0)",
+    "  ROOT %less = pred[] compare(%i, %bound), direction=LT", "}",
+    "ENTRY %main (x: f32[4,128]) -> f32[4,128] {", "  %x = f32[4,128]{1,0} parameter(0)", fusion("first", "start.body"),
+    "  ROOT %while = f32[4,128]{1,0} while(%x), condition=%condition, body=%loop", fusion("last", "done.body"), "}"])
+  assert traffic(text).collectives == {"all-gather": (1, 4 * 8 * 128)}
+
+
 def test_a_tiny_plan(recipe):
   plan = ahead.plan(recipe, "v5e:2x2")
   definition = ModelDefinition(recipe.model)

@@ -84,7 +84,7 @@ def test_a_whole_training_step_compiles_for_a_tpu_and_keeps_each_kernel_once():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
 def test_a_training_step_over_a_context_axis_compiles_for_tpus_with_the_kernels_of_every_stop():
-  config = tiny("pallas_tpu", "dots", scan=False)
+  config = tiny("auto", "dots", scan=False)  # which takes the kernels
   config.model.block_pattern, config.model.num_layers = ("local", "global"), 2
   config.data.sequence_length, config.data.batch_size, context = 1024, 4, 4
   config.mesh.data, config.mesh.fsdp, config.mesh.context = 2, 2, context

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from atma_jax.ops.cached_attention import chunk_pallas_gpu
 from atma_jax.ops.cached_attention.api import Scales, kernel_refusal
 from atma_jax.ops.streaming import Statistics
 
@@ -31,9 +32,11 @@ MASKED = -(2.0**100)  # a score; finite, so that a share without a visible key m
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
              scale: jax.Array, *, table: jax.Array | None = None, **options) -> str | None:
   """Why the kernel cannot serve this call, or None if it can."""
-  del v, values, lengths, options
+  del values, lengths, options
   if keys.dtype.itemsize == 1 and 2**31 < keys.size <= 2**32:
     return f"would be given signed offsets of 32 bits by Pallas, too few for {keys.size / 2**30:.3g} GiB of int8 keys"
+  if q.shape[1] > 1:
+    return chunk_pallas_gpu.supports(q, k, v, keys, scale, table)
   return kernel_refusal("gpu", q, k, keys, scale, table, group=ROWS, page=KEYS)
 
 
@@ -46,6 +49,9 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
   G = H // K
   if layer is None:
     layer, keys, values, scales = 0, *jax.tree.map(lambda x: x[None], (keys, values, scales))
+  if q.shape[1] > 1:
+    return chunk_pallas_gpu.cached_statistics(q, k, v, keys, values, lengths, scale, window=window, layer=layer,
+                                              interpret=interpret)
   P, R, paged = keys.shape[1], R if table is None else R * table.shape[1], table is not None
   splits = splits or splits_for(B * K, R)
 

@@ -100,7 +100,6 @@ class Call:
     full = jnp.minimum(full, end)
     return first, full, jnp.clip(lax.div(jnp.maximum(row + self.window, 0), tile.q), full, end), end
 
-
   def power(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     """``2^(x scale - shift)``: two instructions an element, where `jnp.exp2` takes care of denormal numbers with five more."""
     if self.interpret:

@@ -135,9 +135,12 @@ class RingSteps:
     return jnp.stack([jnp.asarray(x, jnp.int32) for x in (*starts.queries, *starts.keys, steps)]), steps
 
   def _pairs(self) -> int:
-    """Of a stop; where there are two segments, every stop but the first sees two of the four pairs of segments."""
+    """Of a stop, on average: two of the four pairs of two segments, else what the window leaves to each stop it reaches."""
     call = self._call
-    return call.segments * call.queries * min(call.window, call.keys)
+    if call.segments == 2:
+      return 2 * call.queries * call.keys
+    window = min(call.window, call.keys * call.queries)
+    return call.queries * window // (1 - (1 - window) // call.keys)
 
   def _rows(self, x: jax.Array) -> jax.Array:
     return self._call.rows(x, self._length_q)
