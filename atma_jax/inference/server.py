@@ -89,6 +89,9 @@ class _Metrics:
       sequences.add_metric([state], count)
     yield sequences
     yield GaugeMetricFamily("atma_rows", "Sequences that can decode at once.", engine.rows)
+    if engine.pages is not None:
+      yield GaugeMetricFamily("atma_pages", "Pages of keys and values.", engine.pages.total)
+      yield GaugeMetricFamily("atma_free_pages", "Pages that no request holds.", engine.pages.free)
     yield GaugeMetricFamily("atma_outstanding", "Sequences not answered yet.", len(self._worker.outstanding))
     yield CounterMetricFamily("atma_prefilled_tokens", "Prompt tokens computed, not taken from a kept prefix.", engine.prefilled)
     yield CounterMetricFamily("atma_compilations", "Programs compiled; serving compiles none.", compilations())
