@@ -40,8 +40,11 @@ import gc, json, os, runpy, signal, sys
 import absl.app, flax.nnx, grain, jax, matplotlib.pyplot, ml_collections, optax, orbax.checkpoint, pyarrow.parquet
 
 def reap(*_):
-  while children:
-    child, status = os.waitpid(-1, os.WNOHANG)
+  while True:
+    try:
+      child, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:  # a signal in this very handler came first
+      return
     if not child:
       return
     children.discard(child)
@@ -91,8 +94,10 @@ class Child:
 
   def wait(self, timeout: float) -> int:
     with self._forking.changed:
-      if not self._forking.changed.wait_for(lambda: self.poll() is not None, timeout):
-        raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+      self._forking.changed.wait_for(lambda: self.poll() is not None or self._forking.ended, timeout)
+    if self.returncode is None:
+      assert not self._forking.ended, "the process that starts mains has ended"
+      raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
     return self.returncode
 
   def send_signal(self, number: int) -> None:
@@ -110,7 +115,7 @@ class Forking:
   """Starts mains as children of one process that has imported what they import."""
 
   def __init__(self, folder: pathlib.Path):
-    self.changed, self.codes = threading.Condition(), {}
+    self.changed, self.codes, self.ended = threading.Condition(), {}, False
     self._folder, self._started = folder, []
     self._process = subprocess.Popen([sys.executable, "-c", FORKING], cwd=REPOSITORY, stdin=subprocess.PIPE,
                                      stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
@@ -126,6 +131,9 @@ class Forking:
           self.codes.pop(pid, None)  # of an older one of that number
           self._started.append(pid)
         self.changed.notify_all()
+    with self.changed:
+      self.ended = True
+      self.changed.notify_all()
 
   def start(self, name: str, *arguments: object, stdout: str | os.PathLike = os.devnull,
             stderr: str | os.PathLike = os.devnull, environ: Mapping[str, str] | None = None, first: str = "") -> Child:
