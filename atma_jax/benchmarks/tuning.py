@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from atma_jax.benchmarks.tables import delta_inputs, gradients, milliseconds, polar_inputs
 from atma_jax.config import Config, UserError
-from atma_jax.ops import dispatch, tiles
+from atma_jax.ops import dispatch, kernels, tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
 from atma_jax.ops.polar_attention import pallas_gpu, pallas_tpu
@@ -44,8 +44,8 @@ def tune(config: Config, shapes: list[tuple[int, int]], repeats: int, seed: int)
     UserError: the kernels do not serve the recipe's head size or dtype, or no candidate runs.
   """
   H, K, D, key = config.model.num_heads, config.model.num_kv_heads, config.model.head_dim, jax.random.key(seed)
-  if D not in dispatch.KERNEL_HEAD_SIZES:
-    raise UserError(f"config.model.head_dim={D}: the kernels take {' and '.join(map(str, dispatch.KERNEL_HEAD_SIZES))}")
+  if D not in kernels.HEAD_SIZES:
+    raise UserError(f"config.model.head_dim={D}: the kernels take {' and '.join(map(str, kernels.HEAD_SIZES))}")
   platform = dispatch.platform()
   interpret = platform not in KERNELS
   print(f"{dispatch.device_kind()}, jax {jax.__version__}, H={H} K={K} D={D}"

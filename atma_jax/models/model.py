@@ -167,7 +167,7 @@ class Atma(nnx.Module):
     """Whether decoding reads every row of such a cache up to its own length, so that no `reach` is needed."""
     return cache.keys is not None and skips_unused_slots(
       cache.keys, self.config.num_heads, layers.activation_dtype(self.config), paged=cache.table is not None,
-      implementation=dispatch.decoder(self.config.implementation))
+      implementation=dispatch.cached_implementation(self.config.implementation))
 
   def _repetitions(self) -> dict[str, list[Group]]:
     """The groups of blocks one by one, by the names of `Cache.layers`."""

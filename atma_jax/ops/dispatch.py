@@ -21,7 +21,6 @@ from typing import Any
 import jax
 
 KERNEL_OUTPUTS = ("polar_attention", "gated_delta")  # names of what a backward pass would otherwise run a kernel again for
-KERNEL_HEAD_SIZES = (64, 128)
 NAMES = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
 
 _log = logging.getLogger(__name__)
@@ -90,8 +89,8 @@ class Op:
     raise NotImplementedError(f"{self.name}: no implementation serves this call on {where}")
 
 
-def decoder(implementation: str) -> str:
-  """What a model's choice means for its cached ops, which have implementations of their own: no kernels, or what fits."""
+def cached_implementation(implementation: str) -> str:
+  """What a model's choice means for its ops on a cache, which have implementations of their own: no kernels, or what fits."""
   return "xla" if implementation in ("reference", "xla") else "auto"
 
 
@@ -114,29 +113,6 @@ def undivided() -> bool:
   """Whether a program sees whole arrays of a mesh of several devices, which a kernel cannot be cut into."""
   mesh = jax.sharding.get_abstract_mesh()
   return any(mesh.shape[axis] > 1 for axis in mesh.axis_names if axis not in mesh.manual_axes)
-
-
-def kernel_refusal(device: str, q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
-  """Why the attention and memory kernels for `device`, "gpu" or "tpu", cannot take q, k and v, or None if they can."""
-  dtypes, sizes = {x.dtype.name for x in (q, k, v)}, {x.shape[-1] for x in (q, k, v)}
-  if dtypes not in ({"bfloat16"}, {"float32"}):
-    return f"takes q, k and v all in bfloat16 or all in float32, not {', '.join(sorted(dtypes))}"
-  if not sizes <= set(KERNEL_HEAD_SIZES):
-    return f"takes head sizes {' and '.join(map(str, KERNEL_HEAD_SIZES))}, not {' and '.join(map(str, sorted(sizes)))}"
-  if platform() != device:
-    return f"needs a {device.upper()}, and this runs on {platform()}"
-  if undivided():
-    return "takes what lies on one device: on a mesh of several it must be called inside shard_map"
-  return None
-
-
-def elsewhere(device: str) -> str | None:
-  """Why a kernel for one `device`, "gpu" or "tpu", cannot run where this program will, or None if it can."""
-  if platform() != device:
-    return f"needs a {device.upper()}, and this runs on {platform()}"
-  if undivided():
-    return "takes what lies on one device: on a mesh of several it must be called inside shard_map"
-  return None
 
 
 @functools.cache

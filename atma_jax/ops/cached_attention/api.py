@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
+from atma_jax.ops import dispatch, kernels
 from atma_jax.ops.polar_attention import formula
 from atma_jax.ops.streaming import Statistics
 
@@ -140,23 +140,21 @@ def append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts: jax.Arra
   return APPEND(implementation, ring, new, lengths, counts, table)
 
 
-def kernel_refusal(device: str, q: jax.Array, k: jax.Array, keys: jax.Array, scale: jax.Array, table: jax.Array | None, *,
-                   group: int, page: int) -> str | None:
+def decoding_refusal(device: str, q: jax.Array, k: jax.Array, keys: jax.Array, scale: jax.Array, table: jax.Array | None, *,
+                     group: int, page: int) -> str | None:
   """Why the decoding kernel for `device`, "gpu" or "tpu", cannot serve `cached_statistics`, or None if it can; it takes groups
   of at most `group` query heads and pages of multiples of `page` tokens."""
-  sizes = dispatch.KERNEL_HEAD_SIZES
   if q.shape[1] != 1:
     return f"takes one new token a row, not {q.shape[1]}"
   if q.dtype not in (jnp.bfloat16, jnp.float32) or keys.dtype not in (jnp.int8, jnp.bfloat16, jnp.float32):
     return f"takes bfloat16 or float32 queries and int8, bfloat16 or float32 keys, not {q.dtype} and {keys.dtype}"
   if scale.dtype != jnp.float32:
     return f"takes a float32 scale, not {scale.dtype}"
-  if q.shape[3] not in sizes or q.shape[2] // k.shape[2] > group:
-    return (f"takes head sizes {' and '.join(map(str, sizes))} and groups of at most {group} heads, not {q.shape[3]} and "
-            f"{q.shape[2] // k.shape[2]}")
+  if q.shape[2] // k.shape[2] > group:
+    return f"takes groups of at most {group} heads, not {q.shape[2] // k.shape[2]}"
   if table is not None and keys.shape[-2] % page:
     return f"takes pages of a multiple of {page} tokens, not {keys.shape[-2]}"
-  return dispatch.elsewhere(device)
+  return kernels.head_refusal(q) or kernels.elsewhere(device)
 
 
 def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:

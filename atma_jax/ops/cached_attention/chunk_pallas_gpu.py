@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
+from atma_jax.ops import kernels
 from atma_jax.ops import tiles as table
-from atma_jax.ops.polar_attention.pallas_gpu import LOG2_E, Call, ceil, fold, rows_of, three_loops
+from atma_jax.ops.kernels import LOG2_E, cdiv
+from atma_jax.ops.polar_attention.pallas_gpu import Call, by_queries, fold, rows_of, three_loops
 from atma_jax.ops.streaming import Statistics
 from atma_jax.ops.tiles import Tiles
 
@@ -30,7 +31,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, scale: j
     return "takes rings, not pages, for several new tokens a row"
   if scale.dtype != jnp.float32:
     return f"gathers in float32, not {scale.dtype}"
-  return dispatch.kernel_refusal("gpu", q, k, v)
+  return kernels.refusal("gpu", q, k, v)
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
@@ -44,19 +45,16 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
     keys, values = (jnp.pad(x[layer : layer + 1], ((0, 0),) * 3 + ((0, -R % tile.k), (0, 0))) for x in (keys, values))
     layer = 0
   q, k, v, scale = (call.pad(x, 1) for x in (q, k, v, scale))
-  scale, padded = rows_of(scale) * LOG2_E, q.shape[1]
-  query = pl.BlockSpec((None, tile.q, None, D), lambda h, b, i: (b, padded // tile.q - 1 - i, h, 0))
-  rows = pl.BlockSpec((None, None, tile.q), lambda h, b, i: (b, h, padded // tile.q - 1 - i))
-  new = pl.BlockSpec((None, padded, None, D), lambda h, b, i: (b, 0, h // (H // K), 0))
+  query, new, _, rows, grid = by_queries(tile, q, k)
   ring = pl.BlockSpec((None, None, None, keys.shape[3], D), lambda h, b, i: (layer, b, h // (H // K), 0, 0))
-  scalars = jax.ShapeDtypeStruct((B, H, padded), jnp.float32)
+  scalars = jax.ShapeDtypeStruct((B, H, q.shape[1]), jnp.float32)
   *statistics, S = pl.pallas_call(
     functools.partial(_kernel, call=call, slots=R, window=window), name="cached_attention_chunk",
     out_shape=[*[scalars] * 3, jax.ShapeDtypeStruct(q.shape, jnp.float32)],
     in_specs=[pl.BlockSpec((None,), lambda h, b, i: (b,)), rows, query, ring, ring, new, new],
-    out_specs=[*[rows] * 3, query], grid=(H, B, padded // tile.q), interpret=interpret,
+    out_specs=[*[rows] * 3, query], grid=grid, interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-  )(lengths, scale, q, keys, values, k, v)
+  )(lengths, rows_of(scale) * LOG2_E, q, keys, values, k, v)
   M, L, Q = (rows_of(x)[:, :T] for x in statistics)
   return Statistics(M / LOG2_E, L, Q, S[:, :T])
 
@@ -70,9 +68,9 @@ def _kernel(length_ref, scale_ref, q_ref, keys_ref, values_ref, k_ref, v_ref, M_
   def past(masked, j, carry):
     def visible():
       slot = j * tile.k + jnp.arange(tile.k)[None, :]
-      query = row + jnp.arange(tile.q)[:, None]
       if window is None:
-        return (slot < held) & (query >= 0)
+        return slot < held
+      query = row + jnp.arange(tile.q)[:, None]
       age = lax.rem(jnp.maximum(length - 1 - slot, -slots) + slots, slots)  # of a slot's token at the chunk's start, from 0
       return (slot < held) & (query + 1 + age < window)
 
@@ -84,7 +82,7 @@ def _kernel(length_ref, scale_ref, q_ref, keys_ref, values_ref, k_ref, v_ref, M_
 
     return fold(call, q, scale, k_ref, v_ref, pl.ds(j * tile.k, tile.k), masked and visible, carry)
 
-  zeros, end = jnp.zeros((tile.q,), jnp.float32), ceil(held, tile.k)
+  zeros, end = jnp.zeros((tile.q,), jnp.float32), cdiv(held, tile.k)
   carry = zeros - jnp.inf, zeros, zeros, jnp.zeros(q.shape, jnp.float32)
   carry = three_loops((0, 0, lax.div(held, tile.k), end) if window is None else (0, end, end, end), past, carry)
   M, L, Q, S = three_loops(call.key_blocks(row, tile, k_ref.shape[0] // tile.k), own, carry)

@@ -9,7 +9,6 @@ kernel that gives every query head a program, by the law of `streaming.merge`.
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 from jax import lax
@@ -18,15 +17,14 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from atma_jax.ops.cached_attention import chunk_pallas_gpu
-from atma_jax.ops.cached_attention.api import Scales, kernel_refusal
+from atma_jax.ops.cached_attention.api import Scales, decoding_refusal
+from atma_jax.ops.kernels import LOG2_E, MASKED, dot
 from atma_jax.ops.streaming import Statistics
 
 KEYS = 64  # in a step of a program: with values, 32 KiB of bfloat16 on their way while the step before is worked on
 ROWS = 16  # of the smallest matrix product; a group has no more query heads
 PROGRAMS = 256  # enough for the memory of a large GPU to be busy
 COLUMNS = 64  # of a head's values that a program merges
-LOG2_E = math.log2(math.e)
-MASKED = -(2.0**100)  # a score; finite, so that a share without a visible key makes no NaN
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
@@ -37,7 +35,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: 
     return chunk_pallas_gpu.supports(q, k, v, keys, scale, table)
   if keys.dtype.itemsize == 1 and 2**31 < keys.size <= 2**32:
     return f"would be given signed offsets of 32 bits by Pallas, too few for {keys.size / 2**30:.3g} GiB of int8 keys"
-  return kernel_refusal("gpu", q, k, keys, scale, table, group=ROWS, page=KEYS)
+  return decoding_refusal("gpu", q, k, keys, scale, table, group=ROWS, page=KEYS)
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
@@ -116,7 +114,7 @@ def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_r
       inside = (slot < slots).reshape(KEYS, *(1,) * len(columns))
       return plgpu.load(taken, mask=jnp.broadcast_to(inside, (KEYS, *columns)), other=0)
 
-    scores = _dot(q, read(keys_ref).astype(q.dtype), (1, 1)) * scale[:, None]
+    scores = dot(q, read(keys_ref).astype(q.dtype), (1, 1)) * scale[:, None]
     if quantised:
       scores = scores * read(scale_refs[0])[None, :]
     visible = slot < held
@@ -128,7 +126,7 @@ def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_r
     L = L * shrink + jnp.sum(p, axis=1)
     Q = Q * (shrink * shrink) + jnp.sum(p * p, axis=1)
     weights = p * read(scale_refs[1])[None, :] if quantised else p
-    return m_next, L, Q, S * shrink[:, None] + _dot(weights.astype(q.dtype), read(values_ref).astype(q.dtype))
+    return m_next, L, Q, S * shrink[:, None] + dot(weights.astype(q.dtype), read(values_ref).astype(q.dtype))
 
   # The new token, in the first share alone.
   own = jnp.sum(q.astype(jnp.float32) * k_ref[...].astype(jnp.float32)[None, :], axis=1) * scale
@@ -165,10 +163,3 @@ def _merge_kernel(M_ref, L_ref, Q_ref, S_ref, M_out, L_out, Q_out, S_out):
   M_out[...] = top / LOG2_E  # programs of other columns write the same
   L_out[...], Q_out[...] = jnp.sum(w * L_ref[...]), jnp.sum(w * w * Q_ref[...])
   S_out[...] = jnp.sum(w[:, None] * S_ref[...], axis=0)
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-  """Matrix product accumulated in float32; float32 operands are not rounded to tf32."""
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
-                         preferred_element_type=jnp.float32)

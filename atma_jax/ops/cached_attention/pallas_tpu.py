@@ -15,22 +15,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
-from atma_jax.ops.cached_attention.api import Scales, kernel_refusal
+from atma_jax.ops import kernels
+from atma_jax.ops.cached_attention.api import Scales, decoding_refusal
+from atma_jax.ops.kernels import MASKED, dot
 from atma_jax.ops.streaming import Statistics
 
 KEYS = 2048  # in a step, of each head: a MiB of bfloat16 keys and values for two heads of 128
 ROWS = 16  # rows of a tile of bfloat16; a group has no more query heads
 LANES = 128
 TILE = 32  # slots that are read and written around a new one: rows of a tile of int8
-MASKED = -1e30
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
              scale: jax.Array, *, table: jax.Array | None = None, **options) -> str | None:
   """Why the kernel cannot serve this call, or None if it can."""
   del v, values, lengths, options
-  return kernel_refusal("tpu", q, k, keys, scale, table, group=ROWS, page=LANES)
+  return decoding_refusal("tpu", q, k, keys, scale, table, group=ROWS, page=LANES)
 
 
 def supports_append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts: jax.Array,
@@ -39,11 +39,9 @@ def supports_append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts:
   del lengths, counts, table
   if ring.ndim != 5 or new.shape[3] != 1:
     return f"writes one new vector a row, not {new.shape[3]} of shape {new.shape[4:]}"
-  sizes = dispatch.KERNEL_HEAD_SIZES
-  if ring.dtype not in (jnp.int8, jnp.bfloat16, jnp.float32) or ring.shape[4] not in sizes:
-    return (f"takes int8, bfloat16 or float32 vectors of {' or '.join(map(str, sizes))}, not {ring.dtype} of "
-            f"{ring.shape[4]}")
-  return dispatch.elsewhere("tpu")
+  if ring.dtype not in (jnp.int8, jnp.bfloat16, jnp.float32):
+    return f"takes int8, bfloat16 or float32 vectors, not {ring.dtype}"
+  return kernels.head_refusal(ring) or kernels.elsewhere("tpu")
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
@@ -125,7 +123,7 @@ def _kernel(lengths_ref, *refs, window, slots, block, paged, quantised):
     across, down = visible(1), visible(0)
     for head in range(q_ref.shape[0]):
       q = q_ref[head]
-      scores = _dot(q, _as(keys_ref[head], q.dtype), (1, 1)) * scale_ref[head]
+      scores = dot(q, _as(keys_ref[head], q.dtype), (1, 1)) * scale_ref[head]
       if quantised:
         scores = scores * scale_refs[0][head][None, :]
       scores = jnp.where(across, scores, MASKED)
@@ -136,7 +134,7 @@ def _kernel(lengths_ref, *refs, window, slots, block, paged, quantised):
       Q_ref[head] = Q_ref[head] * (shrink * shrink) + jnp.sum(p * p, axis=1, keepdims=True)
       weights = p * jnp.where(across, scale_refs[1][head][None, :], 0) if quantised else p
       values = jnp.where(down, _as(values_ref[head], q.dtype), 0)  # what the last block reads past the end may be anything
-      S_ref[head] = S_ref[head] * shrink + _dot(weights.astype(q.dtype), values)
+      S_ref[head] = S_ref[head] * shrink + dot(weights.astype(q.dtype), values)
       M_ref[head] = jnp.broadcast_to(m_next, M_ref.shape[1:])
 
 
@@ -188,10 +186,3 @@ def _append_kernel(page_ref, place_ref, written_ref, new_ref, ring_ref, out_ref,
 
 def _as(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return x.astype(jnp.float32).astype(dtype) if x.dtype == jnp.int8 else x.astype(dtype)
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-  """Matrix product accumulated in float32; float32 operands are not rounded to bfloat16."""
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
-                         preferred_element_type=jnp.float32)

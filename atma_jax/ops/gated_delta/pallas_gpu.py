@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
+from atma_jax.ops import dispatch, kernels
 from atma_jax.ops import tiles as table
 
 CHUNK = 64
@@ -34,7 +34,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | No
   """Why the kernels cannot serve this call, or None if they can."""
   if any(parameters[name].dtype == jnp.float64 for name in ("log_gamma", "beta", "initial_state")):
     return "takes no float64"
-  return dispatch.kernel_refusal("gpu", q, k, v)
+  return kernels.refusal("gpu", q, k, v)
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
@@ -173,9 +173,9 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0), precise
 
   A precise one is three products of tf32 parts, off by 2^-21: multiplied out in float32 the kernels take minutes to compile.
   """
-  parts = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if dispatch.platform() == "gpu" else lax.Precision.HIGHEST
+  exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if dispatch.platform() == "gpu" else lax.Precision.HIGHEST
   return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32,
-                         precision=parts if precise else None)
+                         precision=exact if precise else None)
 
 
 def _matmul(a: jax.Array, b: jax.Array, dtype: jnp.dtype, contract: tuple[int, int] = (1, 0)) -> jax.Array:

@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
+from atma_jax.ops import kernels
 from atma_jax.ops import tiles as table
 
 CHUNK = 128  # a matrix unit's edge
@@ -37,7 +37,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | No
   """Why the kernels cannot serve this call, or None if they can."""
   if any(parameters[name].dtype == jnp.float64 for name in ("log_gamma", "beta", "initial_state")):
     return "takes no float64"
-  return dispatch.kernel_refusal("tpu", q, k, v)
+  return kernels.refusal("tpu", q, k, v)
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, initial_state: jax.Array,

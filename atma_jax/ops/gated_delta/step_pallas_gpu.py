@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
+from atma_jax.ops import kernels
 
 ROWS = 16  # of a state that a program takes: 8 KiB
 
@@ -20,9 +20,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, *, state: jax.Array, **pa
   del k, parameters
   if state.dtype != jnp.float32:
     return f"takes a float32 state, not {state.dtype}"
-  if not {q.shape[3], v.shape[3]} <= set(dispatch.KERNEL_HEAD_SIZES):
-    return f"takes head sizes {' and '.join(map(str, dispatch.KERNEL_HEAD_SIZES))}, not {q.shape[3]} and {v.shape[3]}"
-  return dispatch.elsewhere("gpu")
+  return kernels.head_refusal(q, v) or kernels.elsewhere("gpu")
 
 
 def gated_delta_step(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, state: jax.Array,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -24,19 +23,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
+from atma_jax.ops import kernels
 from atma_jax.ops import tiles as table
+from atma_jax.ops.kernels import LOG2_E, MASKED, cdiv, dot
 from atma_jax.ops.polar_attention import formula
 from atma_jax.ops.tiles import Tile, Tiles
-
-LOG2_E = math.log2(math.e)
-MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key makes no NaN, and exact under any scale
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
   del parameters
-  return dispatch.kernel_refusal("gpu", q, k, v)
+  return kernels.refusal("gpu", q, k, v)
 
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
@@ -82,31 +79,31 @@ class Call:
 
   def key_blocks(self, position: jax.Array, tile: Tile, blocks: int) -> tuple[jax.Array, ...]:
     """Blocks of keys, of so many, that `tile.q` queries from a position on see: (first, first unmasked, first masked, end)."""
-    end = jnp.clip(ceil(position + tile.q, tile.k), 0, blocks)
+    end = jnp.clip(cdiv(position + tile.q, tile.k), 0, blocks)
     full_end = jnp.clip(lax.div(position + 1, tile.k), 0, end)
     if not self.windowed:
       return 0, 0, full_end, end
     first = jnp.minimum(lax.div(jnp.maximum(position - self.window + 1, 0), tile.k), end)
-    full = jnp.clip(ceil(jnp.maximum(position + tile.q - self.window, 0), tile.k), first, end)
+    full = jnp.clip(cdiv(jnp.maximum(position + tile.q - self.window, 0), tile.k), first, end)
     return first, full, jnp.maximum(full, full_end), end
 
   def query_blocks(self, row: jax.Array, tile: Tile, blocks: int) -> tuple[jax.Array, ...]:
     """Blocks of queries, of so many, that see any of `tile.k` keys of which the first has the position of query `row`."""
     first = jnp.minimum(lax.div(jnp.maximum(row, 0), tile.q), blocks)
-    full = jnp.clip(ceil(jnp.maximum(row + tile.k - 1, 0), tile.q), first, blocks)
+    full = jnp.clip(cdiv(jnp.maximum(row + tile.k - 1, 0), tile.q), first, blocks)
     if not self.windowed:
       return first, full, blocks, blocks
-    end = jnp.clip(ceil(jnp.maximum(row + tile.k - 1 + self.window, 0), tile.q), first, blocks)
+    end = jnp.clip(cdiv(jnp.maximum(row + tile.k - 1 + self.window, 0), tile.q), first, blocks)
     full = jnp.minimum(full, end)
     return first, full, jnp.clip(lax.div(jnp.maximum(row + self.window, 0), tile.q), full, end), end
 
-  def power(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+  def scaled_exp2(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     """``2^(x scale - shift)``: two instructions an element, where `jnp.exp2` takes care of denormal numbers with five more."""
     if self.interpret:
       return jnp.exp2(x * scale - shift)
     return _assembly("{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }", x, scale, -shift)
 
-  def product_sum(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+  def fma(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     """``x y + z`` as one instruction: the compiler would round the product by itself."""
     return x * y + z if self.interpret else _assembly("fma.rn.f32 $0, $1, $2, $3;", x, y, z)
 
@@ -117,17 +114,6 @@ def _assembly(code: str, *arguments: jax.Array) -> jax.Array:
                                          constraints=",".join(["=f", *"f" * len(arguments)]),
                                          result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)])
   return result
-
-
-def ceil(x: jax.Array, y: int) -> jax.Array:
-  return lax.div(x + (y - 1), y)
-
-
-def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-  """Matrix product accumulated in float32; float32 operands are not rounded to tf32."""
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
-                         preferred_element_type=jnp.float32)
 
 
 def three_loops(bounds: tuple[jax.Array, ...], body, carry):
@@ -164,7 +150,7 @@ def fold(call: Call, q, scale, k_ref, v_ref, keys, visible, carry):
   if visible:
     scores = jnp.where(visible(), scores, MASKED)
   m_next = jnp.maximum(m, jnp.max(scores, axis=1) * scale)  # the scale is positive
-  p, shrink = call.power(scores, scale[:, None], m_next[:, None]), call.power(m, jnp.ones_like(m), m_next)
+  p, shrink = call.scaled_exp2(scores, scale[:, None], m_next[:, None]), call.scaled_exp2(m, jnp.ones_like(m), m_next)
   L = L * shrink + jnp.sum(p, axis=1)
   Q = Q * (shrink * shrink) + jnp.sum(p * p, axis=1)
   v = v_ref[keys, :]
@@ -174,11 +160,11 @@ def fold(call: Call, q, scale, k_ref, v_ref, keys, visible, carry):
 def add_dq(call: Call, q, go, scale, lse, twice, delta, k_ref, v_ref, keys, visible, carry):
   """dq of a block of queries, and the sum of a query's dlogit, times its scale."""
   (dq, total), natural, k = carry, scale / LOG2_E, k_ref[keys, :]
-  p = call.power(dot(q, k, (1, 1)), scale[:, None], lse[:, None])
+  p = call.scaled_exp2(dot(q, k, (1, 1)), scale[:, None], lse[:, None])
   if visible:
     p = jnp.where(visible(), p, 0)
-  ds = p * call.product_sum(dot(go, v_ref[keys, :], (1, 1)), natural[:, None],
-                            call.product_sum(p, twice[:, None], -delta[:, None]))
+  ds = p * call.fma(dot(go, v_ref[keys, :], (1, 1)), natural[:, None],
+                            call.fma(p, twice[:, None], -delta[:, None]))
   ds = ds.astype(k.dtype)
   return dq + dot(ds, k), total + jnp.sum(ds.astype(jnp.float32), axis=1)
 
@@ -187,13 +173,13 @@ def add_dkv(call: Call, k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delt
   """dk and dv of a block of keys, from queries of head h of the group."""
   dk, dv = carry
   q, go, scale = q_ref[rows, h, :], go_ref[rows, h, :], scale_ref[h, rows]
-  p = call.power(dot(k, q, (1, 1)), scale[None, :], lse_ref[h, rows][None, :])
+  p = call.scaled_exp2(dot(k, q, (1, 1)), scale[None, :], lse_ref[h, rows][None, :])
   if visible:
     p = jnp.where(visible(), p, 0)
   dv = dv + dot(p.astype(go.dtype), go)
   natural = (scale / LOG2_E)[None, :]
-  ds = p * call.product_sum(dot(v, go, (1, 1)), natural,
-                            call.product_sum(p, twice_ref[h, rows][None, :], -delta_ref[h, rows][None, :]))
+  ds = p * call.fma(dot(v, go, (1, 1)), natural,
+                            call.fma(p, twice_ref[h, rows][None, :], -delta_ref[h, rows][None, :]))
   return dk + dot(ds.astype(q.dtype), q), dv
 
 

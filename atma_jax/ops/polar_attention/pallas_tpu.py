@@ -26,17 +26,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
+from atma_jax.ops import kernels
 from atma_jax.ops import tiles as table
+from atma_jax.ops.kernels import LOG2_E, MASKED, dot
 from atma_jax.ops.polar_attention import formula
-from atma_jax.ops.polar_attention.tpu_grid import LOG2_E, MASKED, Call, Starts, dot, line, stack, steps_of
+from atma_jax.ops.polar_attention.tpu_grid import Call, Starts, line, stack, steps_of
 from atma_jax.ops.tiles import Tile, Tiles
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
   del parameters
-  return dispatch.kernel_refusal("tpu", q, k, v)
+  return kernels.refusal("tpu", q, k, v)
 
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,

@@ -18,8 +18,9 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from atma_jax.ops import tiles as table
+from atma_jax.ops.kernels import LOG2_E
 from atma_jax.ops.polar_attention import pallas_gpu
-from atma_jax.ops.polar_attention.pallas_gpu import LOG2_E, Call, by_queries, rows_of, three_loops
+from atma_jax.ops.polar_attention.pallas_gpu import Call, by_queries, rows_of, three_loops
 from atma_jax.ops.streaming import Statistics
 from atma_jax.ops.tiles import Tile, Tiles
 

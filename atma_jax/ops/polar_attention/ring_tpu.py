@@ -20,8 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from atma_jax.ops import tiles as table
+from atma_jax.ops.kernels import LOG2_E
 from atma_jax.ops.polar_attention import pallas_tpu
-from atma_jax.ops.polar_attention.tpu_grid import LOG2_E, Call, Starts, line, stack, steps_of, up
+from atma_jax.ops.polar_attention.tpu_grid import Call, Starts, line, stack, steps_of, up
 from atma_jax.ops.streaming import Statistics
 from atma_jax.ops.tiles import Tiles
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +16,6 @@ from atma_jax.ops import tiles as table
 from atma_jax.ops.tiles import Tile, Tiles
 
 LANES = 128
-LOG2_E = math.log2(math.e)
-MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key makes no NaN, and exact under any scale
 
 
 class Starts(NamedTuple):
@@ -234,12 +231,6 @@ def _least(a: Any, b: Any) -> Any:
 
 def _most(a: Any, b: Any) -> Any:
   return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
-
-
-def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-  """Matrix product accumulated in float32; of float32 operands it is exact to float32."""
-  return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32,
-                         precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT)
 
 
 def stack(ref: Any) -> jax.Array:
