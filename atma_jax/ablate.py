@@ -43,6 +43,7 @@ _RUN_CELL = flags.DEFINE_string("run_cell", None, "Of the worker's own use: the 
 
 
 def main() -> int:
+  """Runs, lists, submits or reports the cells of the flags; the exit code. Raises UserError on bad flags."""
   if _RUN_CELL.value:
     from atma_jax.ablation.cell_process import run_cell  # JAX is for the cells' processes: a worker touches no device
     return cli.EXIT_PREEMPTED if run_cell(_RUN_CELL.value) == PREEMPTED else 0
@@ -66,8 +67,7 @@ def main() -> int:
     jobs.submit(_JOBS.value, folders, _OUTPUT.value, _LAUNCH.value, dry_run=_DRY_RUN.value)
     return 0
   outcome = None if _REPORT.value else Worker(
-    folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value,
-    gpus=_GPUS.value).run()
+    folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value, gpus=_GPUS.value).run()
   if outcome == PREEMPTED:
     return cli.EXIT_PREEMPTED
   if _REPORT.value or any(cell.done for cell in sweep.find(directory)):

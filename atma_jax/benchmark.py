@@ -46,6 +46,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of inputs and parameters.", lower_bound
 
 
 def main() -> None:
+  """Prints the tables that `--table` names. Raises UserError on bad flags."""
   unknown = [name for name in _TABLE.value if name not in TABLES]
   if unknown or not _TABLE.value:
     raise UserError(f"--table={','.join(_TABLE.value)}: must be among {', '.join(TABLES)}")

@@ -25,6 +25,7 @@ _BATCH = flags.DEFINE_integer("batch", None, "Sequences in mode evaluate.", lowe
 
 
 def main() -> None:
+  """Prints the plan of one training or evaluation step. Raises UserError on bad flags and where the step does not fit."""
   config = _CONFIG.value
   if not _TOPOLOGY.value:
     raise UserError("--topology=GENERATION:SHAPE is required, such as --topology=v5e:16x16")

@@ -27,6 +27,7 @@ _STEP = flags.DEFINE_integer("step", None, "Step of a training workdir; default 
 
 
 def main() -> None:
+  """Writes `--input` to `--output` in the other format. Raises UserError on bad flags and checkpoints, naming the tensor."""
   for flag in (_INPUT, _OUTPUT):
     if not flag.value:
       raise UserError(f"--{flag.name}=DIR is required")

@@ -59,10 +59,10 @@ def _value(kind: type | None, flag: flags.FlagHolder) -> typing.Any:
 
 
 def main() -> None:
-  if not _OUTPUT.value:
-    raise UserError("--output=DIR is required")
-  if not _CHECKPOINT.value and not _REPORT.value:
-    raise UserError("--checkpoint=DIR is required")
+  """Runs the suites, goes on where results end, and writes report and plots. Raises UserError on bad flags and checkpoints."""
+  for flag, needed in ((_OUTPUT, True), (_CHECKPOINT, not _REPORT.value)):
+    if needed and not flag.value:
+      raise UserError(f"--{flag.name}=DIR is required")
   if _COMPARE.value and not _REPORT.value:
     raise UserError(f"--compare={','.join(_COMPARE.value)}: is for --report")
   options = Options(**{name: _value(*defined) for name, defined in _OPTIONS.items()})

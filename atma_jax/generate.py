@@ -45,6 +45,7 @@ _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Of keys and
 
 
 def main() -> None:
+  """Prints the text that continues a prompt. Raises UserError on bad flags, checkpoints and saved states."""
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint=DIR is required")
   given = [flag for flag in (_PROMPT, _PROMPT_FILE, _PROMPTS_FILE) if flag.value is not None]
@@ -57,9 +58,8 @@ def main() -> None:
     given[0] is _PROMPT_FILE) else read_lines("prompts_file", _PROMPTS_FILE.value)
   config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value)
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
-  longest = len(before) + max(len(tokenizer.encode(prompt)) for prompt in prompts)
+  capacity = 1 << (len(before) + max(len(tokenizer.encode(p)) for p in prompts) + sampling.max_tokens).bit_length()
   rows = -(-min(_ROWS.value, len(prompts)) // jax.device_count()) * jax.device_count()  # split over all devices
-  capacity = 1 << (longest + sampling.max_tokens).bit_length()
   engine = Engine(with_retention_cap(model, _CAP()), tokenizer, rows=rows, capacity=capacity, chunk=_CHUNK.value, prefixes=1,
                   first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value, cache_dtype=_CACHE_DTYPE.value)
   if _LOAD_STATE.value:

@@ -15,6 +15,7 @@ from atma_jax.config import UserError
 
 
 def main() -> None:
+  """Runs the harness's own command line with the model `atma_jax` registered; bad input, or no harness, ends with exit code 2."""
   if importlib.util.find_spec("lm_eval") is None:
     bad_input("the lm-evaluation-harness is not installed: pip install 'atma_jax[eval]'")
   from lm_eval._cli import HarnessCLI

@@ -21,6 +21,7 @@ _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default is one a co
 
 
 def main() -> None:
+  """Writes tokenizer and shards, or goes on where it was stopped. Raises UserError on bad flags and sources."""
   config = _CONFIG.value
   directory = _DIRECTORY.value or config.data.directory
   if not directory:

@@ -32,7 +32,7 @@ _MODEL_NAME = flags.DEFINE_string("model_name", None, "Name clients ask for; def
 _CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a prompt and its text at most.", lower_bound=2)
 _ROWS = flags.DEFINE_integer("rows", 8, "Sequences decoded at once, split over the devices.", lower_bound=1)
 _CACHE_GIB = flags.DEFINE_float("cache_gib", None, "As many rows as this memory (of a device) holds, not --rows; see --page.")
-_PAGE = flags.DEFINE_integer("page", None, "Tokens of a page, of which --rows share as many as --cache_gib holds; 64 to 256.")
+_PAGE = flags.DEFINE_integer("page", None, "Tokens of a page, of which --rows share as many as --cache_gib holds; 8 to 256.")
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Of keys and values; default is the model's.")
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
 _FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.")
@@ -47,6 +47,7 @@ _LIMITS = {field.name: _DEFINE[type(field.default)](field.name, field.default, f
 
 
 def main() -> int:
+  """Serves until SIGTERM has drained it. Raises UserError on bad flags, checkpoints and an address that is taken."""
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint=DIR is required")
   limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})

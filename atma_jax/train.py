@@ -24,6 +24,7 @@ _CACHE = flags.DEFINE_string("compilation_cache", "auto", "Directory of compiled
 
 
 def main() -> int:
+  """Trains, or goes on, to the last step; 75 where SIGTERM made it save. Raises UserError on bad flags, data and checkpoints."""
   if not _WORKDIR.value:
     raise UserError("--workdir=DIR is required: where checkpoints, metrics and prepared data go")
   config = _CONFIG.value

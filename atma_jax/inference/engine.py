@@ -3,7 +3,7 @@
 A prompt is prefilled by itself in passes whose lengths are powers of two, between the strides of the rows that decode,
 and its state then put into a free row. All rows decode `stride` tokens in one program on the device, with donated
 buffers and no word from the host in between; it reads keys and values up to the smallest of a few fixed reaches that the
-longest row keeps within, or, with a GPU's kernel, up to every row's own length. The device decodes a stride while the host
+longest row keeps within, or, with a kernel, up to every row's own length. The device decodes a stride while the host
 looks at the one before. Keys and values may lie in pages that the rows share. Shapes never depend on a request:
 `Engine.warm_up` compiles every program there is.
 """
