@@ -142,7 +142,8 @@ class Forking:
            "stderr": os.fspath(stderr), "environ": dict(os.environ if environ is None else environ), "first": first}
     print(json.dumps(job), file=self._process.stdin, flush=True)
     with self.changed:
-      assert self.changed.wait_for(lambda: self._started, 120), "nothing was started"
+      self.changed.wait_for(lambda: self._started or self.ended, 120)
+      assert self._started, "nothing was started"
       return Child(self, self._started.pop())
 
   def run(self, name: str, *arguments: object, timeout: float = 600, **options) -> subprocess.CompletedProcess[str]:

@@ -38,7 +38,7 @@ def forward(model):
   return full_pass(model)
 
 
-def greedy_logprobs(forward, prompt: np.ndarray, completion: Completion) -> np.ndarray:
+def assert_greedy(forward, prompt: np.ndarray, completion: Completion) -> np.ndarray:
   """Log-probabilities (n, V) at the completion's n tokens, each of which is found to be the likeliest legal one."""
   assert (len(completion.tokens), completion.finish_reason) == (20, "length")
   logprobs = forward(np.concatenate([prompt, completion.tokens]).astype(np.int32))[len(prompt) - 1 : -1]
@@ -60,7 +60,7 @@ def test_greedy_is_the_argmax_of_the_full_pass(engine, forward):
   """Token by token, with the log-probabilities of the full pass, for prompts of one token, odd and past a chunk."""
   starts = [np.arange(n, dtype=np.int32) for n in (1, 2, 31, 33, 65, 90)]
   for prompt, completion in zip(starts, engine.generate(starts, GREEDY), strict=True):
-    logprobs = greedy_logprobs(forward, prompt, completion)
+    logprobs = assert_greedy(forward, prompt, completion)
     np.testing.assert_allclose(completion.logprobs, logprobs[np.arange(20), completion.tokens], atol=1e-4)
     top = np.array(completion.alternatives)
     np.testing.assert_allclose(top[:, :, 1], np.sort(logprobs, -1)[:, :-3:-1], atol=1e-4)
@@ -104,7 +104,7 @@ def test_long_prompts_and_short_reaches(model):
   starts = [rng.integers(0, 256, n).astype(np.int32) for n in (700, 245, 1, 257, 500, 100)]
   forward = full_pass(model, 720)
   for prompt, completion in zip(starts, engine.generate(starts, GREEDY), strict=True):
-    greedy_logprobs(forward, prompt, completion)
+    assert_greedy(forward, prompt, completion)
   assert (engine._prefill._cache_size(), engine._decode._cache_size()) == programs
 
 
@@ -132,7 +132,7 @@ def test_a_stored_prompt_is_gone_on_from(engine, forward, tmp_path):
   before = engine.prefilled
   np.testing.assert_array_equal(engine.load(tmp_path / "state.npz"), prompt)
   longer = np.append(prompt, [1, 2, 3]).astype(np.int32)
-  greedy_logprobs(forward, longer, engine.generate([longer], GREEDY)[0])
+  assert_greedy(forward, longer, engine.generate([longer], GREEDY)[0])
   assert engine.prefilled == before + 2
 
 
@@ -217,7 +217,7 @@ def test_a_window_takes_any_length(lively, model):
   model = lively(dataclasses.replace(model.config, window=12))
   engine = Engine(model, ByteTokenizer(), rows=1, capacity=12, chunk=16, stride=20)
   prompt = np.random.default_rng(7).integers(0, 256, 150)
-  greedy_logprobs(full_pass(model, 170), prompt, engine.generate([prompt], GREEDY)[0])
+  assert_greedy(full_pass(model, 170), prompt, engine.generate([prompt], GREEDY)[0])
 
 
 def test_a_kept_prefix_restores_everything(engine, forward):
@@ -225,7 +225,7 @@ def test_a_kept_prefix_restores_everything(engine, forward):
 
   def cost(prompt: np.ndarray) -> int:
     before = engine.prefilled
-    greedy_logprobs(forward, prompt, engine.generate([prompt], GREEDY)[0])
+    assert_greedy(forward, prompt, engine.generate([prompt], GREEDY)[0])
     return engine.prefilled - before
 
   base, other, third = (np.random.default_rng(seed).integers(0, 256, 60).astype(np.int32) for seed in (8, 9, 10))

@@ -39,7 +39,7 @@ def split(function, n, *specs, out=TIME):
   return call
 
 
-def check(whole, parts, args, tolerance):
+def assert_equal_split(whole, parts, args, tolerance):
   """Outputs and gradients of one random functional of them, within `tolerance` of the largest entry."""
   weights = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(jax.tree.leaves(jax.eval_shape(whole, *args)))]
 
@@ -79,9 +79,10 @@ def test_polar_attention(n, T, H, K, window):
   def call(op, q, k, v, raw, **how):
     return op(q, k, v, **raw, window=window, **how)
 
-  check(functools.partial(call, ops.polar_attention, implementation="reference"),
-        split(functools.partial(call, context_parallel.polar_attention), n, TIME, TIME, TIME, P()),
-        attention_inputs(T, H, K), 2e-5)
+  assert_equal_split(
+    functools.partial(call, ops.polar_attention, implementation="reference"),
+    split(functools.partial(call, context_parallel.polar_attention), n, TIME, TIME, TIME, P()),
+    attention_inputs(T, H, K), 2e-5)
 
 
 @pytest.fixture
@@ -111,9 +112,10 @@ def test_polar_attention_kernels(interpreted, implementation, n, T, H, K, window
   def call(op, q, k, v, raw, **how):
     return op(q, k, v, **raw, window=window, **how)
 
-  check(functools.partial(call, ops.polar_attention, implementation="reference"),
-        split(functools.partial(call, context_parallel.polar_attention, implementation=implementation), n, TIME, TIME, TIME, P()),
-        attention_inputs(T, H, K, D=64, B=1), 2e-5)
+  assert_equal_split(
+    functools.partial(call, ops.polar_attention, implementation="reference"),
+    split(functools.partial(call, context_parallel.polar_attention, implementation=implementation), n, TIME, TIME, TIME, P()),
+    attention_inputs(T, H, K, D=64, B=1), 2e-5)
 
 
 @pytest.mark.parametrize(("implementation", "D"), [("xla", 8), *((name, 64) for name in INTERPRETED)])
@@ -123,9 +125,10 @@ def test_softmax_attention(interpreted, implementation, D):
   def call(op, q, k, v, **how):
     return op(q, k, v, scale=0.3, window=window, **how)
 
-  check(functools.partial(call, ops.softmax_attention, implementation="reference"),
-        split(functools.partial(call, context_parallel.softmax_attention, implementation=implementation), n, TIME, TIME, TIME),
-        attention_inputs(T, H, K, D)[:3], 2e-5)
+  assert_equal_split(
+    functools.partial(call, ops.softmax_attention, implementation="reference"),
+    split(functools.partial(call, context_parallel.softmax_attention, implementation=implementation), n, TIME, TIME, TIME),
+    attention_inputs(T, H, K, D)[:3], 2e-5)
 
 
 @pytest.mark.parametrize(("implementation", "n", "T", "D", "Dv"), [
@@ -143,13 +146,13 @@ def test_gated_delta(interpreted, implementation, n, T, D, Dv):
   def parts(q, k, v, log_gamma, beta, axis):
     return context_parallel.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, axis=axis, implementation=implementation)
 
-  check(whole, split(parts, n, *[TIME] * 5, out=(TIME, P())), (q, k, v, log_gamma, beta), 2e-5)
+  assert_equal_split(whole, split(parts, n, *[TIME] * 5, out=(TIME, P())), (q, k, v, log_gamma, beta), 2e-5)
 
 
 @pytest.mark.parametrize(("n", "T", "taps"), [(2, 8, 3), (8, 8, 4), (2, 6, 1)])
 def test_short_conv(n, T, taps):
   x, weight = jax.random.normal(jax.random.key(0), (2, T, 6)), jax.random.normal(jax.random.key(1), (taps, 6))
-  check(ops.short_conv, split(context_parallel.short_conv, n, TIME, P()), (x, weight), 1e-6)
+  assert_equal_split(ops.short_conv, split(context_parallel.short_conv, n, TIME, P()), (x, weight), 1e-6)
 
 
 def test_zigzag_deals_out_early_and_late_pieces():

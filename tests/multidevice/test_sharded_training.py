@@ -58,7 +58,7 @@ def one_device(accumulation: int = 1):
   return run(config, make_mesh(devices=jax.devices()[:1]))
 
 
-def check(losses, state, expected_losses, expected):
+def assert_equal_training(losses, state, expected_losses, expected):
   # Sums over a split axis are taken in another order, an error of 2^-24 times the square root of their length. Muon and Adam
   # divide by the gradient's size and so keep it relative; five steps at a learning rate of 0.3 let it grow.
   np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
@@ -71,7 +71,7 @@ def test_training_equals_one_device(recipe, axes):
   one_device.recipe = recipe
   mesh = make_mesh(**{"data": 1} | axes)
   losses, state = run(recipe, mesh)
-  check(losses, state, *one_device())
+  assert_equal_training(losses, state, *one_device())
   for name, value in state.params.items():
     wanted = named_sharding(mesh, ModelDefinition(recipe.model).logical_axes[name])
     assert value.sharding.is_equivalent_to(wanted, value.ndim), name
@@ -82,7 +82,7 @@ def test_accumulation_on_devices_equals_one_device(recipe):
   config = copy.deepcopy(recipe)
   config.data.batch_size = 8
   config.train.accumulation = 2
-  check(*run(config, make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])), *one_device())
+  assert_equal_training(*run(config, make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])), *one_device())
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}], ids=["data2-fsdp2-tensor2"])

@@ -61,7 +61,7 @@ def run_delta(file, dtype, implementation):
   return forward_and_gradients(call, file, dtype, DELTA_NAMES, ("cot_readout", "cot_state"))
 
 
-def check(actual, expected, tolerance):
+def assert_near(actual, expected, tolerance):
   """Errors relative to the largest entry of each array (or to 1, if that is smaller)."""
   for value, wanted in zip(actual, expected, strict=True):
     error = np.abs(np.asarray(value) - wanted).max() / max(1.0, np.abs(wanted).max())
@@ -77,8 +77,8 @@ def test_polar_float32(golden, case, implementation):
   # Sharp logits reach |score| * temp of hundreds: exp turns their rounding, 2^-24 * 300, into 2e-5 of each weight. Kernels
   # round twice, the temperature in base 2 and its product with the score. The length gain's gradient multiplies by the score
   # again.
-  check(out, (file["direction"], file["magnitude"]), 4e-5 if case == "sharp" else 1e-5)
-  check(gradients, [file[f"grad_{n}"] for n in POLAR_NAMES], 5e-3 if case == "sharp" else 2e-4)
+  assert_near(out, (file["direction"], file["magnitude"]), 4e-5 if case == "sharp" else 1e-5)
+  assert_near(gradients, [file[f"grad_{n}"] for n in POLAR_NAMES], 5e-3 if case == "sharp" else 2e-4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -87,8 +87,8 @@ def test_polar_float64(golden, case, implementation, x64):
   file = golden(f"polar_{case}.npz")
   out, gradients = run_polar(file, jnp.float64, implementation)
   tolerance = 1e-5 if case == "sharp" else 1e-12  # the sharp file was rounded where a weight underflows
-  check(out, (file["direction"], file["magnitude"]), tolerance)
-  check(gradients, [file[f"grad_{n}"] for n in POLAR_NAMES], tolerance)
+  assert_near(out, (file["direction"], file["magnitude"]), tolerance)
+  assert_near(gradients, [file[f"grad_{n}"] for n in POLAR_NAMES], tolerance)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -110,5 +110,5 @@ def test_gated_delta(golden, case, implementation, dtype, tolerance):
   file = golden(f"gated_delta_{case}.npz")
   with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
     out, gradients = run_delta(file, dtype, implementation)
-    check(out, (file["readout"], file["final_state"]), tolerance)
-    check(gradients, [file[f"grad_{n}"] for n in DELTA_NAMES], tolerance)
+    assert_near(out, (file["readout"], file["final_state"]), tolerance)
+    assert_near(gradients, [file[f"grad_{n}"] for n in DELTA_NAMES], tolerance)
