@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from atma_jax.ops.dispatch import platform, undivided
+from atma_jax.ops import dispatch
 
 HEAD_SIZES = (64, 128)
 LOG2_E = math.log2(math.e)
@@ -45,8 +45,8 @@ def head_refusal(*arrays: jax.Array) -> str | None:
 
 def elsewhere(device: str) -> str | None:
   """Why a kernel for one `device`, "gpu" or "tpu", cannot run where this program will, or None if it can."""
-  if platform() != device:
-    return f"needs a {device.upper()}, and this runs on {platform()}"
-  if undivided():
+  if dispatch.platform() != device:
+    return f"needs a {device.upper()}, and this runs on {dispatch.platform()}"
+  if dispatch.undivided():
     return "takes what lies on one device: on a mesh of several it must be called inside shard_map"
   return None
