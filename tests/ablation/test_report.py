@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 
+import matplotlib.image
 import numpy as np
 from pyarrow import csv, parquet
 import pytest
 
 from atma_jax.ablation.contrasts import contrasts, interval, settings
+from atma_jax.ablation.curves import looks_of
 from atma_jax.ablation.grid import expand, make_axis, seed_axis
 from atma_jax.ablation.report import report
 from atma_jax.ablation.results import gather
@@ -75,11 +77,22 @@ def test_report_files(cells, tmp_path):
   assert "| polar mem=1 | 2.005 ± 0.064 | 1.905 ± 0.064 |" in markdown
   assert "| attention | polar -> nope | document loss (nats) | 2x |" in markdown and "0 of 3" in markdown
   assert latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 4 and "(\\%)" in latex
+  height, width, _ = matplotlib.image.imread(tmp_path / "curves.png").shape
+  assert width > height  # two panels: documents and needle, no stream loss
   page = (tmp_path / "dashboard.html").read_text()
   assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)", page)  # nothing is loaded from elsewhere
   data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S).group(1))
   assert len(data["cells"]) == 7 and data["unfinished"] == 1 and data["cells"][0]["labels"]["attention"] == "polar"
   assert len(data["cells"][0]["loss"]) <= 200 and data["cells"][0]["loss"][-1] == [300, 2.0]
+
+
+def test_a_look_for_every_setting(cells):
+  """Attention, the first axis, is the colour; memory the line and its marker."""
+  axes, rows, _ = gather(cells)
+  looks = looks_of(settings(rows, axes))
+  assert len(looks) == len(set(looks.values())) == 4
+  assert looks["polar mem=1"][0] == looks["polar mem=0"][0] != looks["nope mem=1"][0]
+  assert looks["polar mem=1"][1:] == looks["nope mem=1"][1:] != looks["polar mem=0"][1:]
 
 
 def test_nothing_done_is_said(tmp_path):
