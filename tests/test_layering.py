@@ -18,6 +18,7 @@ LAYERS = {
   "config": 0,
   "distributed": 1,
   "ops": 1,
+  "progress": 1,
   "sharding": 1,
   "data": 2,
   "models": 2,

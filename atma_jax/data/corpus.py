@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from absl import logging
 import numpy as np
-from tqdm import tqdm
 
 from atma_jax.config import DataConfig, UserError
 from atma_jax.data import sources
@@ -19,6 +18,7 @@ from atma_jax.data.near_duplicates import EvaluationLines, text_digest
 from atma_jax.data.parallel import Pool
 from atma_jax.data.shards import open_shard
 from atma_jax.data.tokenizers import Tokenizer, check_tokens
+from atma_jax.progress import progress_bar
 
 _SCAN_BYTES = 1 << 20  # files handed to a worker at a time; a larger file goes by itself
 _PROBLEMS_KEPT = 20
@@ -70,8 +70,7 @@ class TextCorpus:
     """
     portions = _portions(self.files)
     report = self.report
-    with tqdm(total=len(self.files), desc=f"scan {self.source}", unit=" files", mininterval=0.5,
-              disable=not progress) as bar:
+    with progress_bar(len(self.files), " files", description=f"scan {self.source}", scale=False, enabled=progress) as bar:
       for portion, (entries, problems, skipped) in zip(portions, pool.map(portions)):
         if problems and self.source != sources.PYTHON_SOURCE:
           raise UserError(f"config.data.sources: {self.source!r}: {problems[0]}; legal: {sources.LEGAL_FILES}")

@@ -39,6 +39,7 @@ from atma_jax.data.near_duplicates import EvaluationLines
 from atma_jax.data.parallel import Pool
 from atma_jax.data.shards import token_dtype, write_shard
 from atma_jax.data.tokenizers import Tokenizer
+from atma_jax.progress import progress_bar
 
 _BEGUN = "begun.json"
 _PROGRESS = "progress.json"
@@ -252,8 +253,7 @@ def _write_source(config: DataConfig, directory: pathlib.Path, index: int, text:
     groups = _recall_groups(corpus.entries, _RECALL_LENGTHS * reach)
     groups = groups[::-(-_size(groups) // (config.recall_max_mib << 20))]  # spread evenly over the source
   folder = directory / "train" / f"{index}-{re.sub('[^A-Za-z0-9]+', '-', source).strip('-')[:48]}"
-  with tqdm(total=_size(groups), desc=f"tokenise {source}", unit="B", unit_scale=True, mininterval=0.5,
-            disable=not progress) as bar:
+  with progress_bar(_size(groups), "B", description=f"tokenise {source}", enabled=progress) as bar:
     shards = _write_shards(folder, corpus, groups, kind, pool, token_dtype(tokenizer.vocab_size), config.shard_tokens,
                            bar)
   totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "near_duplicates")}

@@ -17,7 +17,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 import numpy as np
-import tqdm
 
 from atma_jax.config import UserError, unknown_name
 from atma_jax.evaluation.babilong import chunk_for
@@ -25,6 +24,7 @@ from atma_jax.evaluation.runner import at_full_context
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
+from atma_jax.progress import progress_bar
 from atma_jax.sharding import make_mesh
 from atma_jax.training.checkpointing import load_model
 
@@ -147,7 +147,8 @@ class AtmaLM(TemplateLM):
       self._check_length(length, "prompt and new tokens")
       jobs.setdefault(_bucket(length, _SHORTEST_ROW), []).append(index)
     texts = [""] * len(requests)
-    with tqdm.tqdm(total=len(requests), disable=disable_tqdm, desc="atma_jax generate_until") as bar, jax.set_mesh(self._mesh):
+    bar = progress_bar(len(requests), " requests", description="generate_until", scale=False, enabled=not disable_tqdm)
+    with bar, jax.set_mesh(self._mesh):
       for capacity, indices in sorted(jobs.items(), reverse=True):
         rows = min(64, max(1, _MOST_CACHED // capacity)) if self._batch_size is None else self._batch_size
         rows = -(-rows // self._devices) * self._devices
@@ -170,7 +171,7 @@ class AtmaLM(TemplateLM):
       length = _bucket(len(context) + len(continuation), _SHORTEST_ROW)
       count = min(_bucket(len(continuation), _FEWEST_POSITIONS, halves=False), length - 1)
       jobs.setdefault((length, count), []).append(index)
-    with tqdm.tqdm(total=len(pairs), disable=disable_tqdm, desc="atma_jax loglikelihood") as bar:
+    with progress_bar(len(pairs), " requests", description="loglikelihood", scale=False, enabled=not disable_tqdm) as bar:
       for (length, count), indices in sorted(jobs.items(), reverse=True):
         rows = np.full((len(indices), length), self.eot_token_id, np.int32)
         positions = np.ones((len(indices), count), np.int32)

@@ -11,7 +11,6 @@ from typing import Any
 
 from absl import logging
 import jax
-import tqdm
 
 from atma_jax import distributed
 from atma_jax.config import UserError, unknown_name
@@ -31,6 +30,7 @@ from atma_jax.evaluation.retrieval import retrieval_cells
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.models import Atma
 from atma_jax.models.retention import capped_heads, with_retention_cap
+from atma_jax.progress import progress_bar
 from atma_jax.sharding import make_mesh
 from atma_jax.training.checkpointing import load_model
 from atma_jax.training.state import ModelDefinition, params_of
@@ -115,8 +115,7 @@ def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: d
               scorer: Scorer) -> list[dict[str, Any]]:
   """The records of all cells, those found in the file and those measured now, each cell appended as soon as it is done."""
   records = []
-  with tqdm.tqdm(total=sum(cell.tokens for _, cell in cells), unit="tok", unit_scale=True, mininterval=1,
-                 disable=jax.process_index() > 0) as bar:
+  with progress_bar(sum(cell.tokens for _, cell in cells), "tok", enabled=jax.process_index() == 0) as bar:
     for suite, cell in cells:
       identity = {**common, "suite": suite, "settings": cell.settings}
       found = [results.find(identity, *number) for number in cell.expected]
