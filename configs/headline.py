@@ -16,7 +16,8 @@ The main contrast, two seeds (12 cells), and the whole grid (27 cells a seed: co
 
 Data: the `.py` files of the Python installation with a SentencePiece vocabulary of 8192 (90 % of the sequences), and recall
 material over them (10 %); keys and values of the evaluation never occur in it. 59M tokens in 900 steps of 65,536.
-Hardware: one GPU of 80 GB. Expected: no figure yet; the results of these commands are to stand here.
+Hardware: one GPU of 80 GB. Expected: no figure yet, these commands were not run. The same grid at the
+size of `configs/quickstart.py`, on CPU cores: configs/results/quickstart_grid and README.md.
 """
 
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
