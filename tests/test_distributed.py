@@ -138,7 +138,9 @@ def test_alone_everything_agreed_is_ones_own():
 
 
 def test_alone(monkeypatch):
-  """Nothing in the environment, or "off": the process stays alone."""
+  """Nothing in the environment, or "off": the process stays alone, which it would not with what the environment says."""
+  joined = []
+  monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **options: joined.append(options))
   tpu = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES")
   for name in (*distributed._VARIABLES, *tpu, *SLURM):
     monkeypatch.delenv(name, raising=False)
@@ -146,3 +148,6 @@ def test_alone(monkeypatch):
   for name, value in EXPLICIT.items():
     monkeypatch.setenv(name, value)
   distributed.initialize("off")
+  assert joined == []
+  distributed.initialize()
+  assert len(joined) == 1
