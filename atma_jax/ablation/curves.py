@@ -14,46 +14,48 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from atma_jax.ablation.contrasts import Setting
+from atma_jax.ablation.results import write_file
 from atma_jax.ablation.tables import MEASURES
-from atma_jax.evaluation.plots import GRAY, quiet, save, times
+from atma_jax.evaluation.plots import GRAY, multiple_label, style_axes
+from atma_jax.evaluation.report_figures import PALETTE
 
 PANELS = ("document_loss", "stream_loss", "needle_accuracy")  # of `MEASURES`, those that have a length
-COLORS = ("#0b63a5", "#d95f02", "#1b8a5a", "#8a3ffc", "#c2185b", "#6b7280", "#00838f", "#7a5900")
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 _NAMED = 12  # settings; of more the legend names the colours only
 
 
-def plot_curves(path: pathlib.Path, title: str, settings: Sequence[Setting]) -> pathlib.Path:
-  """Writes the figure; raises `UserError` where `path` cannot be written."""
-  panels = [measure for measure in PANELS if any(s.measure == measure for s in settings)] or list(PANELS[:1])
+def plot_curves(path: pathlib.Path, title: str, settings: Sequence[Setting]) -> list[pathlib.Path]:
+  """Writes the figure, if there is a measure to draw; raises `UserError` where `path` cannot be written."""
+  panels = [measure for measure in PANELS if any(s.measure == measure for s in settings)]
+  if not panels:
+    return []
   figure = Figure(figsize=(5.2 * len(panels), 5.0), dpi=140, layout="constrained")
-  looks = looks_of(settings)
+  styles = line_styles(settings)
   for axes, measure in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-    _panel(axes, measure, settings, looks)
+    _panel(axes, measure, settings, styles)
   figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=GRAY)
-  handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-  if len(looks) > _NAMED:
-    handles = {label.split(" ")[0]: handle for label, handle in handles.items()}
-  if handles:
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-  save(figure, path)
-  return path
+  handles, names = figure.axes[0].get_legend_handles_labels()
+  if len(names) > _NAMED:
+    names = [name.split(" ")[0] for name in names]
+  legend = dict(zip(names, handles, strict=True))
+  figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+  return [write_file(path, lambda p: figure.savefig(p, format="png"))]
 
 
-def looks_of(settings: Sequence[Setting]) -> dict[str, tuple[str, str, str]]:
+def line_styles(settings: Sequence[Setting]) -> dict[str, tuple[str, str, str]]:
   """Colour, line style and marker of every setting."""
   first = list(dict.fromkeys(s.labels[:1] for s in settings))
   others = list(dict.fromkeys(s.labels[1:] for s in settings))
-  return {s.name: (COLORS[first.index(s.labels[:1]) % len(COLORS)], *STYLES[others.index(s.labels[1:]) % len(STYLES)])
+  return {s.name: (PALETTE[first.index(s.labels[:1]) % len(PALETTE)], *STYLES[others.index(s.labels[1:]) % len(STYLES)])
           for s in settings}
 
 
-def _panel(axes: Axes, measure: str, settings: Sequence[Setting], looks: dict[str, tuple[str, str, str]]) -> None:
+def _panel(axes: Axes, measure: str, settings: Sequence[Setting], styles: dict[str, tuple[str, str, str]]) -> None:
   heading, factor, _ = MEASURES[measure]
-  quiet(axes)
+  style_axes(axes)
   axes.set_title(heading, loc="left", fontsize=11, fontweight="bold")
   chosen = [s for s in settings if s.measure == measure]
-  for name, (color, line, marker) in looks.items():
+  for name, (color, line, marker) in styles.items():
     points = sorted((s for s in chosen if s.name == name), key=lambda s: s.multiple)
     mean = factor * np.array([s.mean for s in points])
     half = np.array([0.0 if s.high is None else factor * (s.high - s.mean) for s in points])
@@ -61,7 +63,7 @@ def _panel(axes: Axes, measure: str, settings: Sequence[Setting], looks: dict[st
                   marker=marker, markersize=5, linewidth=1.6, elinewidth=1.0, capsize=3, label=name)
   multiples = sorted({s.multiple for s in chosen})
   axes.set_xscale("log", base=2)
-  axes.set_xticks(multiples, [times(m) for m in multiples])
+  axes.set_xticks(multiples, [multiple_label(m) for m in multiples])
   axes.set_xticks([], minor=True)
   axes.set_xlabel("context, multiples of the training length")
   if measure == "needle_accuracy":

@@ -36,7 +36,7 @@ def report(directory: pathlib.Path, cells: Sequence[CellFolder]) -> list[pathlib
   written = [*write_table(rows, axes, directory),
              write_text(directory / "contrasts.json", json.dumps([dataclasses.asdict(c) for c in found], indent=1) + "\n"),
              write_text(directory / "tables.md", markdown(tables)), write_text(directory / "tables.tex", latex(tables)),
-             plot_curves(directory / "curves.png", f"{directory.name}: {about}", means),
+             *plot_curves(directory / "curves.png", f"{directory.name}: {about}", means),
              write_text(directory / "dashboard.html", dashboard(directory.name, about, axes, rows, results, found, len(cells)))]
   logging.info("report over %d of %d cells: %s", len(results), len(cells), ", ".join(str(path) for path in written))
   return written

@@ -7,7 +7,7 @@ are ``train_loss`` (mean of the last tenth of the logged steps) and ``validation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import json
 import os
 import pathlib
@@ -57,17 +57,18 @@ def write_table(rows: Sequence[Row], axes: Sequence[str], directory: pathlib.Pat
            "n": pa.int64()}
   schema = pa.schema([(name, types.get(name, pa.float64())) for name in ("cell", *axes, *COLUMNS)])
   table = pa.Table.from_pylist(list(rows), schema=schema)
-  return [_replace(directory / "results.jsonl", lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows))),
-          _replace(directory / "results.parquet", lambda p: parquet.write_table(table, p)),
-          _replace(directory / "results.csv", lambda p: csv.write_csv(table, p))]
+  return [write_file(directory / "results.jsonl", lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows))),
+          write_file(directory / "results.parquet", lambda p: parquet.write_table(table, p)),
+          write_file(directory / "results.csv", lambda p: csv.write_csv(table, p))]
 
 
 def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
   """Writes a whole file or nothing."""
-  return _replace(path, lambda p: p.write_text(text))
+  return write_file(path, lambda p: p.write_text(text))
 
 
-def _replace(path: pathlib.Path, write: Any) -> pathlib.Path:
+def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> pathlib.Path:
+  """`path`, once `write` has written a temporary file that is renamed to it; workers may write the same one at once."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
     write(temporary)

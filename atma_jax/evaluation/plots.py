@@ -71,11 +71,11 @@ def _figure(title: str, heading: str) -> tuple[Figure, Axes]:
   axes = figure.add_subplot()
   axes.set_title(heading, loc="left", fontsize=13, fontweight="bold", pad=22)
   axes.text(0, 1.02, title, transform=axes.transAxes, fontsize=9, color=GRAY, va="bottom")
-  quiet(axes)
+  style_axes(axes)
   return figure, axes
 
 
-def quiet(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
   """Horizontal grid lines behind the data, no frame above and to the right."""
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
@@ -108,7 +108,7 @@ def _length_axis(axes: Axes, low: int, high: int, training_length: int, label: s
   powers = range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)
   stride = math.ceil(len(powers) / 9) or 1
   ticks = [training_length * 2.0**p for p in powers if p % stride == 0] or [low, high]
-  axes.set_xticks(ticks, [f"{short_tokens(t)}\n{times(t / training_length)}" for t in ticks])
+  axes.set_xticks(ticks, [f"{short_tokens(t)}\n{multiple_label(t / training_length)}" for t in ticks])
   axes.set_xticks([], minor=True)
   axes.set_xlim(low / 1.25, high * 1.25)
   axes.set_xlabel(label)
@@ -126,18 +126,13 @@ def short_tokens(n: float) -> str:
   return f"{n:.3g}" if n < 100 else f"{n:.0f}"
 
 
-def times(ratio: float) -> str:
+def multiple_label(ratio: float) -> str:
   """2.0 -> 2×, 0.125 -> 1/8×."""
   return f"{ratio:g}×" if ratio >= 1 or ratio == 0 else f"1/{1 / ratio:g}×"
 
 
 def _save(figure: Figure, axes: Axes, path: pathlib.Path) -> None:
   axes.legend(frameon=False, fontsize=9, loc="best")
-  save(figure, path)
-
-
-def save(figure: Figure, path: pathlib.Path) -> None:
-  """Writes a PNG; raises `UserError` where it cannot."""
   content = io.BytesIO()
   figure.savefig(content, format="png")
   try:

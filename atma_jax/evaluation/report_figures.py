@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from atma_jax.evaluation.needle import CHANCE
-from atma_jax.evaluation.plots import GRAY, short_tokens
+from atma_jax.evaluation.plots import GRAY, short_tokens, style_axes
 
 Record = dict[str, Any]
 Series = Mapping[str, Sequence[Record]]  # label of a checkpoint -> records, a length each
@@ -121,9 +121,7 @@ def _figure(count: int, width: float, share: bool = False) -> tuple[Figure, list
   for axes in all_axes[count:]:
     axes.remove()
   for axes in all_axes[:count]:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
+    style_axes(axes)
   return figure, all_axes[:count]
 
 

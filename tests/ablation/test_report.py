@@ -11,7 +11,7 @@ from pyarrow import csv, parquet
 import pytest
 
 from atma_jax.ablation.contrasts import contrasts, interval, settings
-from atma_jax.ablation.curves import looks_of
+from atma_jax.ablation.curves import line_styles
 from atma_jax.ablation.grid import expand, make_axis, seed_axis
 from atma_jax.ablation.report import report
 from atma_jax.ablation.results import gather
@@ -78,7 +78,7 @@ def test_report_files(cells, tmp_path):
   assert "| attention | polar -> nope | document loss (nats) | 2x |" in markdown and "0 of 3" in markdown
   assert latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 4 and "(\\%)" in latex
   height, width, _ = matplotlib.image.imread(tmp_path / "curves.png").shape
-  assert width > height  # two panels: documents and needle, no stream loss
+  assert (height, width) == (5.0 * 140, 2 * 5.2 * 140)  # two panels, documents and needle: there is no stream loss
   page = (tmp_path / "dashboard.html").read_text()
   assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)", page)  # nothing is loaded from elsewhere
   data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S).group(1))
@@ -86,13 +86,13 @@ def test_report_files(cells, tmp_path):
   assert len(data["cells"][0]["loss"]) <= 200 and data["cells"][0]["loss"][-1] == [300, 2.0]
 
 
-def test_a_look_for_every_setting(cells):
+def test_a_line_style_for_every_setting(cells):
   """Attention, the first axis, is the colour; memory the line and its marker."""
   axes, rows, _ = gather(cells)
-  looks = looks_of(settings(rows, axes))
-  assert len(looks) == len(set(looks.values())) == 4
-  assert looks["polar mem=1"][0] == looks["polar mem=0"][0] != looks["nope mem=1"][0]
-  assert looks["polar mem=1"][1:] == looks["nope mem=1"][1:] != looks["polar mem=0"][1:]
+  styles = line_styles(settings(rows, axes))
+  assert len(styles) == len(set(styles.values())) == 4
+  assert styles["polar mem=1"][0] == styles["polar mem=0"][0] != styles["nope mem=1"][0]
+  assert styles["polar mem=1"][1:] == styles["nope mem=1"][1:] != styles["polar mem=0"][1:]
 
 
 def test_nothing_done_is_said(tmp_path):

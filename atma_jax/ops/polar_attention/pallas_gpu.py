@@ -164,7 +164,7 @@ def add_dq(call: Call, q, go, scale, lse, twice, delta, k_ref, v_ref, keys, visi
   if visible:
     p = jnp.where(visible(), p, 0)
   ds = p * call.fma(dot(go, v_ref[keys, :], (1, 1)), natural[:, None],
-                            call.fma(p, twice[:, None], -delta[:, None]))
+                    call.fma(p, twice[:, None], -delta[:, None]))
   ds = ds.astype(k.dtype)
   return dq + dot(ds, k), total + jnp.sum(ds.astype(jnp.float32), axis=1)
 
@@ -179,7 +179,7 @@ def add_dkv(call: Call, k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delt
   dv = dv + dot(p.astype(go.dtype), go)
   natural = (scale / LOG2_E)[None, :]
   ds = p * call.fma(dot(v, go, (1, 1)), natural,
-                            call.fma(p, twice_ref[h, rows][None, :], -delta_ref[h, rows][None, :]))
+                    call.fma(p, twice_ref[h, rows][None, :], -delta_ref[h, rows][None, :]))
   return dk + dot(ds.astype(q.dtype), q), dv
 
 
