@@ -34,11 +34,11 @@ _REPORT = flags.DEFINE_bool("report", False, "Only write the report over what is
 _JOBS = flags.DEFINE_enum("jobs", None, tuple(jobs.LAUNCHERS), "Submit one job a cell.")
 _LAUNCH = flags.DEFINE_multi_string("launch", [], "An option of the launcher, e.g. --launch=--partition=gpu.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the jobs' commands, run none.")
-_SUITE = flags.DEFINE_list("suite", ["loss", "needle"], "Evaluation suites.")
-_MULTIPLES = flags.DEFINE_list("multiples", ["1", "2", "4", "8"], "Context lengths, in multiples of the training length.")
-_TRIALS = flags.DEFINE_integer("trials", 24, "Needles a distance.", lower_bound=1)
-_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens in an evaluation batch.", lower_bound=1)
-_MIN_DOCUMENTS = flags.DEFINE_integer("min_documents", 4, "Fewest documents as long as the longest length.", lower_bound=1)
+_SUITE = flags.DEFINE_list("suite", list(sweep.Evaluation.suite), "Evaluation suites.")
+_MULTIPLES = flags.DEFINE_list("multiples", [*map(str, sweep.Evaluation.multiples)], "Contexts, in training lengths.")
+_TRIALS = flags.DEFINE_integer("trials", sweep.Evaluation.trials, "Needles a distance.", lower_bound=1)
+_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", sweep.Evaluation.batch_tokens, "Tokens in a batch.", lower_bound=1)
+_DOCUMENTS = flags.DEFINE_integer("min_documents", sweep.Evaluation.min_documents, "Fewest of the full length.", lower_bound=1)
 _RUN_CELL = flags.DEFINE_string("run_cell", None, "Of the worker's own use: the folder of the cell that this process runs.")
 
 
@@ -60,7 +60,7 @@ def main() -> int:
     raise UserError("--output=DIR is required: the directory of the sweep")
   directory = pathlib.Path(_OUTPUT.value)
   evaluation = sweep.Evaluation(tuple(_SUITE.value), cli.whole_numbers("multiples", _MULTIPLES.value), _TRIALS.value,
-                                _BATCH_TOKENS.value, _MIN_DOCUMENTS.value)
+                                _BATCH_TOKENS.value, _DOCUMENTS.value)
   folders = sweep.chosen(cells or sweep.find(directory), _CELLS.value, directory)
   folders = sweep.create(directory, folders, evaluation) if cells else folders
   if _JOBS.value:

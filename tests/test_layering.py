@@ -118,6 +118,13 @@ def test_mains_are_thin():
   assert {name: n for name, n in lengths.items() if n >= MAIN_LINES} == {}
 
 
+def test_a_worker_of_a_sweep_is_light():
+  """`ablate` imports no JAX: its workers only start processes that do, many on one machine."""
+  code = "import sys, atma_jax.ablate; print(*sorted({'jax', 'flax', 'orbax'} & set(sys.modules)))"
+  done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+  assert done.stdout.split() == []
+
+
 def test_files_are_one_room():
   """No file grows past what one reads in a sitting."""
   lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in FILES}

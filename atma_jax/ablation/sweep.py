@@ -23,6 +23,7 @@ from typing import Any
 from atma_jax.ablation.grid import Cell
 from atma_jax.config import Config, UserError, unknown_name
 from atma_jax.data.manifest import settings_of
+from atma_jax.evaluation.options import Options
 
 SCHEMA = 1
 _RECIPE = '''"""Cell {id} of a sweep of atma_jax.ablate.
@@ -41,13 +42,13 @@ def get_config() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What is measured after training; the fields of `atma_jax.evaluation.options.Options` that a grid sets."""
+  """What is measured after training; the fields of `Options` that a grid sets."""
 
-  suite: tuple[str, ...] = ("loss", "needle")
-  multiples: tuple[int, ...] = (1, 2, 4, 8)
-  trials: int = 24
-  batch_tokens: int = 8192
-  min_documents: int = 4
+  suite: tuple[str, ...] = Options.suite
+  multiples: tuple[int, ...] = Options.multiples
+  trials: int = Options.trials
+  batch_tokens: int = Options.batch_tokens
+  min_documents: int = Options.min_documents
 
 
 class CellFolder:

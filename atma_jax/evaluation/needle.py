@@ -19,7 +19,6 @@ from atma_jax.evaluation.cells import Cell, Inputs, Progress, fingerprint
 from atma_jax.evaluation.records import Measurement
 from atma_jax.evaluation.statistics import mean_and_error, wilson_interval
 
-CHANCE = 0.1  # of a digit
 CONDITIONS = ("needle", "absent")
 MEASURES = tuple(f"{condition}_{what}" for condition in CONDITIONS for what in ("accuracy", "exact", "loss"))
 _BUCKET = 128  # rows are padded to a multiple of this, so that a distance is one shape

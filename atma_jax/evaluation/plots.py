@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from atma_jax.config import UserError
-from atma_jax.evaluation.needle import CHANCE
 
 Record = dict[str, Any]
 BLUE, ORANGE, GREEN, GRAY = "#0b63a5", "#d95f02", "#1b8a5a", "#6b7280"
+CHANCE = 0.1  # that a digit is right
 
 
 def plot_loss_vs_length(path: pathlib.Path, title: str, training_length: int, *, document: Sequence[Record],

@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
-from atma_jax.evaluation.needle import CHANCE
-from atma_jax.evaluation.plots import GRAY, short_tokens, style_axes
+from atma_jax.evaluation.plots import CHANCE, GRAY, short_tokens, style_axes
 
 Record = dict[str, Any]
 Series = Mapping[str, Sequence[Record]]  # label of a checkpoint -> records, a length each
