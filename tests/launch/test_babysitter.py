@@ -24,14 +24,14 @@ codes = sys.argv[2:]
 sys.exit(int(codes[min(len(starts.read_text().splitlines()), len(codes)) - 1]))
 """
 # Saves on SIGTERM, as training does, a moment later; says when it is ready.
-TRAINING = """
-import signal, sys, time
+TRAINING = r"""
+import os, signal, sys, time
 def save(*_):
-  print("saving", flush=True)
+  os.write(1, b"saving\n")  # not print, which a signal may be interrupting
   time.sleep(0.5)
   sys.exit(75)
 signal.signal(signal.SIGTERM, save)
-print("ready", flush=True)
+os.write(1, b"ready\n")
 while True:
   time.sleep(0.05)
 """
