@@ -17,7 +17,7 @@ from atma_jax.models.memory import Memory
 from atma_jax.models.parallel import polar_attention, softmax_attention
 from atma_jax.ops import rotary_embedding
 from atma_jax.ops.cached_attention.api import cached_polar_attention, cached_softmax_attention
-from atma_jax.ops.dispatch import cached_implementation
+from atma_jax.ops.dispatch import fitting_implementation
 from atma_jax.ops.distractors import polar_distractor_loss, softmax_distractor_loss
 from atma_jax.ops.polar_attention.formula import positional_logits
 
@@ -53,7 +53,7 @@ class PolarCore(nnx.Module):
       return *self(q, k, v), k
     direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self.parameters(),
                                                   scales=past.scales, reach=reach, layer=past.layer, table=span.table,
-                                                  implementation=cached_implementation(self.config.implementation))
+                                                  implementation=fitting_implementation(self.config.implementation))
     return direction, magnitude, k
 
   def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:
@@ -94,7 +94,7 @@ class SoftmaxCore(nnx.Module):
       return softmax_attention(q, k, v, scale=scale, window=self.config.window), None, k
     heads = cached_softmax_attention(q, k, v, past.keys, past.values, span.lengths, scale=scale, window=self.config.window,
                                      scales=past.scales, reach=reach, layer=past.layer, table=span.table,
-                                     implementation=cached_implementation(self.config.implementation))
+                                     implementation=fitting_implementation(self.config.implementation))
     return heads, None, k
 
   def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:

@@ -12,12 +12,17 @@ import math
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
 from atma_jax.ops import dispatch
 
 FEW_ROWS = 16  # rows of the smallest tile of a GPU's matrix units
+
+# Names of what is kept for the backward pass beside matrix products: the residual stream, in place of the products that are
+# added to it and that nothing else needs, and the norms' sums, which are small and would have it read once more.
+RESIDUAL, NORM_SUM = "residual_stream", "norm_sum"
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -83,7 +88,8 @@ def activation_dtype(config: ModelConfig) -> jnp.dtype:
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
   """x over its root mean square along the last axis; statistics in float32 or wider, result in x's dtype."""
   wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-  return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
+  mean = checkpoint_name(jnp.mean(wide * wide, -1, keepdims=True), NORM_SUM)
+  return (wide * jax.lax.rsqrt(mean + eps)).astype(x.dtype)
 
 
 def head_norm(x: jax.Array) -> jax.Array:
@@ -94,7 +100,8 @@ def head_norm(x: jax.Array) -> jax.Array:
 def unit_length(x: jax.Array) -> jax.Array:
   """x (..., D) over its Euclidean norm, as the delta rule needs; result in x's dtype."""
   wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-  return (wide / jnp.maximum(jnp.sqrt(jnp.sum(wide * wide, -1, keepdims=True) + 1e-24), 1e-12)).astype(x.dtype)
+  square = checkpoint_name(jnp.sum(wide * wide, -1, keepdims=True), NORM_SUM)
+  return (wide / jnp.maximum(jnp.sqrt(square + 1e-24), 1e-12)).astype(x.dtype)
 
 
 def _joined(parts: Sequence[Linear], kernel: jax.Array, bias: jax.Array) -> Linear:
@@ -170,6 +177,11 @@ class Linear(nnx.Module):
       return [piece.reshape(*y.shape[:-1], -1) for piece in pieces]
     pieces = [jnp.split(w.reshape(*w.shape[:-1], groups, -1), parts, axis=-1) for w in (kernel, bias)]
     return [x.astype(self.dtype) @ w.reshape(kernel.shape[0], -1) + b.reshape(-1) for w, b in zip(*pieces)]
+
+  def unbiased(self, x: jax.Array, parts: int) -> tuple[list[jax.Array], jax.Array]:
+    """The output in `parts` equal pieces, a product each, without the biases (parts, F / parts): for an op that adds them."""
+    kernels = jnp.split(self.kernel[...].astype(self.dtype), parts, axis=1)
+    return [x.astype(self.dtype) @ kernel for kernel in kernels], self.bias[...].reshape(parts, -1)
 
 
 class DepthwiseFilter(nnx.Module):

@@ -9,13 +9,14 @@ from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import LocalPast, Span, convolve
 from atma_jax.models.parallel import gated_short_conv
+from atma_jax.ops.dispatch import fitting_implementation
 
 
 class LocalMixer(nnx.Module):
   """``[b, c, h] = split(W_in x);  y = W_out(c * conv(b * h))`` on (B, T, C)."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    width = config.width
+    self.config, width = config, config.width
     self.in_proj = layers.Linear(config, width, 3 * width, ("embed", "mlp"), projection=True, rngs=rngs)
     self.conv = layers.DepthwiseFilter(config, config.conv_taps, width, rngs=rngs)
     self.out_proj = layers.Linear(config, width, width, ("mlp", "embed"), output=True, rngs=rngs)
@@ -32,8 +33,10 @@ class LocalMixer(nnx.Module):
     """
     del reach
     if span is None:
-      b, c, h = self.in_proj.split(x, 3)
-      return self.out_proj(gated_short_conv(b, c, h, self.conv.weight[...], channels="mlp")), LocalPast(None)
+      (b, c, h), bias = self.in_proj.unbiased(x, 3)
+      y = gated_short_conv(b, c, h, self.conv.weight[...], bias, channels="mlp",
+                           implementation=fitting_implementation(self.config.implementation))
+      return self.out_proj(y), LocalPast(None)
     b, c, h = (part[: span.rows] for part in self.in_proj.split(x, 3))
     y, history = convolve(b * h, self.conv.weight[...], past.history, span, "mlp")
     return self.out_proj(layers.fill(c * y, x.shape[0])), LocalPast(history)

@@ -12,7 +12,7 @@ from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import Span, counted
 from atma_jax.models.parallel import gated_delta
-from atma_jax.ops.dispatch import cached_implementation
+from atma_jax.ops.dispatch import fitting_implementation
 from atma_jax.ops.gated_delta.step import gated_delta_step
 
 
@@ -61,7 +61,7 @@ class Memory(nnx.Module):
       log_gamma, beta = jnp.where(real, log_gamma, 0), jnp.where(real, beta, 0)  # padding leaves the state alone
     if span is not None and shape[1] == 1:
       readout, state = gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state, layer=layer,
-                                        implementation=cached_implementation(config.implementation))
+                                        implementation=fitting_implementation(config.implementation))
     else:
       k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
       readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,

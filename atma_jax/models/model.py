@@ -25,7 +25,7 @@ REMAT_POLICIES = {
   "none": jax.checkpoint_policies.everything_saveable,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS)),
+    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS, layers.RESIDUAL, layers.NORM_SUM)),
   "block": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -167,7 +167,7 @@ class Atma(nnx.Module):
     """Whether decoding reads every row of such a cache up to its own length, so that no `reach` is needed."""
     return cache.keys is not None and skips_unused_slots(
       cache.keys, self.config.num_heads, layers.activation_dtype(self.config), paged=cache.table is not None,
-      implementation=dispatch.cached_implementation(self.config.implementation))
+      implementation=dispatch.fitting_implementation(self.config.implementation))
 
   def _repetitions(self) -> dict[str, list[Group]]:
     """The groups of blocks one by one, by the names of `Cache.layers`."""

@@ -1,9 +1,9 @@
 """The ops on the mesh that is set: every device computes its own rows, heads and piece of the sequence.
 
-On several devices attention and memory run inside `jax.shard_map`, batch over (data, fsdp) and heads over tensor, because
-accelerator kernels cannot be partitioned automatically; where the key/value heads do not divide over tensor, a device holds
-all and takes those that its query heads read. With context > 1 whole sequences are split over time as well, and
-`atma_jax.ops.context_parallel` takes the ops' place. Arguments and results are those of `atma_jax.ops`.
+On several devices attention, memory and the gated convolution run inside `jax.shard_map`, batch over (data, fsdp) and heads or
+channels over tensor, because accelerator kernels cannot be partitioned automatically; where the key/value heads do not divide
+over tensor, a device holds all and takes those that its query heads read. With context > 1 whole sequences are split over time
+as well, and `atma_jax.ops.context_parallel` takes the ops' place. Arguments and results are those of `atma_jax.ops`.
 """
 
 from __future__ import annotations
@@ -77,11 +77,17 @@ def short_conv(x: jax.Array, weight: jax.Array, *, channels: str) -> jax.Array:
                  ((*_activations(x)[:2], channels), (None, channels)), (*_activations(x)[:2], channels))
 
 
-def gated_short_conv(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array, *, channels: str) -> jax.Array:
+def gated_short_conv(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array, bias: jax.Array, *, channels: str,
+                     implementation: str) -> jax.Array:
   """`atma_jax.ops.gated_short_conv` of whole sequences; `channels` as for `short_conv`."""
-  if parts("sequence") == 1:
-    return ops.gated_short_conv(gate, output_gate, x, weight)
-  return output_gate * short_conv(gate * x, weight, channels=channels)
+  if parts("sequence") > 1:
+    gate, output_gate, x = (z + b.astype(z.dtype) for z, b in zip((gate, output_gate, x), bias, strict=True))
+    return output_gate * short_conv(gate * x, weight, channels=channels)
+  call = functools.partial(ops.gated_short_conv, implementation=implementation)
+  if active_mesh() is None:
+    return call(gate, output_gate, x, weight, bias)
+  activations, vectors = (*_activations(x)[:2], channels), (None, channels)
+  return _mapped(call, (gate, output_gate, x, weight, bias), (*[activations] * 3, *[vectors] * 2), activations)
 
 
 def _attention(split: Callable, whole: Callable, **options) -> Callable:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
@@ -53,7 +54,7 @@ class Block(nnx.Module):
 
   def __call__(self, x: jax.Array, trace: Trace | None = None) -> jax.Array:
     normed = self.norm1(x)
-    output = self._finish(x + self.mixer(normed, trace))
+    output = self._finish(checkpoint_name(x + self.mixer(normed, trace), layers.RESIDUAL))
     if trace is not None:
       trace |= {"input": x, "mixer_input": normed, "output": output}
     return output
@@ -64,8 +65,8 @@ class Block(nnx.Module):
     return self._finish(x + y), update
 
   def _finish(self, x: jax.Array) -> jax.Array:
-    x = x + self.mlp(self.norm2(x))
-    return constrain(x, ("batch", "sequence", "features"))
+    x = constrain(x + self.mlp(self.norm2(x)), ("batch", "sequence", "features"))
+    return checkpoint_name(x, layers.RESIDUAL)
 
 
 class Group(nnx.Module):

@@ -20,7 +20,8 @@ from typing import Any
 
 import jax
 
-KERNEL_OUTPUTS = ("polar_attention", "gated_delta")  # names of what a backward pass would otherwise run a kernel again for
+# Names of what a backward pass would otherwise run a kernel again for.
+KERNEL_OUTPUTS = ("polar_attention", "gated_delta", "gated_short_conv")
 NAMES = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
 
 _log = logging.getLogger(__name__)
@@ -89,8 +90,8 @@ class Op:
     raise NotImplementedError(f"{self.name}: no implementation serves this call on {where}")
 
 
-def cached_implementation(implementation: str) -> str:
-  """What a model's choice means for its ops on a cache, which have implementations of their own: no kernels, or what fits."""
+def fitting_implementation(implementation: str) -> str:
+  """What a model's choice means for ops that have implementations of their own, as those on a cache: no kernels, or what fits."""
   return "xla" if implementation in ("reference", "xla") else "auto"
 
 

@@ -5,6 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from atma_jax.ops import dispatch
+
+GATED = dispatch.Op("gated_short_conv", {
+  "pallas_gpu": dispatch.Implementation("atma_jax.ops.short_conv_pallas_gpu:gated_short_conv", platforms=("gpu",),
+                                        supports="supports"),
+  "xla": dispatch.Implementation("atma_jax.ops.short_conv:shifted_products"),
+})
+
 
 def short_conv(x: jax.Array, weight: jax.Array, *, history: jax.Array | None = None) -> jax.Array:
   """``y_t = sum_i weight[taps - 1 - i] * x_{t - i}``, accumulated in float32 or wider.
@@ -30,18 +38,49 @@ def short_conv(x: jax.Array, weight: jax.Array, *, history: jax.Array | None = N
   return sum(weight[i] * padded[:, i : i + T] for i in range(taps)).astype(x.dtype)
 
 
-@jax.custom_vjp
-def gated_short_conv(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
-  """``output_gate * short_conv(gate * x, weight)``; all (B, T, C) but weight (taps, C), the result in x's dtype.
+def gated_short_conv(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array,
+                     bias: jax.Array | None = None, *, implementation: str = "auto") -> jax.Array:
+  """``output_gate * short_conv(gate * x, weight)``.
+
+  Args:
+    gate, output_gate, x: (B, T, C).
+    weight: (taps, C), as for `short_conv`.
+    bias: (3, C), added to gate, output gate and x first, which a kernel does as it reads them; None is zeros.
+    implementation: one of `dispatch.NAMES`.
+
+  Returns:
+    (B, T, C) in x's dtype.
+
+  Raises:
+    ValueError: shapes do not fit together.
+    NotImplementedError: an implementation asked for by name cannot serve the call.
+  """
+  C = x.shape[-1]
+  if not gate.shape == output_gate.shape == x.shape or weight.shape[1:] != (C,) or (bias is not None and bias.shape != (3, C)):
+    raise ValueError(f"gated_short_conv: gate {gate.shape}, output_gate {output_gate.shape}, x {x.shape}, weight {weight.shape}, "
+                     f"bias {None if bias is None else bias.shape} are not (B, T, C) three times, (taps, C), (3, C)")
+  return GATED(implementation, gate, output_gate, x, weight, bias)
+
+
+def shifted_products(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array,
+                     bias: jax.Array | None = None) -> jax.Array:
+  """See `gated_short_conv`.
 
   The products are formed again at every tap, and the backward pass is written so that one pass over the four arrays makes
   all gradients but the weight's, because XLA would store each of the intermediate products.
   """
+  if bias is not None:
+    gate, output_gate, x = (z + b.astype(z.dtype) for z, b in zip((gate, output_gate, x), bias, strict=True))
+  return _gated(gate, output_gate, x, weight)
+
+
+@jax.custom_vjp
+def _gated(gate, output_gate, x, weight):
   return (output_gate * _filtered(gate, x, weight)).astype(x.dtype)
 
 
 def _gated_fwd(gate, output_gate, x, weight):
-  return gated_short_conv(gate, output_gate, x, weight), (gate, output_gate, x, weight)
+  return _gated(gate, output_gate, x, weight), (gate, output_gate, x, weight)
 
 
 def _gated_bwd(inputs, dy):
@@ -55,7 +94,7 @@ def _gated_bwd(inputs, dy):
   return *jax.lax.optimization_barrier(gradients), jnp.stack(dweight).astype(weight.dtype)
 
 
-gated_short_conv.defvjp(_gated_fwd, _gated_bwd)
+_gated.defvjp(_gated_fwd, _gated_bwd)
 
 
 def _filtered(gate: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
