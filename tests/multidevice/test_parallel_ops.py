@@ -11,11 +11,13 @@ import pytest
 
 from atma_jax import ops
 from atma_jax.models import parallel
+from atma_jax.ops import short_conv_pallas_gpu
 from atma_jax.ops.gated_delta import api as delta_api
 from atma_jax.ops.gated_delta import pallas_gpu as delta_kernels
 from atma_jax.ops.polar_attention import api as polar_api
 from atma_jax.ops.polar_attention import pallas_gpu as polar_kernels
 from atma_jax.ops.polar_attention.pallas_gpu import Tile, Tiles
+from atma_jax.ops.short_conv import GATED
 from atma_jax.sharding import make_mesh, spec
 
 TILES = Tiles(*[Tile(16, 16, 4, 2)] * 3)
@@ -39,6 +41,7 @@ def interpreted(monkeypatch):
 
   interpret(polar_api.ATTENTION, functools.partial(polar_kernels.polar_attention, tiles=TILES))
   interpret(delta_api.OP, delta_kernels.gated_delta)
+  interpret(GATED, short_conv_pallas_gpu.gated_short_conv)
   return seen
 
 
@@ -112,3 +115,15 @@ def test_what_cannot_be_split_is_refused():
         parallel.gated_delta(q, q, q, log_gamma=q[..., 0], beta=q[..., 0], initial_state=None, implementation=name)
     with pytest.raises(ValueError, match="18 tokens: must be a multiple of twice mesh context=2"):
       parallel.check_length(18)
+
+
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "xla"])
+def test_gated_short_conv(interpreted, implementation):
+  C, rng = 256, np.random.default_rng(3)
+  arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, C),) * 3 + ((3, C), (3, C))]
+
+  def part(*arrays):
+    return parallel.gated_short_conv(*arrays, channels="mlp", implementation=implementation)
+
+  compare(functools.partial(ops.gated_short_conv, implementation="xla"), part, arrays, {"fsdp": 4, "tensor": 2}, 1e-5)
+  assert set(interpreted) == ({((B // 4, T, C // 2),) * 2} if implementation == "pallas_gpu" else set())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
-from atma_jax.ops import context_parallel
+from atma_jax.ops import context_parallel, gated_short_conv
 from atma_jax.ops.cached_attention import api as cached
 from atma_jax.ops.cached_attention import chunk_pallas_gpu
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
@@ -56,6 +56,15 @@ def test_gated_delta(dtype):
     return delta_gpu.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=jnp.zeros((B, H, D, D)))
 
   assert lowered(call, *[vectors] * 3, *[scalars] * 2).count("@__gpu$xla.gpu.triton") == 7
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("T, C, taps", [(300, 192, 3), (1, 512, 4)])
+def test_gated_short_conv(T, C, taps, dtype):
+  """Chosen by "auto"."""
+  arrays, vector = [jax.ShapeDtypeStruct((2, T, C), dtype)] * 3, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  text = lowered(lambda *arguments: [gated_short_conv(*arguments)], *arrays, vector((taps, C)), vector((3, C)))
+  assert text.count("@__gpu$xla.gpu.triton") == 2
 
 
 @pytest.mark.parametrize("R, dtype, page, kernels", [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.ops import cross_entropy, gated_delta, gated_short_conv, short_conv, softmax_attention, streaming, token_losses
+from atma_jax.ops import cross_entropy, gated_delta, softmax_attention, streaming, token_losses
 from atma_jax.ops.gated_delta import chunked
 from atma_jax.ops.polar_attention import xla
 
@@ -78,32 +78,6 @@ def test_chunk_size_and_split_sequence():
   second, state = gated_delta(*tail[0], **tail[1], initial_state=state)
   np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-5)
   np.testing.assert_allclose(state, final, atol=1e-5)
-
-
-def test_short_conv_is_the_shifted_sum():
-  x = jnp.arange(1.0, 6.0).reshape(1, 5, 1)
-  np.testing.assert_allclose(short_conv(x, jnp.asarray([[100.0], [10.0], [1.0]]))[0, :, 0], [1, 12, 123, 234, 345])
-
-
-@pytest.mark.parametrize("T, taps", [(1, 3), (2, 4), (13, 3), (16, 1)])
-def test_gated_short_conv_equals_its_parts(T, taps):
-  rng = np.random.default_rng(T)
-  arrays = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, T, 5),) * 3 + ((taps, 5),)]
-  cotangent = jnp.asarray(rng.normal(size=(2, T, 5)), jnp.float32)
-
-  def parts(gate, output_gate, x, weight):
-    return output_gate * short_conv(gate * x, weight)
-
-  expected, transpose = jax.vjp(parts, *arrays)
-  actual, own_transpose = jax.vjp(gated_short_conv, *arrays)
-  for a, b in zip((actual, *own_transpose(cotangent)), (expected, *transpose(cotangent)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-  narrow = [x.astype(jnp.bfloat16) for x in arrays]
-  y, own_transpose = jax.vjp(gated_short_conv, *narrow)
-  for a, b in zip((y, *own_transpose(cotangent.astype(jnp.bfloat16))), (expected, *transpose(cotangent)), strict=True):
-    assert a.dtype == jnp.bfloat16
-    scale = float(jnp.max(jnp.abs(b)))
-    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=scale * 5 * 2.0**-8)  # factors and the result, rounded once each
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])

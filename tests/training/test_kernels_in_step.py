@@ -5,12 +5,15 @@ from __future__ import annotations
 import collections
 import importlib.util
 
+from flax import nnx
 import jax
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
 import pytest
 
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from atma_jax.models.model import REMAT_POLICIES
+from atma_jax.models.transformer import Group
 from atma_jax.ops import dispatch
 from atma_jax.sharding import make_mesh
 from atma_jax.training import ahead
@@ -26,6 +29,9 @@ BACKWARD = {
                  "gated_delta_read_chunks_back", "gated_delta_write_chunks_back"),
   "pallas_tpu": ("polar_attention_dq", "polar_attention_dkv", "gated_delta_back"),
 }
+
+
+LOCAL = {"pallas_gpu": ("gated_short_conv", "gated_short_conv_back"), "pallas_tpu": ()}  # forward and backward, of a local layer
 
 
 def tiny(implementation: str, remat: str, scan: bool) -> Config:
@@ -55,7 +61,7 @@ def kernels(jaxpr) -> collections.Counter[str]:
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("remat, forwards", [("none", 1), ("dots", 1), ("block", 2)])
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu"])
-def test_a_kernel_runs_once_a_global_layer_and_forward_ones_again_only_under_full_rematerialisation(
+def test_a_kernel_runs_once_a_layer_and_forward_ones_again_only_under_full_rematerialisation(
     monkeypatch, implementation, remat, forwards, scan):
   monkeypatch.setattr(dispatch, "platform", lambda: implementation.removeprefix("pallas_"))
   config = tiny(implementation, remat, scan)
@@ -70,8 +76,33 @@ def test_a_kernel_runs_once_a_global_layer_and_forward_ones_again_only_under_ful
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(params, tokens).jaxpr
   live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   layers = 2 if scan else 1
+  local = config.model.num_layers - layers
   assert kernels(live) == {name: layers * forwards for name in FORWARD[implementation]} | dict.fromkeys(
-    BACKWARD[implementation], layers)
+    BACKWARD[implementation], layers) | {name: local * times for name, times in zip(LOCAL[implementation], (forwards, 1))}
+
+
+def test_remat_dots_keeps_the_residual_stream_and_what_norms_divide_by():
+  """They cost what the products added to the stream would, and the backward pass forms neither again."""
+  C, config = 128, tiny("xla", "dots", scan=False).model
+  config.block_pattern, config.num_layers, config.mlp_width = ("local",), 2, 2 * C
+  group = nnx.eval_shape(lambda: Group(config, ("local", "local"), rngs=nnx.Rngs(0)))
+  graphdef, params = nnx.split(group)
+
+  def gradient(params, x):
+    blocks = jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)(x)[0], policy=REMAT_POLICIES["dots"])
+    y, transpose = jax.vjp(blocks, params, x)
+    return transpose(y)
+
+  eqns = jax.make_jaxpr(gradient)(params, jax.ShapeDtypeStruct((2, 24, C), jnp.bfloat16)).jaxpr.eqns
+  backward, = (eqn.params["jaxpr"] for eqn in eqns if eqn.params.get("policy") is REMAT_POLICIES["dots"])
+  backward, _ = partial_eval.dce_jaxpr(backward, [True] * len(backward.outvars))
+  kept = collections.Counter(v.aval.str_short() for v in backward.invars)
+  # The stream before, between and after mixers and MLPs but the last, inputs of the convolutions, the cotangent.
+  assert kept["bfloat16[2,24,128]"] == 4 + 2 * 3 + 1
+  assert kept["float32[2,24,1]"] == 4
+  sums = [eqn for eqn in backward.eqns if eqn.primitive.name == "reduce_sum" and eqn.params["axes"] == (2,)
+          and eqn.invars[0].aval.shape == (2, 24, C)]
+  assert len(sums) == 4  # of the norms' gradients
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
