@@ -33,8 +33,11 @@ class LocalMixer(nnx.Module):
     """
     del reach
     if span is None:
-      (b, c, h), bias = self.in_proj.unbiased(x, 3)
-      y = gated_short_conv(b, c, h, self.conv.weight[...], bias, channels="mlp",
+      def project(arrays: int) -> tuple[list[jax.Array], jax.Array]:
+        pieces, bias = self.in_proj.unbiased(x, arrays)
+        return pieces, bias.reshape(3, -1)
+
+      y = gated_short_conv(project, self.conv.weight[...], channels="mlp",
                            implementation=fitting_implementation(self.config.implementation))
       return self.out_proj(y), LocalPast(None)
     b, c, h = (part[: span.rows] for part in self.in_proj.split(x, 3))

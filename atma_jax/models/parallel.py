@@ -8,7 +8,7 @@ as well, and `atma_jax.ops.context_parallel` takes the ops' place. Arguments and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from atma_jax import ops
-from atma_jax.ops import context_parallel
+from atma_jax.ops import context_parallel, dispatch
 from atma_jax.sharding import LOGICAL_AXES, active_mesh, parts, spec
 
 _CONTEXT, = LOGICAL_AXES["sequence"]
@@ -77,17 +77,24 @@ def short_conv(x: jax.Array, weight: jax.Array, *, channels: str) -> jax.Array:
                  ((*_activations(x)[:2], channels), (None, channels)), (*_activations(x)[:2], channels))
 
 
-def gated_short_conv(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array, bias: jax.Array, *, channels: str,
+def gated_short_conv(project: Callable[[int], tuple[Sequence[jax.Array], jax.Array]], weight: jax.Array, *, channels: str,
                      implementation: str) -> jax.Array:
-  """`atma_jax.ops.gated_short_conv` of whole sequences; `channels` as for `short_conv`."""
+  """`atma_jax.ops.gated_short_conv` of whole sequences; `channels` as for `short_conv`.
+
+  ``project(n)`` gives what the op takes in n arrays, and the bias. On a GPU that is one, so that a product makes it and two its
+  gradients; elsewhere three, which XLA need not put side by side in the backward pass, nor a mesh take apart.
+  """
   if parts("sequence") > 1:
-    gate, output_gate, x = (z + b.astype(z.dtype) for z, b in zip((gate, output_gate, x), bias, strict=True))
+    arrays, bias = project(3)
+    gate, output_gate, x = (z + b.astype(z.dtype) for z, b in zip(arrays, bias, strict=True))
     return output_gate * short_conv(gate * x, weight, channels=channels)
+  one = dispatch.platform() == "gpu" and implementation == "auto" and parts(channels) == 1
+  arrays, bias = project(1 if one else 3)
   call = functools.partial(ops.gated_short_conv, implementation=implementation)
   if active_mesh() is None:
-    return call(gate, output_gate, x, weight, bias)
-  activations, vectors = (*_activations(x)[:2], channels), (None, channels)
-  return _mapped(call, (gate, output_gate, x, weight, bias), (*[activations] * 3, *[vectors] * 2), activations)
+    return call(arrays, weight, bias)
+  activations, vector = (*_activations(arrays[0])[:2], channels), (None, channels)
+  return _mapped(call, (list(arrays), weight, bias), ([activations] * len(arrays), vector, vector), activations)
 
 
 def _attention(split: Callable, whole: Callable, **options) -> Callable:

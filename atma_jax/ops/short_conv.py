@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -38,40 +40,41 @@ def short_conv(x: jax.Array, weight: jax.Array, *, history: jax.Array | None = N
   return sum(weight[i] * padded[:, i : i + T] for i in range(taps)).astype(x.dtype)
 
 
-def gated_short_conv(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array,
-                     bias: jax.Array | None = None, *, implementation: str = "auto") -> jax.Array:
+def gated_short_conv(projected: Sequence[jax.Array], weight: jax.Array, bias: jax.Array | None = None, *,
+                     implementation: str = "auto") -> jax.Array:
   """``output_gate * short_conv(gate * x, weight)``.
 
   Args:
-    gate, output_gate, x: (B, T, C).
+    projected: gate, output gate and x, (B, T, C) each, or one array (B, T, 3 C) that has them side by side.
     weight: (taps, C), as for `short_conv`.
     bias: (3, C), added to gate, output gate and x first, which a kernel does as it reads them; None is zeros.
     implementation: one of `dispatch.NAMES`.
 
   Returns:
-    (B, T, C) in x's dtype.
+    (B, T, C) in the dtype of x.
 
   Raises:
     ValueError: shapes do not fit together.
     NotImplementedError: an implementation asked for by name cannot serve the call.
   """
-  C = x.shape[-1]
-  if not gate.shape == output_gate.shape == x.shape or weight.shape[1:] != (C,) or (bias is not None and bias.shape != (3, C)):
-    raise ValueError(f"gated_short_conv: gate {gate.shape}, output_gate {output_gate.shape}, x {x.shape}, weight {weight.shape}, "
-                     f"bias {None if bias is None else bias.shape} are not (B, T, C) three times, (taps, C), (3, C)")
-  return GATED(implementation, gate, output_gate, x, weight, bias)
+  shapes, C = [z.shape for z in projected], weight.shape[-1]
+  whole = (*shapes[0][:2], C if len(shapes) == 3 else 3 * C)
+  if len(shapes) not in (1, 3) or set(shapes) != {whole} or weight.ndim != 2 or (bias is not None and bias.shape != (3, C)):
+    raise ValueError(f"gated_short_conv: projected {shapes}, weight {weight.shape}, bias {None if bias is None else bias.shape} "
+                     "are not (B, T, C) three times or (B, T, 3 C) once, (taps, C), (3, C)")
+  return GATED(implementation, projected, weight, bias)
 
 
-def shifted_products(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array,
-                     bias: jax.Array | None = None) -> jax.Array:
+def shifted_products(projected: Sequence[jax.Array], weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
   """See `gated_short_conv`.
 
   The products are formed again at every tap, and the backward pass is written so that one pass over the four arrays makes
   all gradients but the weight's, because XLA would store each of the intermediate products.
   """
+  arrays = projected if len(projected) == 3 else jnp.split(projected[0], 3, axis=-1)
   if bias is not None:
-    gate, output_gate, x = (z + b.astype(z.dtype) for z, b in zip((gate, output_gate, x), bias, strict=True))
-  return _gated(gate, output_gate, x, weight)
+    arrays = [z + b.astype(z.dtype) for z, b in zip(arrays, bias, strict=True)]
+  return _gated(*arrays, weight)
 
 
 @jax.custom_vjp

@@ -8,6 +8,7 @@ XLA adds those up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -26,112 +27,133 @@ STEPS = {"forward": 64, "backward": 128}  # of a program; more make less of what
 UNROLLED = 4  # steps whose loads are under way together
 
 
-def supports(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> str | None:
+def supports(projected: Sequence[jax.Array], weight: jax.Array, bias: jax.Array | None) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
-  dtypes = {z.dtype.name for z in (gate, output_gate, x)}
+  dtypes = {z.dtype.name for z in projected}
   if dtypes not in ({"bfloat16"}, {"float32"}):
     return f"takes gates and x all in bfloat16 or all in float32, not {', '.join(sorted(dtypes))}"
   if any(z is not None and z.dtype == jnp.float64 for z in (weight, bias)):
     return "takes no float64"
-  if x.shape[2] % 64:
-    return f"takes multiples of 64 channels, not {x.shape[2]}"
+  if weight.shape[1] % 64:
+    return f"takes multiples of 64 channels, not {weight.shape[1]}"
   return kernels.elsewhere("gpu")
 
 
-def gated_short_conv(gate: jax.Array, output_gate: jax.Array, x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *,
+def gated_short_conv(projected: Sequence[jax.Array], weight: jax.Array, bias: jax.Array | None = None, *,
                      interpret: bool = False) -> jax.Array:
   """See `atma_jax.ops.gated_short_conv`; `interpret` runs the kernels without a GPU."""
   if bias is None:
-    bias = jnp.zeros((3, x.shape[2]), jnp.float32)
-  return _run(gate, output_gate, x, weight.astype(jnp.float32), bias.astype(jnp.float32), interpret)
+    bias = jnp.zeros((3, weight.shape[1]), jnp.float32)
+  return _run(tuple(projected), weight.astype(jnp.float32), bias.astype(jnp.float32), interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _run(gate, output_gate, x, weight, bias, interpret):
-  return _run_forward(gate, output_gate, x, weight, bias, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _run(projected, weight, bias, interpret):
+  return _run_forward(projected, weight, bias, interpret)[0]
 
 
-def _run_forward(gate, output_gate, x, weight, bias, interpret):
-  arrays = gate, output_gate, x
-  (y,) = _call("forward", _forward_kernel, arrays, (weight, bias), (x,), None, interpret)
-  return checkpoint_name(y, dispatch.KERNEL_OUTPUTS[2]), (*arrays, weight, bias)
+def _run_forward(projected, weight, bias, interpret):
+  y = jax.ShapeDtypeStruct((*projected[0].shape[:2], weight.shape[1]), projected[0].dtype)
+  (y,) = _call("forward", _forward_kernel, projected, (weight, bias), (y,), None, interpret)
+  return checkpoint_name(y, dispatch.KERNEL_OUTPUTS[2]), (projected, weight, bias)
 
 
 def _run_backward(interpret, residuals, dy):
-  *arrays, weight, bias = residuals
+  projected, weight, bias = residuals
   taps = weight.shape[0]
-  *gradients, sums = _call("backward", _backward_kernel, (*arrays, dy), (weight, bias), arrays, taps + 3, interpret)
+  *gradients, sums = _call("backward", _backward_kernel, (*projected, dy), (weight, bias), projected, taps + 3, interpret)
   sums = jnp.sum(sums, axis=(0, 1))
-  return *gradients, sums[:taps], sums[taps:]
+  return tuple(gradients), sums[:taps], sums[taps:]
 
 
 _run.defvjp(_run_forward, _run_backward)
 
 
 def _call(direction: str, kernel: Any, arrays: tuple, vectors: tuple, outputs: tuple, sums: int | None, interpret: bool) -> Any:
-  """One program for `STEPS` of some channels of a row. Arrays and outputs are (B, T, C), vectors (n, C); with `sums` so many
-  vectors of every program come last, (B, programs along T, sums, C) in float32."""
-  B, T, C = arrays[0].shape
+  """One program for `STEPS` of some channels of a row. Arrays and outputs are (B, T, C) or (B, T, 3 C), vectors (n, C); with
+  `sums` so many vectors of every program come last, (B, programs along T, sums, C) in float32."""
+  (B, T, _), C = arrays[0].shape, vectors[0].shape[1]
   steps = STEPS[direction]
   channels = next(n for n in (CHANNELS >> i for i in range(CHANNELS.bit_length())) if C % n == 0)
   grid = C // channels, pl.cdiv(T, steps), B
-  whole = pl.BlockSpec((None, T, channels), lambda c, t, b: (b, 0, c))
-  shapes, specs = [jax.ShapeDtypeStruct(z.shape, z.dtype) for z in outputs], [whole] * len(outputs)
+  shapes, specs = [jax.ShapeDtypeStruct(z.shape, z.dtype) for z in outputs], [_row(z) for z in outputs]
   if sums:
     shapes.append(jax.ShapeDtypeStruct((B, grid[1], sums, C), jnp.float32))
     specs.append(pl.BlockSpec((None, None, sums, channels), lambda c, t, b: (b, t, 0, c)))
   return pl.pallas_call(
-    functools.partial(kernel, taps=vectors[0].shape[0], T=T, steps=steps),
+    functools.partial(kernel, taps=vectors[0].shape[0], T=T, C=C, steps=steps),
     name="gated_short_conv" if direction == "forward" else "gated_short_conv_back", grid=grid,
-    in_specs=[*[whole] * len(arrays), *(pl.BlockSpec((z.shape[0], channels), lambda c, t, b: (0, c)) for z in vectors)],
+    in_specs=[*map(_row, arrays), *(pl.BlockSpec((z.shape[0], channels), lambda c, t, b: (0, c)) for z in vectors)],
     out_shape=shapes, out_specs=specs, interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=max(1, channels // (32 * THREAD_CHANNELS)), num_stages=1),
   )(*arrays, *vectors)
+
+
+def _row(x: Any) -> pl.BlockSpec:
+  return pl.BlockSpec((None, *x.shape[1:]), lambda c, t, b: (b, 0, 0))
+
+
+class _Columns:
+  """A program's channels of some C of an array (T, ...)."""
+
+  def __init__(self, ref: Any, part: int, C: int, channels: int):
+    self.ref, self.T, self.shape = ref, ref.shape[0], (channels,)
+    self.columns = pl.ds(pl.program_id(0) * channels + part * C, channels)
+
+  def load(self, t: jax.Array) -> jax.Array:
+    """Step t in float32; zeros outside the sequence."""
+    inside = jnp.broadcast_to((t >= 0) & (t < self.T), self.shape)
+    return plgpu.load(self.ref.at[jnp.maximum(t, 0), self.columns], mask=inside, other=0).astype(jnp.float32)
+
+  def store(self, t: jax.Array, value: jax.Array, inside: jax.Array) -> None:
+    """Step t, where it is `inside`."""
+    plgpu.store(self.ref.at[jnp.maximum(t, 0), self.columns], value.astype(self.ref.dtype),
+                mask=jnp.broadcast_to(inside, self.shape))
+
+
+def _columns(refs: Sequence[Any], C: int, channels: int) -> list[_Columns]:
+  """Of each array, or of all parts of one."""
+  return [_Columns(ref, part, C, channels) for ref in refs for part in range(ref.shape[1] // C)]
 
 
 def _vectors(ref: Any) -> list[jax.Array]:
   return [ref[i, :] for i in range(ref.shape[0])]
 
 
-def _step(ref: Any, t: jax.Array, T: int) -> jax.Array:
-  """The channels of step t in float32; zeros outside the sequence."""
-  inside = jnp.broadcast_to((t >= 0) & (t < T), ref.shape[1:])
-  return plgpu.load(ref.at[jnp.maximum(t, 0), :], mask=inside, other=0).astype(jnp.float32)
-
-
-def _store(ref: Any, t: jax.Array, value: jax.Array, inside: jax.Array) -> None:
-  plgpu.store(ref.at[jnp.maximum(t, 0), :], value.astype(ref.dtype), mask=jnp.broadcast_to(inside, ref.shape[1:]))
-
-
-def _before(ref: Any, bias: jax.Array, first: jax.Array, taps: int, T: int) -> tuple[jax.Array, ...]:
+def _before(columns: _Columns, bias: jax.Array, first: jax.Array, taps: int) -> tuple[jax.Array, ...]:
   """The taps - 1 steps before `first`, bias added; zeros before the sequence."""
-  return tuple(jnp.where(t >= 0, _step(ref, t, T) + bias, 0) for t in (first - i for i in range(taps - 1, 0, -1)))
+  return tuple(jnp.where(t >= 0, columns.load(t) + bias, 0) for t in (first - i for i in range(taps - 1, 0, -1)))
 
 
 def _filtered(weight: list[jax.Array], values: tuple[jax.Array, ...]) -> jax.Array:
   return functools.reduce(jnp.add, (w * value for w, value in zip(weight, values, strict=True)))
 
 
-def _forward_kernel(gate_ref, output_gate_ref, x_ref, weight_ref, bias_ref, y_ref, *, taps: int, T: int, steps: int):
+def _forward_kernel(*refs, taps: int, T: int, C: int, steps: int):
+  *array_refs, weight_ref, bias_ref, y_ref = refs
   weight, (of_gate, of_output_gate, of_x) = _vectors(weight_ref), _vectors(bias_ref)
+  arrays, (y,) = (_columns(some, C, weight_ref.shape[1]) for some in (array_refs, (y_ref,)))
   first = pl.program_id(1) * steps
 
   def some_steps(i, products):
     times = [first + i * UNROLLED + j for j in range(UNROLLED)]
-    loaded = [[_step(ref, t, T) for ref in (gate_ref, output_gate_ref, x_ref)] for t in times]
+    loaded = [[array.load(t) for array in arrays] for t in times]
     for t, (gate, output_gate, x) in zip(times, loaded, strict=True):
       products = *products, (gate + of_gate) * (x + of_x)
-      _store(y_ref, t, (output_gate + of_output_gate) * _filtered(weight, products), t < T)
+      y.store(t, (output_gate + of_output_gate) * _filtered(weight, products), t < T)
       products = products[1:]
     return products
 
-  before = (_before(ref, bias, first, taps, T) for ref, bias in ((gate_ref, of_gate), (x_ref, of_x)))
+  before = (_before(array, bias, first, taps) for array, bias in ((arrays[0], of_gate), (arrays[2], of_x)))
   lax.fori_loop(0, _iterations(first, T, steps), some_steps, tuple(gate * x for gate, x in zip(*before, strict=True)))
 
 
-def _backward_kernel(gate_ref, output_gate_ref, x_ref, dy_ref, weight_ref, bias_ref, dgate_ref, doutput_gate_ref, dx_ref,
-                     sums_ref, *, taps: int, T: int, steps: int):
+def _backward_kernel(*refs, taps: int, T: int, C: int, steps: int):
+  arrays = (len(refs) - 4) // 2  # one or three, and as many gradients
+  weight_ref, bias_ref = refs[arrays + 1 : arrays + 3]
   weight, (of_gate, of_output_gate, of_x) = _vectors(weight_ref), _vectors(bias_ref)
+  inputs, (dgates, doutput_gates, dxs) = (_columns(some, C, weight_ref.shape[1])
+                                          for some in (refs[: arrays + 1], refs[arrays + 3 : -1]))
   first = pl.program_id(1) * steps
 
   def late(t, gate, x, dz, sums):
@@ -139,19 +161,19 @@ def _backward_kernel(gate_ref, output_gate_ref, x_ref, dy_ref, weight_ref, bias_
     t -= taps - 1
     du = jnp.where(t >= first, _filtered(weight[::-1], dz), 0)
     dgate, dx = du * x, du * gate
-    for ref, gradient in ((dgate_ref, dgate), (dx_ref, dx)):
-      _store(ref, t, gradient, (t >= first) & (t < T))
+    for columns, gradient in ((dgates, dgate), (dxs, dx)):
+      columns.store(t, gradient, (t >= first) & (t < T))
     return *sums[:taps], sums[taps] + dgate, sums[taps + 1], sums[taps + 2] + dx
 
   def some_steps(i, carry):
     gates, xs, dz, sums = carry
     times = [first + i * UNROLLED + j for j in range(UNROLLED)]
-    loaded = [[_step(ref, t, T) for ref in (gate_ref, output_gate_ref, x_ref, dy_ref)] for t in times]
+    loaded = [[columns.load(t) for columns in inputs] for t in times]
     for t, (gate, output_gate, x, dy) in zip(times, loaded, strict=True):
       gates, xs, dz = (*gates, gate + of_gate), (*xs, x + of_x), (*dz, dy * (output_gate + of_output_gate))
       products = tuple(gate * x for gate, x in zip(gates, xs, strict=True))
       doutput_gate = dy * _filtered(weight, products)
-      _store(doutput_gate_ref, t, doutput_gate, t < T)
+      doutput_gates.store(t, doutput_gate, t < T)
       dweight = (total + dz[-1] * product for total, product in zip(sums[:taps], products, strict=True))
       sums = *dweight, sums[taps], sums[taps + 1] + doutput_gate, sums[taps + 2]
       sums = late(t, gates[0], xs[0], dz, sums)
@@ -159,16 +181,15 @@ def _backward_kernel(gate_ref, output_gate_ref, x_ref, dy_ref, weight_ref, bias_
     return gates, xs, dz, sums
 
   nothing, iterations = jnp.zeros(weight_ref.shape[1:], jnp.float32), _iterations(first, T, steps)
-  before = (_before(ref, bias, first, taps, T) for ref, bias in ((gate_ref, of_gate), (x_ref, of_x)))
-  carry = *before, (nothing,) * (taps - 1), (nothing,) * (taps + 3)
-  gates, xs, dz, sums = lax.fori_loop(0, iterations, some_steps, carry)
+  before = (_before(columns, bias, first, taps) for columns, bias in ((inputs[0], of_gate), (inputs[2], of_x)))
+  gates, xs, dz, sums = lax.fori_loop(0, iterations, some_steps, (*before, (nothing,) * (taps - 1), (nothing,) * (taps + 3)))
   for i in range(taps - 1):
     t = first + iterations * UNROLLED + i
-    dz = *dz[:taps - 1], _step(dy_ref, t, T) * (_step(output_gate_ref, t, T) + of_output_gate)
+    dz = *dz, inputs[3].load(t) * (inputs[1].load(t) + of_output_gate)
     sums = late(t, gates[i], xs[i], dz, sums)
     dz = dz[1:]
   for i, total in enumerate(sums):
-    sums_ref[i, :] = total
+    refs[-1][i, :] = total
 
 
 def _iterations(first: jax.Array, T: int, steps: int) -> jax.Array:

@@ -31,7 +31,7 @@ def interpreted(monkeypatch):
 
   def interpret(op, kernel):
     def run(q, k, *args, **kwargs):
-      seen.append((q.shape, k.shape))
+      seen.append((q.shape, k.shape) if isinstance(q, jax.Array) else q[0].shape)
       return kernel(q, k, *args, **kwargs, interpret=True)
 
     class Entry(type(op.implementations["pallas_gpu"])):
@@ -117,13 +117,20 @@ def test_what_cannot_be_split_is_refused():
       parallel.check_length(18)
 
 
-@pytest.mark.parametrize("implementation", ["pallas_gpu", "xla"])
-def test_gated_short_conv(interpreted, implementation):
-  C, rng = 256, np.random.default_rng(3)
-  arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, C),) * 3 + ((3, C), (3, C))]
+@pytest.mark.parametrize(("implementation", "arrays", "axes", "own"), [
+  ("pallas_gpu", 3, {"fsdp": 4, "tensor": 2}, (1, T, 128)), ("auto", 1, {"fsdp": 4, "context": 1, "data": 1}, (1, T, 768)),
+  ("xla", 3, {"fsdp": 4, "tensor": 2}, None)])
+def test_gated_short_conv(interpreted, monkeypatch, implementation, arrays, axes, own):
+  C, rng, asked = 256, np.random.default_rng(3), []
+  values = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, 3 * C), (3, C), (3, C))]
+  monkeypatch.setattr(parallel.dispatch, "platform", lambda: "gpu")
 
-  def part(*arrays):
-    return parallel.gated_short_conv(*arrays, channels="mlp", implementation=implementation)
+  def part(projected, weight, bias):
+    def project(n):
+      asked.append(n)
+      return jnp.split(projected, n, axis=-1), bias
 
-  compare(functools.partial(ops.gated_short_conv, implementation="xla"), part, arrays, {"fsdp": 4, "tensor": 2}, 1e-5)
-  assert set(interpreted) == ({((B // 4, T, C // 2),) * 2} if implementation == "pallas_gpu" else set())
+    return parallel.gated_short_conv(project, weight, channels="mlp", implementation=implementation)
+
+  compare(lambda projected, *vectors: ops.gated_short_conv([projected], *vectors, implementation="xla"), part, values, axes, 1e-5)
+  assert set(asked) == {arrays} and set(interpreted) == ({own} if own else set())

@@ -59,11 +59,12 @@ def test_gated_delta(dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("T, C, taps", [(300, 192, 3), (1, 512, 4)])
-def test_gated_short_conv(T, C, taps, dtype):
+@pytest.mark.parametrize("T, C, taps, arrays", [(300, 192, 3, 1), (1, 512, 4, 3)])
+def test_gated_short_conv(T, C, taps, arrays, dtype):
   """Chosen by "auto"."""
-  arrays, vector = [jax.ShapeDtypeStruct((2, T, C), dtype)] * 3, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  text = lowered(lambda *arguments: [gated_short_conv(*arguments)], *arrays, vector((taps, C)), vector((3, C)))
+  vectors = [jax.ShapeDtypeStruct((rows, C), jnp.float32) for rows in (taps, 3)]
+  text = lowered(lambda weight, bias, *projected: [gated_short_conv(projected, weight, bias)], *vectors,
+                 *[jax.ShapeDtypeStruct((2, T, 3 * C // arrays), dtype)] * arrays)
   assert text.count("@__gpu$xla.gpu.triton") == 2
 
 

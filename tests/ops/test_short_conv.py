@@ -36,6 +36,14 @@ def inputs(B, T, C, taps):
   return [rng.normal(size=s) for s in ((B, T, C),) * 3 + ((taps, C), (3, C), (B, T, C))]
 
 
+def apart(op):
+  return lambda gate, output_gate, x, *vectors: op((gate, output_gate, x), *vectors)
+
+
+def side_by_side(op):
+  return lambda gate, output_gate, x, *vectors: op((jnp.concatenate([gate, output_gate, x], axis=-1),), *vectors)
+
+
 def run(op, arguments, dtype):
   """The result and all gradients; activations and cotangent in `dtype`, weight and bias in float32 or wider."""
   wide = jnp.promote_types(dtype, jnp.float32)
@@ -50,22 +58,23 @@ def run(op, arguments, dtype):
 
 
 @every
-@pytest.mark.parametrize("B, T, C, taps", [(1, 1, 64, 3), (3, 2, 64, 4), (2, 13, 192, 3), (1, 24, 64, 4), (1, 9, 64, 1)])
-def test_gated_short_conv_equals_its_parts(implementation, B, T, C, taps):
+@pytest.mark.parametrize("B, T, C, taps, arranged", [(1, 1, 64, 3, apart), (3, 2, 64, 4, side_by_side), (2, 13, 192, 3, apart),
+                                                     (2, 13, 192, 3, side_by_side), (1, 24, 64, 4, apart), (1, 9, 64, 1, apart)])
+def test_gated_short_conv_equals_its_parts(implementation, B, T, C, taps, arranged):
   arguments = inputs(B, T, C, taps)
   with jax.enable_x64(True):
     expected = [np.asarray(z) for z in run(parts, arguments, jnp.float64)]
   # Each term is rounded a few times; weight and bias sum up B T of them.
   tolerances = {jnp.float32: 8 * 2.0**-24, jnp.bfloat16: 6 * 2.0**-8}
   for dtype, tolerance in tolerances.items():
-    actual = run(GATED[implementation], arguments, dtype)
+    actual = run(arranged(GATED[implementation]), arguments, dtype)
     for a, b in zip(actual, expected, strict=True):
       assert a.dtype == (dtype if b.ndim == 3 else jnp.float32)
       np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=tolerance * np.max(np.abs(b)))
 
 
 def test_the_kernels_repeat_bitwise():
-  first, second = (run(GATED["pallas_gpu"], inputs(2, 19, 64, 3), jnp.bfloat16) for _ in range(2))
+  first, second = (run(apart(GATED["pallas_gpu"]), inputs(2, 19, 64, 3), jnp.bfloat16) for _ in range(2))
   for a, b in zip(first, second, strict=True):
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
@@ -73,19 +82,21 @@ def test_the_kernels_repeat_bitwise():
 def test_no_bias_is_a_bias_of_zero_and_nothing_after_a_step_reaches_it():
   gate, output_gate, x, weight, _, _ = (jnp.asarray(z, jnp.float32) for z in inputs(1, 17, 64, 3))
   for op in GATED.values():
-    whole = op(gate, output_gate, x, weight)
+    whole = op((gate, output_gate, x), weight)
     np.testing.assert_allclose(whole, parts(gate, output_gate, x, weight, jnp.zeros((3, 64))), atol=1e-5)
-    np.testing.assert_array_equal(op(*(z[:, :10] for z in (gate, output_gate, x)), weight), whole[:, :10])
+    np.testing.assert_array_equal(op([z[:, :10] for z in (gate, output_gate, x)], weight), whole[:, :10])
 
 
 def test_the_choice(monkeypatch):
   gate, weight = jnp.zeros((1, 4, 64)), jnp.zeros((3, 64))
   with pytest.raises(NotImplementedError, match="needs a GPU"):
-    gated_short_conv(gate, gate, gate, weight, implementation="pallas_gpu")
+    gated_short_conv([gate] * 3, weight, implementation="pallas_gpu")
+  with pytest.raises(ValueError, match=r"projected .*\(1, 4, 64\)"):
+    gated_short_conv([gate] * 2, weight)
   with pytest.raises(ValueError, match=r"bias \(2, 64\)"):
-    gated_short_conv(gate, gate, gate, weight, weight[:2])
+    gated_short_conv([gate] * 3, weight, weight[:2])
   monkeypatch.setattr(short_conv_pallas_gpu.kernels, "elsewhere", lambda device: None)
   supports = short_conv_pallas_gpu.supports
-  assert supports(gate, gate, gate, weight, None) is None
-  assert "float16" in supports(*[gate.astype(jnp.float16)] * 3, weight, None)
-  assert "channels" in supports(*[gate[..., :40]] * 3, weight[:, :40], None)
+  assert supports([gate] * 3, weight, None) is None
+  assert "float16" in supports([gate.astype(jnp.float16)], weight, None)
+  assert "channels" in supports([gate[..., :40]] * 3, weight[:, :40], None)
