@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import itertools
 import math
 from typing import Any
@@ -206,9 +207,11 @@ class GlobalMixer(nnx.Module):
     first, *others = self._projections()
     heads, shape = self.config.num_heads, x.shape[:-1]
     if not hasattr(self, "inputs"):
-      return [*first.split(x, 2, groups=heads), *(part(x) for part in others)]
-    ends = list(itertools.accumulate(part.bias.shape[0] for part in (first, *others)))
-    q, *rest = jnp.split(self.inputs(x), ends[:-1], axis=-1)
+      # Products of few outputs in pairs: each gradient with respect to x is as large as x, and all are stored and added up.
+      pairs = others[:2], others[2:4], others[4:]
+      return [*first.split(x, 2, groups=heads),
+              *(piece for some in pairs if some for piece in _pieces(layers.Linear.beside(some)(x), some))]
+    q, *rest = _pieces(self.inputs(x), (first, *others))
     return [*(z.reshape(*shape, -1) for z in jnp.split(q.reshape(*shape, heads, -1), 2, axis=-1)), *rest]
 
   def _outputs(self) -> list[layers.Linear]:
@@ -219,6 +222,12 @@ class GlobalMixer(nnx.Module):
     """The core's loss for keys and values of random inputs (R, C), normed as keys are, without canon convolutions."""
     shape = (inputs.shape[0], self.config.num_kv_heads, self.config.head_dim)
     return self.core.distractor_loss(trace, layers.head_norm(self.k(inputs).reshape(shape)), self.v(inputs).reshape(shape))
+
+
+def _pieces(y: jax.Array, parts: Sequence[layers.Linear]) -> list[jax.Array]:
+  """What each of `parts` gave of the output of `Linear.beside` them."""
+  ends = list(itertools.accumulate(part.bias.shape[0] for part in parts))
+  return jnp.split(y, ends[:-1], axis=-1)
 
 
 def _canon(z: jax.Array, conv: layers.DepthwiseFilter, history: jax.Array | None,

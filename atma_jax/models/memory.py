@@ -52,7 +52,6 @@ class Memory(nnx.Module):
     With a `layer`, T is 1 and the state that of several layers, (layers, B, H, D, D), before and after.
     """
     config, wide, shape = self.config, jnp.promote_types(jnp.float32, gate.dtype), q.shape[:2]
-    group = config.num_heads // config.num_kv_heads
     q, k = layers.unit_length(q), layers.unit_length(k)
     log_gamma = self.log_gamma(gamma)
     beta = jax.nn.sigmoid(beta.astype(wide) + config.memory.beta_bias)
@@ -63,7 +62,6 @@ class Memory(nnx.Module):
       readout, state = gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state, layer=layer,
                                         implementation=fitting_implementation(config.implementation))
     else:
-      k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
       readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
                                    implementation=config.implementation)
     if trace is not None:

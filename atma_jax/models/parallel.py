@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from atma_jax import ops
 from atma_jax.ops import context_parallel, dispatch
+from atma_jax.ops.gated_delta.api import repeated
 from atma_jax.sharding import LOGICAL_AXES, active_mesh, parts, spec
 
 _CONTEXT, = LOGICAL_AXES["sequence"]
@@ -53,6 +54,8 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float,
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
                 initial_state: jax.Array | None, implementation: str) -> tuple[jax.Array, jax.Array]:
   """`atma_jax.ops.gated_delta`; without an initial state, of whole sequences."""
+  if active_mesh() is not None:
+    k, v = (repeated(z, q.shape[2]) for z in (k, v))  # which divide over tensor as the query heads do
   inputs = {"q": q, "k": k, "v": v, "log_gamma": log_gamma, "beta": beta}
   if initial_state is None and parts("sequence") > 1:
     op, time = functools.partial(context_parallel.gated_delta, axis=_CONTEXT), "sequence"
@@ -88,7 +91,7 @@ def gated_short_conv(project: Callable[[int], tuple[Sequence[jax.Array], jax.Arr
     arrays, bias = project(3)
     gate, output_gate, x = (z + b.astype(z.dtype) for z, b in zip(arrays, bias, strict=True))
     return output_gate * short_conv(gate * x, weight, channels=channels)
-  one = dispatch.platform() == "gpu" and implementation == "auto" and parts(channels) == 1
+  one = dispatch.platform() == "gpu" and implementation != "xla" and parts(channels) == 1
   arrays, bias = project(1 if one else 3)
   call = functools.partial(ops.gated_short_conv, implementation=implementation)
   if active_mesh() is None:

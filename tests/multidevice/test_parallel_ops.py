@@ -118,11 +118,11 @@ def test_what_cannot_be_split_is_refused():
 
 
 @pytest.mark.parametrize(("implementation", "arrays", "axes", "own"), [
-  ("pallas_gpu", 3, {"fsdp": 4, "tensor": 2}, (1, T, 128)), ("auto", 1, {"fsdp": 4, "context": 1, "data": 1}, (1, T, 768)),
+  ("pallas_gpu", 3, {"fsdp": 4, "tensor": 2}, (2, T, 128)), ("pallas_gpu", 1, {"fsdp": 8}, (1, T, 768)),
   ("xla", 3, {"fsdp": 4, "tensor": 2}, None)])
 def test_gated_short_conv(interpreted, monkeypatch, implementation, arrays, axes, own):
   C, rng, asked = 256, np.random.default_rng(3), []
-  values = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, 3 * C), (3, C), (3, C))]
+  values = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, T, 3 * C), (3, C), (3, C))]
   monkeypatch.setattr(parallel.dispatch, "platform", lambda: "gpu")
 
   def part(projected, weight, bias):

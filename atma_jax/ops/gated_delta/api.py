@@ -24,8 +24,9 @@ def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Arra
   ``M_t = gamma_t M_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T`` and ``r_t = M_t q_t``.
 
   Args:
-    q, k: (B, T, H, D) of unit norm over D; longer keys make the rule expansive.
-    v: (B, T, H, Dv).
+    q: (B, T, H, D) of unit norm over D.
+    k: (B, T, K, D) of unit norm, H a multiple of K; longer keys make the rule expansive.
+    v: (B, T, K, Dv). H / K heads share a key and a value, which kernels for a GPU do not repeat in memory.
     log_gamma: (B, T, H) log of the decay, finite and at most 0.
     beta: (B, T, H) write strength in [0, 1].
     initial_state: (B, H, Dv, D); None is zeros.
@@ -39,13 +40,22 @@ def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Arra
     ValueError: shapes do not fit together.
     NotImplementedError: an implementation asked for by name cannot serve the call.
   """
-  (B, T, H, D), Dv = q.shape, v.shape[-1]
-  if k.shape != q.shape or v.shape[:3] != (B, T, H) or log_gamma.shape != (B, T, H) or beta.shape != (B, T, H):
+  (B, T, H, D), (K, Dv) = q.shape, v.shape[2:]
+  if k.shape != (B, T, K, D) or v.shape[:2] != (B, T) or H % K or log_gamma.shape != (B, T, H) or beta.shape != (B, T, H):
     raise ValueError(f"gated_delta: q {q.shape}, k {k.shape}, v {v.shape}, log_gamma {log_gamma.shape}, beta "
-                     f"{beta.shape} are not (B, T, H, D) twice, (B, T, H, Dv), (B, T, H) twice")
+                     f"{beta.shape} are not (B, T, H, D), (B, T, K, D), (B, T, K, Dv), (B, T, H) twice with H a multiple of K")
   dtype = jnp.result_type(jnp.float32, q, k, v)
   if initial_state is None:
     initial_state = jnp.zeros((B, H, Dv, D), dtype)
   elif initial_state.shape != (B, H, Dv, D):
     raise ValueError(f"gated_delta: initial_state {initial_state.shape} is not (B, H, Dv, D) = {(B, H, Dv, D)}")
-  return OP(implementation, q, k, v, log_gamma=log_gamma, beta=beta, initial_state=initial_state.astype(dtype))
+  gates = {"log_gamma": log_gamma, "beta": beta, "initial_state": initial_state.astype(dtype)}
+  name = OP.resolve(implementation, q, k, v, **gates)
+  if name != "pallas_gpu":
+    k, v = repeated(k, H), repeated(v, H)
+  return OP(name, q, k, v, **gates)
+
+
+def repeated(x: jax.Array, heads: int) -> jax.Array:
+  """x (B, T, K, D) with each head as often as its group has query heads, (B, T, heads, D)."""
+  return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)

@@ -86,9 +86,9 @@ def _run(q, k, v, log_g, beta, state, carry, interpret):
 
 def _run_forward(q, k, v, log_g, beta, state, carry, interpret):
   call = _Call(q, v, carry, interpret)
-  writes, erases, inverse = call.all_chunks("within", _within_kernel, (k, v, log_g, beta), (v, k, call.square))
+  writes, erases, inverse = call.all_chunks("within", _within_kernel, (k, v, log_g, beta), (call.values, q, call.square))
   writes, states, final = call.carry("carry", _carry_kernel, (erases, k), (writes,), log_g, state)
-  (readout,) = call.all_chunks("read", _read_kernel, (q, k, writes, states, log_g), (v,))
+  (readout,) = call.all_chunks("read", _read_kernel, (q, k, writes, states, log_g), (call.values,))
   outputs = erases, inverse, writes, states, readout, final
   erases, inverse, writes, states, readout, final = checkpoint_name(outputs, "gated_delta")
   return (readout, final), (q, k, v, log_g, beta, erases, inverse, writes, states)
@@ -98,17 +98,26 @@ def _run_backward(carry, interpret, residuals, cotangents):
   q, k, v, log_g, beta, erases, inverse, writes, states = residuals
   g_readout, g_final = cotangents
   call = _Call(q, v, carry, interpret)
-  (g_writes,) = call.all_chunks("read_back", _read_back_kernel, (q, k, g_readout, log_g), (v,))
+  (g_writes,) = call.all_chunks("read_back", _read_back_kernel, (q, k, g_readout, log_g), (call.values,))
   g_writes, g_states, g_state = call.carry("carry_back", _carry_back_kernel, (q, k, erases), (g_readout, g_writes), log_g,
                                            g_final)
   g_q, g_k, g_log_g = call.all_chunks("read_chunks_back", _read_chunks_back_kernel,
-                                      (q, k, writes, states, g_readout, log_g), (q, k, log_g))
+                                      (q, k, writes, states, g_readout, log_g), (q, q, log_g))
   arguments = k, v, inverse, writes, states, g_writes, g_states, g_k, log_g, beta, g_log_g
-  g_k, g_v, g_log_g, g_beta = call.all_chunks("write_chunks_back", _write_chunks_back_kernel, arguments, (k, v, log_g, beta))
-  return g_q, g_k, g_v, g_log_g, g_beta, g_state
+  outputs = q, call.values, log_g, beta
+  g_k, g_v, g_log_g, g_beta = call.all_chunks("write_chunks_back", _write_chunks_back_kernel, arguments, outputs)
+  return g_q, _over_groups(g_k, k), _over_groups(g_v, v), g_log_g, g_beta, g_state
 
 
 _run.defvjp(_run_forward, _run_backward)
+
+
+def _over_groups(gradient: jax.Array, x: jax.Array) -> jax.Array:
+  """The gradient of x (B, T, K, D) from that of each query head's, (B, T, H, D)."""
+  if gradient.shape == x.shape:
+    return gradient
+  B, T, K, D = x.shape
+  return jnp.sum(gradient.reshape(B, T, K, -1, D), axis=3, dtype=jnp.float32).astype(x.dtype)
 
 
 class _Call:
@@ -119,10 +128,15 @@ class _Call:
 
   def __init__(self, q, v, carry, interpret):
     (self.B, self.T, self.H, self.D), self.Dv = q.shape, v.shape[3]
+    self.values = jax.ShapeDtypeStruct((self.B, self.T, self.H, self.Dv), v.dtype)
     self.tile, self.interpret = carry, interpret
     self.N = self.T // CHUNK
     self.square = jax.ShapeDtypeStruct((self.B, self.H, self.N, CHUNK, CHUNK), q.dtype)
     self.states = jax.ShapeDtypeStruct((self.B, self.H, self.N, self.D, self.Dv), q.dtype)
+
+  def group(self, x, h):
+    """Which of the heads of x (B, T, heads, D) query head h reads."""
+    return h if x.shape[2] == self.H else lax.div(h, self.H // x.shape[2])
 
   def all_chunks(self, name, kernel, inputs, outputs):
     """Runs one program a head and chunk."""
@@ -130,7 +144,7 @@ class _Call:
       if x.ndim == 3:
         return pl.BlockSpec((None, None, CHUNK), lambda c, h, b: (b, h, c))
       if x.ndim == 4:
-        return pl.BlockSpec((None, CHUNK, None, x.shape[3]), lambda c, h, b: (b, c, h, 0))
+        return pl.BlockSpec((None, CHUNK, None, x.shape[3]), lambda c, h, b: (b, c, self.group(x, h), 0))
       return pl.BlockSpec((None, None, None, *x.shape[3:]), lambda c, h, b: (b, h, c, 0, 0))
 
     return self._pallas_call(name, kernel, (self.N, self.H, self.B), inputs, map(block, inputs), outputs,
@@ -150,12 +164,15 @@ class _Call:
   def _carry(self, name, kernel, whole, sliced, log_g, state, outputs):
     tile, Dv = self.tile, state.shape[3]
     columns = tile.columns or (64 if self.B * self.H * Dv >= 96 * 64 else 32)  # enough programs for the multiprocessors
-    rows = pl.BlockSpec((None, self.T, None, self.D), lambda j, h, b: (b, 0, h, 0))
     rows_slice = pl.BlockSpec((None, self.T, None, columns), lambda j, h, b: (b, 0, h, j))
     scalars = pl.BlockSpec((None, None, self.T), lambda j, h, b: (b, h, 0))
     state_slice = pl.BlockSpec((None, None, self.D, columns), lambda j, h, b: (b, h, 0, j))
     states_slice = pl.BlockSpec((None, None, self.N, self.D, columns), lambda j, h, b: (b, h, 0, 0, j))
-    in_specs = (*(rows for _ in whole), *(rows_slice for _ in sliced), scalars, state_slice)
+
+    def rows(x):
+      return pl.BlockSpec((None, self.T, None, self.D), lambda j, h, b: (b, 0, self.group(x, h), 0))
+
+    in_specs = (*map(rows, whole), *(rows_slice for _ in sliced), scalars, state_slice)
     out_specs = *(rows_slice if x.ndim == 4 else states_slice for x in outputs), state_slice
     return self._pallas_call(name, functools.partial(kernel, chunks=self.N), (Dv // columns, self.H, self.B),
                              (*whole, *sliced, log_g, state), in_specs, (*outputs, state), out_specs, warps=tile.warps,
