@@ -11,6 +11,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from atma_jax.ops import dispatch
+
+LOGIT_GRADIENTS = dispatch.Op("logit_gradients", {
+  "pallas_gpu": dispatch.Implementation("atma_jax.ops.cross_entropy_pallas_gpu:logit_gradients", platforms=("gpu",),
+                                        supports="supports"),
+  "xla": dispatch.Implementation("atma_jax.ops.cross_entropy:logit_gradients"),
+})
 
 def soft_cap(z: jax.Array, cap: float) -> jax.Array:
   """``cap * z / sqrt(z^2 + cap^2)``: the identity near zero, within +-cap everywhere."""
@@ -89,13 +96,8 @@ def _cross_entropy_fwd(hidden, kernel, bias, targets, weights, cap, z_loss, chun
     head = _head(hidden, cast)
     z, target = _log_partition(head, bias, targets, cap)
     nll, z2 = z - target, z * z
-    logits = _logits(jax.lax.optimization_barrier(head), bias, cap)  # again: cheaper than to write and read them
-    weighted_p = (weights * (1 + 2 * z_loss * z))[..., None] * jnp.exp(logits - z[..., None])
-    dlogits = weighted_p - jnp.where(_one_hot(logits, targets), weights[..., None], 0)
-    share = 1 - jnp.square(logits / cap)
-    dz = dlogits * share * jnp.sqrt(share)  # the cap's slope is (1 - (y / cap)^2)^(3/2)
-    dz = jax.lax.optimization_barrier(dz.astype(hidden.dtype))  # stored once, and in the narrow type
-    dbias += jnp.sum(dz, axis=(0, 1), dtype=dtype)
+    dz, total = LOGIT_GRADIENTS("auto", head, bias, z, targets, weights, cap=cap, z_loss=z_loss, dtype=hidden.dtype)
+    dbias += total
     dkernel += jnp.einsum("btc,btv->cv", hidden, dz, preferred_element_type=dtype)
     dhidden = jnp.einsum("btv,cv->btc", dz, cast)
     loss_sum += jnp.sum(weights * (nll + z_loss * z2))
@@ -115,6 +117,21 @@ def _cross_entropy_bwd(cap, z_loss, chunk, parts, gradients, cotangents):
 
 
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def logit_gradients(head: jax.Array, bias: jax.Array, log_partition: jax.Array, targets: jax.Array, weights: jax.Array, *,
+                    cap: float, z_loss: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+  """The loss's gradient with respect to the head's output (B, chunk, V), in `dtype`, and to the bias (V,), in float32 or wider.
+
+  `log_partition`, targets and weights are (B, chunk).
+  """
+  logits = _logits(jax.lax.optimization_barrier(head), bias, cap)  # again: cheaper than to write and read them
+  weighted_p = (weights * (1 + 2 * z_loss * log_partition))[..., None] * jnp.exp(logits - log_partition[..., None])
+  dlogits = weighted_p - jnp.where(_one_hot(logits, targets), weights[..., None], 0)
+  share = 1 - jnp.square(logits / cap)
+  dz = dlogits * share * jnp.sqrt(share)  # the cap's slope is (1 - (y / cap)^2)^(3/2)
+  dz = jax.lax.optimization_barrier(dz.astype(dtype))  # stored once, and in the narrow type
+  return dz, jnp.sum(dz, axis=(0, 1), dtype=head.dtype)
 
 
 def _accumulator(hidden: jax.Array) -> jnp.dtype:

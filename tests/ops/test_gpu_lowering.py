@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
-from atma_jax.ops import context_parallel, gated_short_conv
+from atma_jax.ops import context_parallel, cross_entropy, gated_short_conv
 from atma_jax.ops.cached_attention import api as cached
 from atma_jax.ops.cached_attention import chunk_pallas_gpu
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
@@ -66,6 +66,18 @@ def test_gated_short_conv(T, C, taps, arrays, dtype):
   text = lowered(lambda weight, bias, *projected: [gated_short_conv(projected, weight, bias)], *vectors,
                  *[jax.ShapeDtypeStruct((2, T, 3 * C // arrays), dtype)] * arrays)
   assert text.count("@__gpu$xla.gpu.triton") == 2
+
+
+def test_logit_gradients():
+  """Chosen by "auto": one kernel in the loop over chunks."""
+  B, T, C, V = 2, 300, 64, 384
+  arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((C, V), (V,))]
+
+  def call(hidden, kernel, bias):
+    targets, weights = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
+    return cross_entropy(hidden, kernel, bias, targets, weights, cap=15.0, z_loss=0.1, chunk=100)[:1]
+
+  assert lowered(call, jax.ShapeDtypeStruct((B, T, C), jnp.bfloat16), *arrays).count("@__gpu$xla.gpu.triton") == 1
 
 
 @pytest.mark.parametrize("R, dtype, page, kernels", [

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.ops import cross_entropy, gated_delta, softmax_attention, streaming, token_losses
+from atma_jax.ops import (
+  cross_entropy,
+  cross_entropy_pallas_gpu,
+  gated_delta,
+  soft_cap,
+  softmax_attention,
+  streaming,
+  token_losses,
+)
+from atma_jax.ops.cross_entropy import logit_gradients
 from atma_jax.ops.gated_delta import chunked
 from atma_jax.ops.polar_attention import xla
 
@@ -104,6 +115,32 @@ def test_cross_entropy_equals_the_formula(z_loss, chunk):
   np.testing.assert_allclose(3 * jnp.sum(weights * losses), ours(hidden, kernel, bias) if not z_loss else naive(
     hidden, kernel, bias) - 3 * z_loss * cross_entropy(hidden, kernel, bias, targets, weights, cap=5.0, z_loss=0.0,
                                                        chunk=chunk)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("B, T, V, z_loss", [(2, 70, 384, 0.1), (1, 1, 128, 0.0), (3, 128, 128, 0.0)])
+def test_logit_gradients_of_the_kernel_are_those_of_the_formula(B, T, V, z_loss):
+  rng = np.random.default_rng(T)
+  head, bias = 8 * rng.normal(size=(B, T, V)), rng.normal(size=V)
+  targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+  weights = rng.uniform(size=(B, T)) * (rng.uniform(size=(B, T)) > 0.2)
+
+  def run(function, dtype, narrow):
+    z = jnp.asarray(head + bias, dtype)
+    log_partition = jax.nn.logsumexp(soft_cap(z, 15.0), axis=-1)
+    return jax.jit(functools.partial(function, cap=15.0, z_loss=z_loss, dtype=narrow))(
+      jnp.asarray(head, dtype), jnp.asarray(bias, dtype), log_partition, targets, jnp.asarray(weights, dtype))
+
+  with jax.enable_x64(True):
+    expected = [np.asarray(x) for x in run(logit_gradients, jnp.float64, jnp.float64)]
+  kernel = functools.partial(cross_entropy_pallas_gpu.logit_gradients, interpret=True)
+  for narrow, unit in ((jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)):
+    dz, dbias = run(kernel, jnp.float32, narrow)
+    again, _ = run(kernel, jnp.float32, narrow)
+    assert dz.dtype == narrow and dbias.dtype == jnp.float32 and bool(jnp.all(dz == again))
+    # An exponent of up to 30, rounded at 2^-24, moves p by 2^-20 of itself; the bias's gradient sums before the rounding.
+    largest = np.abs(expected[0]).max()
+    np.testing.assert_allclose(np.asarray(dz, np.float64), expected[0], rtol=0, atol=(unit + 2.0**-19) * largest)
+    np.testing.assert_allclose(dbias, expected[1], rtol=0, atol=2.0**-19 * np.abs(expected[0]).sum((0, 1)).max())
 
 
 def test_full_logits_never_exist():
