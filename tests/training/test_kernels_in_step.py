@@ -111,7 +111,7 @@ def test_a_whole_training_step_compiles_for_a_tpu_and_keeps_each_kernel_once():
   plan = ahead.plan(tiny("pallas_tpu", "dots", scan=False), "v5e:1x1")
   print("\n".join(plan.lines()))
   assert plan.traffic.kernels == len(FORWARD["pallas_tpu"] + BACKWARD["pallas_tpu"])
-  assert 0 < plan.temporary_bytes < plan.peak_bytes < 2**30
+  assert plan.temporary_bytes < plan.peak_bytes < 2**30  # so small a program may keep all it needs on the chip
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
