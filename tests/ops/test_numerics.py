@@ -130,6 +130,38 @@ def test_polar_holds_no_matrix_of_scores_and_no_repeated_keys(implementation):
   assert all([np.prod(v.aval.shape) for v in eqn.invars].count(B * T * D) == 2 for eqn in kernels)
 
 
+@pytest.mark.parametrize("T, S, window", [(96, 96, None), (67, 80, 20)])
+def test_polar_on_gpu_leaves_whole_arrays_to_its_kernels(T, S, window):
+  """Nothing around the kernels goes over q, k, v, their gradients or the output, whatever the length."""
+  q, k, v, raw = polar_inputs(T, S, 4, 2, 64)
+
+  def run(q, k, v, raw, g):
+    return jax.vjp(lambda *x: POLAR["pallas_gpu"](*x[:3], window=window, **x[3]), q, k, v, raw)[1](g)
+
+  cotangents = q, jnp.ones(q.shape[:3])
+  equations = [e for e in _equations(jax.make_jaxpr(run)(q, k, v, raw, cotangents).jaxpr) if not _encloses(e)]
+  kernels = [e for e in equations if e.primitive.name == "pallas_call"]
+  assert len(kernels) == 3
+  # The largest left are v_null's gradients of blocks of 16 queries.
+  assert max(np.prod(x.aval.shape) for e in equations if e not in kernels for x in (*e.invars, *e.outvars)) < q.size / 8
+
+
+@pytest.mark.parametrize("batch, heads, blocks, group", [(8, 8, 16, 16), (1, 8, 256, 1), (2, 3, 1, 6), (1, 7, 64, 7)])
+def test_a_grid_visits_every_block_once_and_few_heads_at_a_time(batch, heads, blocks, group):
+  grid = pallas_gpu.Grid(batch, heads, blocks, descending=True)
+  assert grid.shape == (group, blocks, batch * heads // group)
+  spec = grid.spec((None, None, 1), lambda b, h, i: (b, h, i))
+  places = [tuple(map(int, spec.index_map(x, y, z))) for z in range(grid.shape[2]) for y in range(blocks) for x in range(group)]
+  assert sorted(places) == [(b, h, i) for b in range(batch) for h in range(heads) for i in range(blocks)]
+  assert {i for _, _, i in places[:group]} == {blocks - 1}
+
+
+def _encloses(eqn):
+  """Whether an equation only names its argument, or is a call, whose equations `_equations` yields as well."""
+  encloses = any(hasattr(getattr(x, "jaxpr", x), "eqns") for x in eqn.params.values())
+  return eqn.primitive.name == "name" or (encloses and eqn.primitive.name != "pallas_call")
+
+
 def _equations(jaxpr):
   """Equations outside kernels, those of nested jaxprs included."""
   for eqn in jaxpr.eqns:
