@@ -111,6 +111,21 @@ def test_polar_in_bfloat16_is_within_its_rounding(implementation):
   assert_near((outputs, gradients), polar_run("reference", None, *wide(inputs)), 2e-2)
 
 
+def test_polar_in_float32_is_exact_from_three_products_of_tf32_parts(monkeypatch):
+  """As a GPU multiplies float32: parts are off by 2^-21, which moves a weight by that times a score of up to 20."""
+  def tf32(x):
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x1000)
+    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFE000), jnp.float32)
+
+  def three_products(a, b, contract=(1, 0), dot=pallas_gpu.dot):
+    high, low = (tf32(a), tf32(b)), (tf32(a - tf32(a)), tf32(b - tf32(b)))
+    return dot(low[0], high[1], contract) + dot(high[0], low[1], contract) + dot(*high, contract)
+
+  monkeypatch.setattr(pallas_gpu, "dot", three_products)
+  inputs, expected = polar_case(37, 53, 2, 2, 64, 9)
+  assert_near(polar_run.__wrapped__("pallas_gpu", 9, *inputs), expected, 1e-5)
+
+
 @pytest.mark.parametrize("implementation", list(POLAR))
 def test_polar_at_extreme_logits_is_finite_and_repeats_bitwise(implementation):
   inputs = polar_inputs(40, 40, 2, 1, 64, scale=1e4)
