@@ -110,7 +110,11 @@ class Call:
     """``2^(x scale - shift)``: two instructions an element, where `jnp.exp2` takes care of denormal numbers with five more."""
     if self.interpret:
       return jnp.exp2(x * scale - shift)
-    return _assembly("{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }", x, scale, -shift)
+    return _assembly("{ .reg .f32 t; neg.f32 t, $3; fma.rn.f32 t, $1, $2, t; ex2.approx.ftz.f32 $0, t; }", x, scale, shift)
+
+  def fms(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    """``x y - z`` as one instruction, the sign taken within: before it, it would be an instruction an element."""
+    return x * y - z if self.interpret else _assembly("{ .reg .f32 t; neg.f32 t, $3; fma.rn.f32 $0, $1, $2, t; }", x, y, z)
 
   def fma(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     """``x y + z`` as one instruction: the compiler would round the product by itself."""
@@ -232,15 +236,38 @@ def fold(call: Call, q, scale, k_ref, v_ref, keys, visible, carry):
 
 
 def add_dq(call: Call, q, go, scale, lse, twice, delta, k_ref, v_ref, keys, visible, carry):
-  """dq of a block of queries, and the sum of a query's dlogit, times its scale."""
+  """dq of a block of queries, and the sum of a query's dlogit as `Total` has it, times its scale."""
   (dq, total), natural, k = carry, scale / LOG2_E, k_ref[keys, :]
   p = call.scaled_exp2(dot(q, k, (1, 1)), scale[:, None], lse[:, None])
   if visible:
     p = jnp.where(visible(), p, 0)
-  ds = p * call.fma(dot(go, v_ref[keys, :], (1, 1)), natural[:, None],
-                    call.fma(p, twice[:, None], -delta[:, None]))
+  ds = p * call.fma(dot(go, v_ref[keys, :], (1, 1)), natural[:, None], call.fms(p, twice[:, None], delta[:, None]))
   ds = ds.astype(k.dtype)
-  return dq + dot(ds, k), total + jnp.sum(ds.astype(jnp.float32), axis=1)
+  return dq + dot(ds, k), Total.add(total, ds)
+
+
+class Total:
+  """Sums of a query's terms (rows, keys) from block to block.
+
+  Of bfloat16, the sums are a product with ones, in equal columns: to add rounded terms up one by one takes more instructions
+  than the rest of what is done to them.
+  """
+
+  COLUMNS = 16
+
+  @classmethod
+  def zero(cls, rows: int, dtype: jnp.dtype) -> jax.Array:
+    return jnp.zeros((rows, cls.COLUMNS) if dtype == jnp.bfloat16 else (rows,), jnp.float32)
+
+  @classmethod
+  def add(cls, total: jax.Array, terms: jax.Array) -> jax.Array:
+    if total.ndim == 1:
+      return total + jnp.sum(terms, axis=1)
+    return total + dot(terms, jnp.ones((terms.shape[1], cls.COLUMNS), terms.dtype))
+
+  @classmethod
+  def of(cls, total: jax.Array) -> jax.Array:
+    return total if total.ndim == 1 else jnp.sum(total, axis=1) / cls.COLUMNS
 
 
 def add_dkv(call: Call, k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, h, rows, visible, carry):
@@ -252,8 +279,7 @@ def add_dkv(call: Call, k, v, q_ref, go_ref, scale_ref, lse_ref, twice_ref, delt
     p = jnp.where(visible(), p, 0)
   dv = dv + dot(p.astype(go.dtype), go)
   natural = (scale / LOG2_E)[None, :]
-  ds = p * call.fma(dot(v, go, (1, 1)), natural,
-                    call.fma(p, twice_ref[h, rows][None, :], -delta_ref[h, rows][None, :]))
+  ds = p * call.fma(dot(v, go, (1, 1)), natural, call.fms(p, twice_ref[h, rows][None, :], delta_ref[h, rows][None, :]))
   return dk + dot(ds.astype(q.dtype), q), dv
 
 
@@ -361,10 +387,10 @@ def _dq_kernel(q_ref, k_ref, v_ref, g_ref, direction_ref, g_magnitude_ref, heads
     visible = masked and functools.partial(_visible, call, row, j * tile.k, tile)
     return add_dq(call, q, go, scale, lse, twice, delta, *keys, pl.ds(j * tile.k, tile.k), visible, carry)
 
-  zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros((tile.q,), jnp.float32)
+  zeros = jnp.zeros(q.shape, jnp.float32), Total.zero(tile.q, q.dtype)
   dq, total = three_loops(call.key_blocks(row + call.offset, tile, pl.cdiv(call.keys, tile.k)), step, zeros)
   dq_ref[:, :] = dq.astype(q.dtype)
-  d_temp = formula.temperature_gradient(jnp.sum(dq * q.astype(jnp.float32), axis=1), total / natural, through.d_lse,
+  d_temp = formula.temperature_gradient(jnp.sum(dq * q.astype(jnp.float32), axis=1), Total.of(total) / natural, through.d_lse,
                                         lse / LOG2_E, crowding, temp)
   d_null, d_temp = -through.d_lse * temp, d_temp - through.d_lse * null_over_temp  # the log-sum-exp counts from the null's logit
   gradients = {NULL_BASE: d_null, NULL_SLOPE: d_null * counts_ref[1, :], LEN_GAIN: d_temp * counts_ref[0, :], MAG_BETA: d_beta}

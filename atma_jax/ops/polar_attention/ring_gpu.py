@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from atma_jax.ops import tiles as table
 from atma_jax.ops.kernels import LOG2_E
 from atma_jax.ops.polar_attention import pallas_gpu
-from atma_jax.ops.polar_attention.pallas_gpu import Call, Grid, by_queries, rows_of, three_loops
+from atma_jax.ops.polar_attention.pallas_gpu import Call, Grid, Total, by_queries, rows_of, three_loops
 from atma_jax.ops.streaming import Statistics
 from atma_jax.ops.tiles import Tile, Tiles
 
@@ -172,8 +172,9 @@ def _dq_kernel(starts_ref, q_ref, k_ref, v_ref, go_ref, scale_ref, m_ref, twice_
   def step(keys, visible, carry):
     return pallas_gpu.add_dq(call, q, go, *scalars, k_ref, v_ref, keys, visible, carry)
 
-  carry = dq_ref[...], total_ref[...]
-  dq_out_ref[...], total_out_ref[...] = _over_keys(call, tile, segments, starts_ref, row, lengths, step, carry)
+  carry = dq_ref[...], Total.zero(tile.q, q.dtype)
+  dq_out_ref[...], total = _over_keys(call, tile, segments, starts_ref, row, lengths, step, carry)
+  total_out_ref[...] = total_ref[...] + Total.of(total)
 
 
 def _dkv_kernel(starts_ref, q_ref, k_ref, v_ref, go_ref, scale_ref, m_ref, twice_ref, delta_ref, dk_ref, dv_ref, dk_out_ref,
