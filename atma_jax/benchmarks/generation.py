@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import statistics
 import time
 from typing import Any
 
@@ -66,7 +67,7 @@ def generation_table(config: Config, options: Options, seed: int) -> None:
 def copy_bandwidth() -> float:
   """Bytes a second that a large copy reads and writes."""
   size = 2**30 if jax.default_backend() != "cpu" else 2**26
-  x, add = jnp.zeros(size, jnp.int8), jax.jit(lambda x: x + 1)
+  x, add = jnp.zeros(size // 4, jnp.float32), jax.jit(lambda x: x + 1)
   jax.block_until_ready(add(x))
   times = []
   for _ in range(5):
@@ -129,17 +130,18 @@ def _many(model, config, rows, options, weights, bandwidth, seed) -> None:
 
 
 def _decode(engine: Engine, prompts: list[np.ndarray], options: Options) -> tuple[float, int]:
-  """Milliseconds a step of all rows, host included, and the slots it reads."""
+  """Milliseconds a step of all rows, host included, and the slots it reads: the median of the strides timed."""
   sampling = Sampling(max_tokens=options.stride * (options.strides + 2), ignore_end=True)
   for prompt in prompts:
     engine.submit(prompt, sampling)
   while engine.counts["decoding"] < len(prompts):
     engine.step()
   engine.step()  # compiled, and the first stride looked at
-  reach, start, count = engine._reach(), time.perf_counter(), 0
+  reach, seconds = engine._reach(), []
   for _ in range(options.strides):
-    count += sum(piece.token is not None for piece in engine.step())
-  seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    count = sum(piece.token is not None for piece in engine.step())
+    seconds.append((time.perf_counter() - start) * len(prompts) / count)
   while engine.busy:
     engine.step()
-  return seconds / (count / len(prompts)) * 1e3, reach
+  return statistics.median(seconds) * 1e3, reach
