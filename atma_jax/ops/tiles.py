@@ -46,7 +46,7 @@ POLAR: dict[tuple[Any, ...], Tiles] = {
   ("hopper", 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
   ("hopper", 2, 128): Tiles(Tile(128, 128, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
   ("hopper", 4, 64): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-  ("hopper", 4, 128): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+  ("hopper", 4, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
 }
 DELTA: dict[tuple[Any, ...], Carry] = {}
 

@@ -112,6 +112,21 @@ def test_polar_in_bfloat16_is_within_its_rounding(implementation):
   assert_near((outputs, gradients), polar_run("reference", None, *wide(inputs)), 2e-2)
 
 
+def test_polar_in_float32_is_exact_from_three_products_of_tf32_parts(monkeypatch):
+  """As a GPU multiplies float32: parts are off by 2^-21, which moves a weight by that times a score of up to 20."""
+  def tf32(x):
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x1000)
+    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFE000), jnp.float32)
+
+  def three_products(a, b, contract=(1, 0), dot=pallas_gpu.dot):
+    high, low = (tf32(a), tf32(b)), (tf32(a - tf32(a)), tf32(b - tf32(b)))
+    return dot(low[0], high[1], contract) + dot(high[0], low[1], contract) + dot(*high, contract)
+
+  monkeypatch.setattr(pallas_gpu, "dot", three_products)
+  inputs, expected = polar_case(37, 53, 2, 2, 64, 9)
+  assert_near(polar_run.__wrapped__("pallas_gpu", 9, *inputs), expected, 1e-5)
+
+
 @pytest.mark.parametrize("implementation", list(POLAR))
 def test_polar_at_extreme_logits_is_finite_and_repeats_bitwise(implementation):
   inputs = polar_inputs(40, 40, 2, 1, 64, scale=1e4)
@@ -129,6 +144,38 @@ def test_polar_holds_no_matrix_of_scores_and_no_repeated_keys(implementation):
   kernels = [eqn for eqn in equations if eqn.primitive.name == "pallas_call"]
   assert len(kernels) == (3 if implementation.startswith("pallas") else 0)
   assert all([np.prod(v.aval.shape) for v in eqn.invars].count(B * T * D) == 2 for eqn in kernels)
+
+
+@pytest.mark.parametrize("T, S, window", [(96, 96, None), (67, 80, 20)])
+def test_polar_on_gpu_leaves_whole_arrays_to_its_kernels(T, S, window):
+  """Nothing around the kernels goes over q, k, v, their gradients or the output, whatever the length."""
+  q, k, v, raw = polar_inputs(T, S, 4, 2, 64)
+
+  def run(q, k, v, raw, g):
+    return jax.vjp(lambda *x: POLAR["pallas_gpu"](*x[:3], window=window, **x[3]), q, k, v, raw)[1](g)
+
+  cotangents = q, jnp.ones(q.shape[:3])
+  equations = [e for e in _equations(jax.make_jaxpr(run)(q, k, v, raw, cotangents).jaxpr) if not _encloses(e)]
+  kernels = [e for e in equations if e.primitive.name == "pallas_call"]
+  assert len(kernels) == 3
+  # The largest left are v_null's gradients of blocks of 16 queries.
+  assert max(np.prod(x.aval.shape) for e in equations if e not in kernels for x in (*e.invars, *e.outvars)) < q.size / 8
+
+
+@pytest.mark.parametrize("batch, heads, blocks, group", [(8, 8, 16, 16), (1, 8, 256, 1), (2, 3, 1, 6), (1, 7, 64, 7)])
+def test_a_grid_visits_every_block_once_and_few_heads_at_a_time(batch, heads, blocks, group):
+  grid = pallas_gpu.Grid(batch, heads, blocks, descending=True)
+  assert grid.shape == (group, blocks, batch * heads // group)
+  spec = grid.spec((None, None, 1), lambda b, h, i: (b, h, i))
+  places = [tuple(map(int, spec.index_map(x, y, z))) for z in range(grid.shape[2]) for y in range(blocks) for x in range(group)]
+  assert sorted(places) == [(b, h, i) for b in range(batch) for h in range(heads) for i in range(blocks)]
+  assert {i for _, _, i in places[:group]} == {blocks - 1}
+
+
+def _encloses(eqn):
+  """Whether an equation only names its argument, or is a call, whose equations `_equations` yields as well."""
+  encloses = any(hasattr(getattr(x, "jaxpr", x), "eqns") for x in eqn.params.values())
+  return eqn.primitive.name == "name" or (encloses and eqn.primitive.name != "pallas_call")
 
 
 def _equations(jaxpr):

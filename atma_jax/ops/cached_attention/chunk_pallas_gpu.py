@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from atma_jax.ops import kernels
 from atma_jax.ops import tiles as table
 from atma_jax.ops.kernels import LOG2_E, cdiv
-from atma_jax.ops.polar_attention.pallas_gpu import Call, by_queries, fold, rows_of, three_loops
+from atma_jax.ops.polar_attention.pallas_gpu import Call, Grid, by_queries, fold, rows_of, three_loops
 from atma_jax.ops.streaming import Statistics
 from atma_jax.ops.tiles import Tiles
 
@@ -46,13 +46,13 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
     layer = 0
   q, k, v, scale = (call.pad(x, 1) for x in (q, k, v, scale))
   query, new, _, rows, grid = by_queries(tile, q, k)
-  ring = pl.BlockSpec((None, None, None, keys.shape[3], D), lambda h, b, i: (layer, b, h // (H // K), 0, 0))
+  ring = grid.spec((None, None, None, keys.shape[3], D), lambda b, h, i: (layer, b, lax.div(h, H // K), 0, 0))
   scalars = jax.ShapeDtypeStruct((B, H, q.shape[1]), jnp.float32)
   *statistics, S = pl.pallas_call(
     functools.partial(_kernel, call=call, slots=R, window=window), name="cached_attention_chunk",
     out_shape=[*[scalars] * 3, jax.ShapeDtypeStruct(q.shape, jnp.float32)],
-    in_specs=[pl.BlockSpec((None,), lambda h, b, i: (b,)), rows, query, ring, ring, new, new],
-    out_specs=[*[rows] * 3, query], grid=grid, interpret=interpret,
+    in_specs=[grid.spec((None,), lambda b, h, i: (b,)), rows, query, ring, ring, new, new],
+    out_specs=[*[rows] * 3, query], grid=grid.shape, interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
   )(lengths, rows_of(scale) * LOG2_E, q, keys, values, k, v)
   M, L, Q = (rows_of(x)[:, :T] for x in statistics)
@@ -62,7 +62,7 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
 def _kernel(length_ref, scale_ref, q_ref, keys_ref, values_ref, k_ref, v_ref, M_ref, L_ref, Q_ref, S_ref, *, call: Call,
             slots: int, window: int | None):
   tile, q, scale, length = call.tiles.forward, q_ref[...], scale_ref[...], length_ref[...]
-  row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q  # the longest first
+  row = Grid.first_row(tile)
   held = jnp.minimum(length, slots)
 
   def past(masked, j, carry):

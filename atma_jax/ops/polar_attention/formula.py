@@ -39,10 +39,15 @@ def logits_of_counts(null_base: jax.Array, null_slope: jax.Array, len_gain: jax.
                      visible: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`positional_logits` of queries that see `visible` (..., T) keys: both (..., T, H)."""
   dtype = accumulator(null_base)
-  visible = visible.astype(dtype)[..., None]
-  temp = 1 + jax.nn.softplus(len_gain.astype(dtype)) * jnp.log(visible)
-  null = null_base.astype(dtype) + jax.nn.softplus(null_slope.astype(dtype)) * jnp.sqrt(jnp.log(visible + 1))
+  log, root = count_features(visible.astype(dtype)[..., None])
+  temp = 1 + jax.nn.softplus(len_gain.astype(dtype)) * log
+  null = null_base.astype(dtype) + jax.nn.softplus(null_slope.astype(dtype)) * root
   return temp, temp * null
+
+
+def count_features(visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What temperature and null logit make of the number n of visible keys: ``log n`` and ``sqrt(log(n + 1))``."""
+  return jnp.log(visible), jnp.sqrt(jnp.log(visible + 1))
 
 
 def normalize(x: jax.Array, floor: jax.Array | float) -> jax.Array:
@@ -52,7 +57,12 @@ def normalize(x: jax.Array, floor: jax.Array | float) -> jax.Array:
 
 def magnitude(n_eff: jax.Array, found: jax.Array, mag_beta: jax.Array) -> jax.Array:
   """``tanh(softplus(mag_beta) log(1 + n_eff * found))``, `found` being the weight on real keys; all (..., H)."""
-  return jnp.tanh(jax.nn.softplus(mag_beta.astype(n_eff.dtype)) * jnp.log1p(n_eff * found))
+  return squashed(n_eff, found, jax.nn.softplus(mag_beta.astype(n_eff.dtype)))
+
+
+def squashed(n_eff: jax.Array, found: jax.Array, rate: jax.Array) -> jax.Array:
+  """`magnitude` of a given ``softplus(mag_beta)``."""
+  return jnp.tanh(rate * jnp.log1p(n_eff * found))
 
 
 def finalise(statistics: Statistics, null: jax.Array, v_null: jax.Array,
@@ -105,16 +115,22 @@ def through_null(cotangents: tuple[jax.Array, jax.Array, jax.Array], direction: 
     norm: (B, T, H), |s|.
     v_null: (H, D).
   """
+  through = through_null_of_rows(cotangents, direction, log_odds, crowding, norm, v_null)
+  return through._replace(d_null=jnp.sum(through.d_null, axis=0), d_v_null=jnp.sum(through.d_v_null, axis=(0, 1)))
+
+
+def through_null_of_rows(cotangents: tuple[jax.Array, jax.Array, jax.Array], direction: jax.Array, log_odds: jax.Array,
+                         crowding: jax.Array, norm: jax.Array, v_null: jax.Array) -> ThroughNull:
+  """`through_null` of rows of any shape, with what each adds to the gradients of the null's logit, (...), and value, (..., D)."""
   g_direction, g_lse, g_crowding = cotangents
   w_key, w_null = jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
   g, c = g_direction.astype(jnp.float32), direction.astype(jnp.float32)
-  along, above = jnp.sum(g * c, axis=-1), norm > NORM_FLOOR
-  gs = (g - jnp.where(above, along, 0)[..., None] * c) / jnp.maximum(norm, NORM_FLOOR)[..., None]
-  gs_s = jnp.where(above, 0, along)
-  twice = 2 * g_crowding
-  d_null = w_null * (jnp.sum(gs * v_null, axis=-1) - gs_s)
-  return ThroughNull(w_key[..., None] * gs, twice, w_key * gs_s + twice * crowding - g_lse, g_lse - d_null,
-                     jnp.sum(d_null, axis=0), jnp.sum(w_null[..., None] * gs, axis=(0, 1)))
+  along, above, shrink = jnp.sum(g * c, axis=-1), norm > NORM_FLOOR, 1 / jnp.maximum(norm, NORM_FLOOR)
+  across = g - jnp.where(above, along, 0)[..., None] * c  # gs over `shrink`
+  gs_s, twice = jnp.where(above, 0, along), 2 * g_crowding
+  d_null = w_null * (shrink * jnp.sum(across * v_null, axis=-1) - gs_s)
+  return ThroughNull((w_key * shrink)[..., None] * across, twice, w_key * gs_s + twice * crowding - g_lse, g_lse - d_null, d_null,
+                     (w_null * shrink)[..., None] * across)
 
 
 def temperature_gradient(q_dq: jax.Array, total: jax.Array, d_lse: jax.Array, lse: jax.Array, crowding: jax.Array,

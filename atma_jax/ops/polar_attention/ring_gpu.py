@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from atma_jax.ops import tiles as table
 from atma_jax.ops.kernels import LOG2_E
 from atma_jax.ops.polar_attention import pallas_gpu
-from atma_jax.ops.polar_attention.pallas_gpu import Call, by_queries, rows_of, three_loops
+from atma_jax.ops.polar_attention.pallas_gpu import Call, Grid, Total, by_queries, rows_of, three_loops
 from atma_jax.ops.streaming import Statistics
 from atma_jax.ops.tiles import Tile, Tiles
 
@@ -51,7 +51,7 @@ class RingSteps:
   def gather(self, rows: Any, statistics: Any, keys: Any, key_starts: Sequence[jax.Array]) -> Any:
     tile, (q, scale) = self._call.tiles.forward, rows
     query, key, head_rows, scalars, grid = by_queries(tile, q, keys[0])
-    return Statistics(*self._run("ring_attention", _gather_kernel, tile, grid, key_starts, (q, *keys, scale),
+    return Statistics(*self._run("ring_attention", _gather_kernel, tile, grid.shape, key_starts, (q, *keys, scale),
                                  (query, key, key, head_rows), statistics, (scalars, scalars, scalars, query)))
 
   def statistics(self, statistics: Any) -> Statistics:
@@ -73,15 +73,15 @@ class RingSteps:
     inputs = q, *keys, go, *scalars
     tile = self._call.tiles.dq
     query, key, head_rows, row, grid = by_queries(tile, q, keys[0])
-    dqueries = self._run("ring_attention_dq", _dq_kernel, tile, grid, key_starts, inputs,
+    dqueries = self._run("ring_attention_dq", _dq_kernel, tile, grid.shape, key_starts, inputs,
                          (query, key, key, query, head_rows, row, row, row), dqueries, (query, row))
     tile, members = self._call.tiles.dkv, self._H // self._K
-    query = pl.BlockSpec((None, q.shape[1], members, self._D), lambda h, b, j: (b, 0, h, 0))
-    key = pl.BlockSpec((None, tile.k, None, self._D), lambda h, b, j: (b, j, h, 0))
-    head_rows = pl.BlockSpec((members, q.shape[1]), lambda h, b, j: (h, 0))
-    row = pl.BlockSpec((None, members, q.shape[1]), lambda h, b, j: (b, h, 0))
-    grid = self._K, self._B, keys[0].shape[1] // tile.k
-    dkeys = self._run("ring_attention_dkv", _dkv_kernel, tile, grid, key_starts, inputs,
+    grid = Grid(self._B, self._K, keys[0].shape[1] // tile.k)
+    query = grid.spec((None, q.shape[1], members, self._D), lambda b, h, j: (b, 0, h, 0))
+    key = grid.spec((None, tile.k, None, self._D), lambda b, h, j: (b, j, h, 0))
+    head_rows = grid.spec((members, q.shape[1]), lambda b, h, j: (h, 0))
+    row = grid.spec((None, members, q.shape[1]), lambda b, h, j: (b, h, 0))
+    dkeys = self._run("ring_attention_dkv", _dkv_kernel, tile, grid.shape, key_starts, inputs,
                       (query, key, key, query, head_rows, row, row, row), dkeys, (key, key))
     return dqueries, dkeys
 
@@ -153,7 +153,7 @@ def _over_keys(call: Call, tile: Tile, segments: int, starts_ref: Any, row: jax.
 def _gather_kernel(starts_ref, q_ref, k_ref, v_ref, scale_ref, m_ref, L_ref, Q_ref, S_ref, m_out_ref, L_out_ref, Q_out_ref,
                    S_out_ref, *, call: Call, segments: int, lengths: tuple[int, int]):
   tile, q, scale = call.tiles.forward, q_ref[...], scale_ref[...]
-  row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q  # the longest first
+  row = Grid.first_row(tile)
 
   def step(keys, visible, carry):
     return pallas_gpu.fold(call, q, scale, k_ref, v_ref, keys, visible, carry)
@@ -166,21 +166,22 @@ def _gather_kernel(starts_ref, q_ref, k_ref, v_ref, scale_ref, m_ref, L_ref, Q_r
 def _dq_kernel(starts_ref, q_ref, k_ref, v_ref, go_ref, scale_ref, m_ref, twice_ref, delta_ref, dq_ref, total_ref, dq_out_ref,
                total_out_ref, *, call: Call, segments: int, lengths: tuple[int, int]):
   tile, q, go = call.tiles.dq, q_ref[...], go_ref[...]
-  row = (pl.num_programs(2) - 1 - pl.program_id(2)) * tile.q
+  row = Grid.first_row(tile)
   scalars = scale_ref[...], m_ref[...], twice_ref[...], delta_ref[...]
 
   def step(keys, visible, carry):
     return pallas_gpu.add_dq(call, q, go, *scalars, k_ref, v_ref, keys, visible, carry)
 
-  carry = dq_ref[...], total_ref[...]
-  dq_out_ref[...], total_out_ref[...] = _over_keys(call, tile, segments, starts_ref, row, lengths, step, carry)
+  carry = dq_ref[...], Total.zero(tile.q, q.dtype)
+  dq_out_ref[...], total = _over_keys(call, tile, segments, starts_ref, row, lengths, step, carry)
+  total_out_ref[...] = total_ref[...] + Total.of(total)
 
 
 def _dkv_kernel(starts_ref, q_ref, k_ref, v_ref, go_ref, scale_ref, m_ref, twice_ref, delta_ref, dk_ref, dv_ref, dk_out_ref,
                 dv_out_ref, *, call: Call, segments: int, lengths: tuple[int, int]):
   tile, k, v = call.tiles.dkv, k_ref[...], v_ref[...]
   length_q, length_k = lengths
-  key = pl.program_id(2) * tile.k
+  key = pl.program_id(1) * tile.k
   position = starts_ref[segments + lax.div(key, length_k)] + lax.rem(key, length_k)
   queries = q_ref, go_ref, scale_ref, m_ref, twice_ref, delta_ref
 
