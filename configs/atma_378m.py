@@ -4,7 +4,7 @@
 
 Data: FineWeb-Edu as GPT-2 token shards (`.bin`), documents joined by the end-of-text token.
 Hardware: made for an 8-device data-parallel host; on fewer devices raise train.accumulation. 65,536 tokens a device and
-microbatch take 41.7 GiB of an H200 (`python -m atma_jax.benchmark --table=step`), a microbatch with the optimizer 360 ms.
+microbatch take 40.7 GiB (`python -m atma_jax.benchmark --table=step`), a microbatch with the optimizer 353 ms of an H100.
 Expected (the paper's run): document loss 2.70 nats at 2K falling to 1.96 at 64K; induction needle 91 % at 2K, 93 % at 64K.
 """
 

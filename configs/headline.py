@@ -16,8 +16,9 @@ The main contrast, two seeds (12 cells), and the whole grid (27 cells a seed: co
 
 Data: the `.py` files of the Python installation with a SentencePiece vocabulary of 8192 (90 % of the sequences), and recall
 material over them (10 %); keys and values of the evaluation never occur in it. 59M tokens in 900 steps of 65,536.
-Hardware: one GPU of 80 GB. Expected: no figure yet, these commands were not run. The same grid at the
-size of `configs/quickstart.py`, on CPU cores: configs/results/quickstart_grid and README.md.
+Hardware: one GPU of 80 GB, three cells at a time (`--parallel=3`); four minutes of training each on an H100.
+Expected (seed 0): document loss 1.72 nats at 512 tokens, 1.57 at 16K and 64K; needle 100, 70 and 43 %. All cells that were
+run: configs/results/headline and README.md. The same grid at the size of `configs/quickstart.py`: configs/results/quickstart_grid.
 """
 
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
