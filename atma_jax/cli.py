@@ -75,6 +75,12 @@ def define_retention_flags() -> Callable[[], RetentionCap | None]:
   return lambda: retention_cap(tokens.value, heads.value)
 
 
+def define_null_length_flag() -> flags.FlagHolder:
+  """Defines ``--null_length`` for a main."""
+  return flags.DEFINE_integer("null_length", None, "Visible keys at which polar attention's null stops growing, such as the "
+                              "training length; 0 is never; default is the model's own.", lower_bound=0)
+
+
 def load_recipe(path: str) -> Config:
   """What `get_config()` of the Python file `path` returns; `UserError` where there is no such thing."""
   if not pathlib.Path(path).is_file():

@@ -71,6 +71,7 @@ class ModelConfig:
   block_pattern: tuple[str, ...] = ("local", "local", "global", "local")  # repeated over the depth
   attention: str = "polar"
   window: int | None = None  # keys each query may see; None is full causal attention
+  null_length: int | None = None  # visible keys at which polar attention's null logit stops growing; None is never, as published
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
   raven: RavenConfig = dataclasses.field(default_factory=RavenConfig)
   conv_taps: int = 3  # gated short convolution
@@ -283,6 +284,7 @@ def _validate_model(m: ModelConfig) -> None:
   _require(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", m.num_kv_heads,
            f"a divisor of model.num_heads={m.num_heads}")
   _require(m.window is None or m.window > 0, "model.window", m.window, "None or at least 1")
+  _require(m.null_length is None or m.null_length > 0, "model.null_length", m.null_length, "None or at least 1")
   _require(m.attention != "rope" or m.head_dim % 4 == 0, "model.head_dim", m.head_dim,
            "a multiple of 4 when model.attention='rope'")
 

@@ -154,6 +154,7 @@ def test_evaluate_flags(main, trained, tmp_path):
   assert_one_line(main("evaluate", checkpoint, "--suite=loss", "--multiples=long", output), "multiples", "long")
   assert_one_line(main("evaluate", checkpoint, "--suite=retrieval", "--depths=10,200", output), "--depths=10,200", "0 to 100")
   assert_one_line(main("evaluate", checkpoint, "--suite=loss", "--memory_gib=0", output), "--memory_gib=0", "greater than 0")
+  assert_one_line(main("evaluate", checkpoint, "--suite=loss", "--null_length=-1", output), "--null_length=-1")
   assert_one_line(main("evaluate", checkpoint, "--suite=babilong", output), "--babilong_train=FOLDER", "--babilong_test")
   assert_one_line(main("evaluate", "--report", f"--output={tmp_path}/nothing"), "--report", f"{tmp_path}/nothing/results.jsonl")
 

@@ -19,6 +19,14 @@ def test_stored_configuration_comes_back():
   assert Config.from_dict(config.to_dict()) == config
 
 
+@pytest.mark.parametrize(("field", "value"), [("null_length", 0), ("window", -1)])
+def test_bounds_are_positive(field, value):
+  config = Config()
+  setattr(config.model, field, value)
+  with pytest.raises(UserError, match=rf"model\.{field}={value}: must be None or at least 1"):
+    config.validate()
+
+
 def test_a_field_newer_than_the_checkpoint_gets_its_default():
   values = Config().to_dict()
   del values["model"]["scan"], values["model"]["memory"]["gamma_bias"]

@@ -51,6 +51,7 @@ class AtmaLM(TemplateLM):
     fsdp, tensor: devices along these axes of the mesh; the others take rows.
     ema: the moving average of the weights (config.train.ema_decay) instead of the weights.
     keep_window: keep the attention window of training; else every token is seen.
+    null_length: visible keys at which polar attention's null stops growing; 0 is never, None as the model has it.
     tokenizer: not read here: tasks that make their own text to a length (RULER) take the name of a tokenizer from it.
     device, max_batch_size: passed by the harness, which has PyTorch in mind; jax takes the devices that it sees.
   """
@@ -58,10 +59,11 @@ class AtmaLM(TemplateLM):
   def __init__(self, checkpoint: str | None = None, step: int | None = None, batch_size: int | str = 1,
                max_length: int | None = None, max_gen_toks: int = 256, batch_tokens: int = 8192, chunk: int = 512,
                prefill_chunk: int = 65_536, fsdp: int = 1, tensor: int = 1, keep_window: bool = False, ema: bool = False,
-               tokenizer: str | None = None, device: str | None = None, max_batch_size: int | None = None, **unknown: Any):
+               null_length: int | None = None, tokenizer: str | None = None, device: str | None = None,
+               max_batch_size: int | None = None, **unknown: Any):
     super().__init__()
     legal = ("checkpoint", "step", "max_length", "max_gen_toks", "batch_tokens", "chunk", "prefill_chunk", "fsdp", "tensor",
-             "keep_window", "ema", "tokenizer")
+             "keep_window", "ema", "null_length", "tokenizer")
     for name in unknown:
       raise UserError(unknown_name("--model_args field", name, legal))
     if not checkpoint:
@@ -72,11 +74,13 @@ class AtmaLM(TemplateLM):
                         ("chunk", chunk), ("prefill_chunk", prefill_chunk), ("fsdp", fsdp), ("tensor", tensor)):
       if value is not None and (not isinstance(value, int) or value < 1):
         raise UserError(f"--model_args {name}={value}: must be a whole number of at least 1")
+    if null_length is not None and (not isinstance(null_length, int) or null_length < 0):
+      raise UserError(f"--model_args null_length={null_length}: must be a number of keys, or 0 for no end")
     try:
       self._mesh = make_mesh(fsdp=fsdp, tensor=tensor)
     except ValueError as error:
       raise UserError(f"--model_args fsdp={fsdp},tensor={tensor}: {error}") from error
-    config, model, self._tokenizer, self.step = load_model(checkpoint, step, self._mesh, ema=ema)
+    config, model, self._tokenizer, self.step = load_model(checkpoint, step, self._mesh, ema=ema, null_length=null_length)
     self._model = model if keep_window else at_full_context(model)
     self._limit, self._default_new_tokens, self._batch_tokens = max_length, max_gen_toks, batch_tokens
     self.scorer = Scorer(self._model, self._mesh, cap=config.model.logit_cap, batch_tokens=batch_tokens, chunk=chunk,

@@ -21,6 +21,7 @@ import jax
 from atma_jax.config import UserError
 
 SCHEMA = 1
+VARIANTS = ("ema", "window", "null_length")  # what a record has only where the model was read otherwise than it is by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,8 @@ class ResultsFile:
   def find(self, identity: dict[str, Any], measure: str, length: int, layer: int | None = None,
            head: int | None = None) -> dict[str, Any] | None:
     """The latest record of `measure` at `length` whose fields equal those of `identity`; None where there is none."""
-    wanted = {**identity, "measure": measure, "length": length}
-    return next((r for r in reversed(self.records) if all(k in r and r[k] == v for k, v in wanted.items())
+    wanted = {**dict.fromkeys(VARIANTS), **identity, "measure": measure, "length": length}
+    return next((r for r in reversed(self.records) if all(r.get(k) == v for k, v in wanted.items())
                  and r.get("layer") == layer and r.get("head") == head), None)
 
   def append(self, records: Sequence[dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ from atma_jax.models.retention import capped_heads, with_retention_cap
 from atma_jax.progress import progress_bar
 from atma_jax.sharding import make_mesh
 from atma_jax.training.checkpointing import load_model
-from atma_jax.training.state import ModelDefinition, params_of
+from atma_jax.training.state import reconfigured
 
 SUITES = {"loss": loss_cells, "needle": needle_cells, "retrieval": retrieval_cells, "bpb": bits_per_byte_cells,
           "babilong": babilong_cells, "retention": retention_cells, "diagnostics": diagnostics_cells}
@@ -58,7 +58,8 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
     mesh = make_mesh(context=options.context)
   except ValueError as error:
     raise UserError(f"--context={options.context}: {error}") from error
-  config, model, tokenizer, step = load_model(checkpoint, options.step, mesh, ema=options.ema)
+  config, model, tokenizer, step = load_model(checkpoint, options.step, mesh, ema=options.ema,
+                                              null_length=options.null_length)
   model = model if options.keep_window else at_full_context(model)
   directory = pathlib.Path(options.data or config.data.directory)
   if not (directory / "manifest.json").is_file():
@@ -79,6 +80,8 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
     common["ema"] = True
   if model.config.window is not None:
     common["window"] = model.config.window
+  if model.config.null_length is not None:
+    common["null_length"] = model.config.null_length
   extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__, "code": code_version(),
            "hardware": hardware(), "limits": {"batch_tokens": options.batch_tokens, "chunk": options.chunk,
                                               "prefill_chunk": options.prefill_chunk, "memory_gib": options.memory_gib}}
@@ -106,9 +109,7 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
 
 def at_full_context(model: Atma) -> Atma:
   """The same parameters without an attention window, which is a matter of training."""
-  if model.config.window is None:
-    return model
-  return ModelDefinition(dataclasses.replace(model.config, window=None)).merge(params_of(model))
+  return reconfigured(model, window=None)
 
 
 def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: dict[str, Any], extra: dict[str, Any],

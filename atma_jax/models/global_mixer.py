@@ -62,13 +62,14 @@ class PolarCore(nnx.Module):
     del values
     T, D = trace["q"].shape[1], self.config.head_dim
     temperature, null = positional_logits(self.null_base[...], self.null_slope[...], self.len_gain[...], queries=T, keys=T,
-                                          window=self.config.window)
+                                          window=self.config.window, null_length=self.config.null_length)
     return polar_distractor_loss(trace["q"], keys, temperature / math.sqrt(D), null)
 
   def parameters(self) -> dict[str, Any]:
     """Keyword arguments of `polar_attention` and `polar_statistics`."""
     return {"v_null": self.v_null[...], "null_base": self.null_base[...], "null_slope": self.null_slope[...],
-            "len_gain": self.len_gain[...], "mag_beta": self.mag_beta[...], "window": self.config.window}
+            "len_gain": self.len_gain[...], "mag_beta": self.mag_beta[...], "window": self.config.window,
+            "null_length": self.config.null_length}
 
 
 class SoftmaxCore(nnx.Module):

@@ -76,6 +76,23 @@ def params_of(model: Atma) -> Params:
   return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
+def reconfigured(model: Atma, **changes: Any) -> Atma:
+  """The same parameters under a model configuration that differs in `changes`, which leave shapes alone."""
+  config = dataclasses.replace(model.config, **changes)
+  return model if config == model.config else ModelDefinition(config).merge(params_of(model))
+
+
+def with_null_length(model: Atma, length: int | None) -> Atma:
+  """The model whose null logit grows up to `length` visible keys: 0 is without end, None leaves it as the checkpoint has it.
+
+  Raises:
+    UserError: the model has no null.
+  """
+  if length is not None and model.config.attention != "polar":
+    raise UserError(f"--null_length={length}: only polar attention has a null, and the model's is {model.config.attention}")
+  return model if length is None else reconfigured(model, null_length=length or None)
+
+
 def optimizer_for(config: Config, definition: ModelDefinition) -> optax.GradientTransformation:
   """The optimizer of a recipe."""
   tokens = config.data.batch_size * config.data.sequence_length

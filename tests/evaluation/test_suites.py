@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+from flax import nnx
 import jax
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.evaluation.cells import Inputs
 from atma_jax.evaluation.losses import loss_cells
 from atma_jax.evaluation.needle import needle_cells
-from atma_jax.evaluation.records import ResultsFile
+from atma_jax.evaluation.options import Options
+from atma_jax.evaluation.records import VARIANTS, ResultsFile
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.evaluation.statistics import mean_and_error, wilson_interval
 from atma_jax.models import Atma
 from atma_jax.sharding import make_mesh
+from atma_jax.training.state import with_null_length
 
 LENGTHS = (16, 32, 64)
 TEXT = "The quick brown fox jumps over the lazy dog number {}. "
@@ -109,6 +113,35 @@ def test_results_survive_a_cut_line_and_keep_settings_apart(tmp_path):
   assert ResultsFile(path).find({"step": 2}, "loss", 8)["value"] == 2.0
   whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
   assert len([json.loads(line) for line in whole]) == 3
+
+
+def test_variants_of_a_checkpoint_are_kept_apart(tmp_path):
+  """What was measured of averaged weights, in a window or with the null stopped counts for nothing else, whichever came first."""
+  results = ResultsFile(tmp_path / "results.jsonl")
+  identity = {"checkpoint": "a", "step": 1, "settings": {}}
+  for variant in VARIANTS:
+    results.append([{**identity, variant: 8, "measure": "document_loss", "length": 64, "value": 1.0}])
+    assert results.find({**identity, variant: 8}, "document_loss", 64)
+    assert results.find(identity, "document_loss", 64) is None
+    assert results.find({**identity, variant: 9}, "document_loss", 64) is None
+
+
+@pytest.mark.parametrize("length, found", [(None, None), (8, 8), (0, None)])
+def test_null_length_of_a_model(lively, length, found):
+  changed = with_null_length(lively, length)
+  assert changed.config.null_length == found
+  tokens = np.random.default_rng(0).integers(1, 257, (1, 24))
+  before, after = (np.asarray(model(tokens)) for model in (lively, changed))
+  np.testing.assert_array_equal(after[:, :8], before[:, :8])
+  assert np.array_equal(before, after) == (found is None)
+
+
+def test_null_length_of_a_model_without_null(lively):
+  config = dataclasses.replace(lively.config, attention="nope")
+  with pytest.raises(UserError, match="null_length=8: only polar attention has a null, and the model's is nope"):
+    with_null_length(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), 8)
+  with pytest.raises(UserError, match="null_length=-1: must be a number of keys, or 0"):
+    Options(null_length=-1)
 
 
 def test_statistics_against_known_values():

@@ -17,7 +17,7 @@ from atma_jax.ops import gated_delta, polar_attention
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
 from atma_jax.ops.gated_delta.api import repeated
-from atma_jax.ops.polar_attention import pallas_gpu, pallas_tpu
+from atma_jax.ops.polar_attention import formula, pallas_gpu, pallas_tpu
 from atma_jax.ops.tiles import Tile, Tiles
 
 SMALL = {"gpu": Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)), "tpu": Tiles(*(Tile(256, 128),) * 3)}
@@ -45,10 +45,11 @@ def polar_inputs(T, S, H, K, D, dtype=jnp.float32, scale=1.0):
   return q * scale, k, v, {name: jnp.asarray(x, jnp.float32) for name, x in raw.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def polar_run(implementation, window, q, k, v, raw):
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="null_length")
+def polar_run(implementation, window, q, k, v, raw, null_length=None):
   """Outputs and gradients under fixed cotangents."""
-  (direction, magnitude), vjp = jax.vjp(lambda q, k, v, raw: POLAR[implementation](q, k, v, window=window, **raw), q, k, v, raw)
+  call = functools.partial(POLAR[implementation], window=window, null_length=null_length)
+  (direction, magnitude), vjp = jax.vjp(lambda q, k, v, raw: call(q, k, v, **raw), q, k, v, raw)
   rng = np.random.default_rng(9)
   cotangents = (jnp.asarray(rng.normal(size=direction.shape), direction.dtype),
                 jnp.asarray(rng.normal(size=magnitude.shape), magnitude.dtype))
@@ -101,6 +102,35 @@ def polar_case(T, S, H, K, D, window):
 def test_polar_equals_oracle(implementation, T, S, H, K, D, window):
   inputs, expected = polar_case(T, S, H, K, D, window)
   assert_near(polar_run(implementation, window, *inputs), expected, 1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@every_polar
+def test_null_that_stops_growing_equals_oracle(implementation, window):
+  inputs = polar_inputs(67, 80, 4, 2, 64)
+  expected = polar_run("reference", window, *inputs, null_length=33)
+  assert_near(polar_run(implementation, window, *inputs, null_length=33), expected, 1e-4)
+  direction, magnitude = expected[0]
+  plain = polar_run("reference", window, *inputs)[0]
+  seen_before = 80 - 67 + jnp.arange(67) < 33  # as many keys as the null goes on counting
+  for stopped, growing in zip((direction, magnitude), plain):
+    np.testing.assert_array_equal(stopped[:, seen_before], growing[:, seen_before])
+    assert not np.allclose(stopped[:, ~seen_before], growing[:, ~seen_before], atol=1e-3)
+
+
+def test_null_logit_is_that_of_null_length_keys_at_the_temperature_of_all():
+  scalars = [jnp.asarray([x], jnp.float32) for x in (0.7, -0.3, 0.4)]
+  logits = functools.partial(formula.positional_logits, *scalars, queries=1, window=None)
+  temp, null = logits(keys=500, null_length=20)
+  temp_20, null_20 = logits(keys=20, null_length=None)
+  np.testing.assert_allclose(null, temp * null_20 / temp_20, rtol=1e-6)
+  np.testing.assert_array_equal(temp, logits(keys=500, null_length=None)[0])
+
+
+def test_null_length_must_be_positive():
+  q, k, v, raw = polar_inputs(4, 4, 2, 1, 64)
+  with pytest.raises(ValueError, match="null_length=0 must be at least 1"):
+    polar_attention(q, k, v, **raw, null_length=0)
 
 
 @every_polar

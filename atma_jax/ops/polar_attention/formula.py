@@ -18,7 +18,7 @@ def accumulator(*arrays: jax.Array) -> jnp.dtype:
 
 
 def positional_logits(null_base: jax.Array, null_slope: jax.Array, len_gain: jax.Array, *, queries: int, keys: int,
-                      window: int | None) -> tuple[jax.Array, jax.Array]:
+                      window: int | None, null_length: int | None) -> tuple[jax.Array, jax.Array]:
   """Temperature and null logit of each query: both (T, H), in float32 or wider.
 
   Args:
@@ -26,28 +26,35 @@ def positional_logits(null_base: jax.Array, null_slope: jax.Array, len_gain: jax
     queries: T; they are the last T of `keys` positions.
     keys: S.
     window: how many keys a query may see; None is all up to its own.
+    null_length: as for `count_features`.
 
   Returns:
     ``temp = 1 + softplus(len_gain) log n`` and ``temp * (null_base + softplus(null_slope) sqrt(log(n + 1)))`` with n
     the number of visible keys (Polar Attention, arXiv 2606.25156).
   """
   visible = jnp.arange(keys - queries + 1, keys + 1)
-  return logits_of_counts(null_base, null_slope, len_gain, visible if window is None else jnp.minimum(visible, window))
+  visible = visible if window is None else jnp.minimum(visible, window)
+  return logits_of_counts(null_base, null_slope, len_gain, visible, null_length)
 
 
 def logits_of_counts(null_base: jax.Array, null_slope: jax.Array, len_gain: jax.Array,
-                     visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+                     visible: jax.Array, null_length: int | None) -> tuple[jax.Array, jax.Array]:
   """`positional_logits` of queries that see `visible` (..., T) keys: both (..., T, H)."""
   dtype = accumulator(null_base)
-  log, root = count_features(visible.astype(dtype)[..., None])
+  log, root = count_features(visible.astype(dtype)[..., None], null_length)
   temp = 1 + jax.nn.softplus(len_gain.astype(dtype)) * log
   null = null_base.astype(dtype) + jax.nn.softplus(null_slope.astype(dtype)) * root
   return temp, temp * null
 
 
-def count_features(visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What temperature and null logit make of the number n of visible keys: ``log n`` and ``sqrt(log(n + 1))``."""
-  return jnp.log(visible), jnp.sqrt(jnp.log(visible + 1))
+def count_features(visible: jax.Array, null_length: int | None) -> tuple[jax.Array, jax.Array]:
+  """What temperature and null logit make of the number n of visible keys: ``log n`` and ``sqrt(log(n + 1))``.
+
+  With a `null_length` N the second is ``sqrt(log(min(n, N) + 1))``: the null's logit, learned on at most N keys, does not grow
+  past what it was learned on (ours; None is the paper's).
+  """
+  counted = visible if null_length is None else jnp.minimum(visible, null_length)
+  return jnp.log(visible), jnp.sqrt(jnp.log(counted + 1))
 
 
 def normalize(x: jax.Array, floor: jax.Array | float) -> jax.Array:

@@ -44,12 +44,13 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | No
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    tiles: Tiles | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+                    null_length: int | None = None, tiles: Tiles | None = None,
+                    interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """See `atma_jax.ops.polar_attention`; `tiles` overrides the table, `interpret` runs the kernels without a GPU."""
   (T, D), S = (q.shape[1], q.shape[3]), k.shape[1]
   tiles = tiles or table.polar("gpu", q.dtype.itemsize, D, T)
   window = S if window is None else min(window, S)
-  call = Call(T, S, window, window < S, tiles, interpret)
+  call = Call(T, S, window, window < S, tiles, interpret, null_length)
   heads = null_base, *map(jax.nn.softplus, (null_slope, len_gain, mag_beta))
   return _attend(q, k, v, jnp.stack(heads, axis=-1).astype(jnp.float32), v_null.astype(jnp.float32), call)
 
@@ -64,6 +65,7 @@ class Call:
   windowed: bool  # else no query has more than `window` keys before it
   tiles: Tiles
   interpret: bool
+  null_length: int | None = None
 
   @property
   def offset(self) -> int:
@@ -339,7 +341,7 @@ def _specs(tile: Tile, q: jax.Array, k: jax.Array, length: int) -> tuple[Any, ..
 def _counts(call: Call) -> jax.Array:
   """(2, T) features of how many keys each query sees, queries in whole blocks."""
   visible = jnp.minimum(call.offset + 1 + jnp.arange(call.rows), call.window)
-  return jnp.stack(formula.count_features(visible.astype(jnp.float32)))
+  return jnp.stack(formula.count_features(visible.astype(jnp.float32), call.null_length))
 
 
 def _forward(q, k, v, heads, v_null, call: Call):

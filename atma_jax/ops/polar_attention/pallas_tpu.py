@@ -42,11 +42,13 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | No
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    tiles: Tiles | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+                    null_length: int | None = None, tiles: Tiles | None = None,
+                    interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """See `atma_jax.ops.polar_attention`; `tiles` overrides the table, `interpret` runs the kernels without a TPU."""
   (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
   tiles = tiles or table.polar("tpu", q.dtype.itemsize, D, T)
-  temp, null = formula.positional_logits(null_base, null_slope, len_gain, queries=T, keys=S, window=window)
+  temp, null = formula.positional_logits(null_base, null_slope, len_gain, queries=T, keys=S, window=window,
+                                         null_length=null_length)
   window = S if window is None else min(window, S)
   call = Call(B, T, S, K, H // K, D, window, window < S, tiles, interpret)
   direction, lse, crowding = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32),

@@ -10,25 +10,26 @@ from atma_jax.ops.polar_attention import formula
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    block_q: int | None = None, block_k: int | None = None) -> tuple[jax.Array, jax.Array]:
+                    null_length: int | None = None, block_q: int | None = None,
+                    block_k: int | None = None) -> tuple[jax.Array, jax.Array]:
   """See `atma_jax.ops.polar_attention`; saves q, k, v and the statistics for the backward pass."""
-  statistics, null = _statistics(q, k, v, null_base, null_slope, len_gain, window, block_q, block_k)
+  statistics, null = _statistics(q, k, v, null_base, null_slope, len_gain, window, null_length, block_q, block_k)
   direction, magnitude = jax.checkpoint(formula.finalise)(statistics, null, v_null, mag_beta)
   return direction.astype(q.dtype), magnitude
 
 
 def polar_statistics(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
-                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array,
-                     window: int | None = None) -> dict[str, jax.Array]:
+                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
+                     null_length: int | None = None) -> dict[str, jax.Array]:
   """See `atma_jax.ops.polar_statistics`."""
   del v_null, mag_beta
-  statistics, null = _statistics(q, k, v, null_base, null_slope, len_gain, window, None, None)
+  statistics, null = _statistics(q, k, v, null_base, null_slope, len_gain, window, null_length, None, None)
   return {"n_eff": statistics.L**2 / statistics.Q, "w_null": 1 - formula.weight_found(statistics, null)}
 
 
-def _statistics(q, k, v, null_base, null_slope, len_gain, window, block_q, block_k):
+def _statistics(q, k, v, null_base, null_slope, len_gain, window, null_length, block_q, block_k):
   temp, null = formula.positional_logits(null_base, null_slope, len_gain, queries=q.shape[1], keys=k.shape[1],
-                                         window=window)
+                                         window=window, null_length=null_length)
   dtype = formula.accumulator(q)
   scale = temp.astype(dtype) * q.shape[-1]**-0.5
   statistics = streaming.attention_statistics(q, k, v, scale, window=window, block_q=block_q, block_k=block_k)
