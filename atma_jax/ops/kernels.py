@@ -16,14 +16,15 @@ MASKED = -(2.0**100)  # a score; finite, so that a block without a visible key m
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-  """Product of two matrices over one axis of each, accumulated in float32.
-
-  Float32 operands are not rounded first: a GPU multiplies them in three products of tf32 parts, off by 2^-21.
-  """
-  exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if dispatch.platform() == "gpu" else lax.Precision.HIGHEST
-  precision = exact if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+  """Product of two matrices over one axis of each, accumulated in float32; float32 operands are not rounded first."""
+  precision = unrounded() if a.dtype == jnp.float32 else lax.Precision.DEFAULT
   return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
                          preferred_element_type=jnp.float32)
+
+
+def unrounded() -> lax.Precision | lax.DotAlgorithmPreset:
+  """How a kernel multiplies float32 operands; a GPU in three products of tf32 parts, off by 2^-21."""
+  return lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if dispatch.platform() == "gpu" else lax.Precision.HIGHEST
 
 
 def cdiv(x: jax.Array, y: int) -> jax.Array:

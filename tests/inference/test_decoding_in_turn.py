@@ -15,7 +15,7 @@ from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models.cache import Cache
-from atma_jax.ops import dispatch
+from atma_jax.ops import dispatch, kernels
 from atma_jax.ops.cached_attention import pallas_gpu as attention_kernel
 from atma_jax.ops.cached_attention import pallas_tpu as tpu_kernels
 from atma_jax.ops.gated_delta import pallas_gpu as delta_kernel
@@ -38,6 +38,7 @@ def pretend(monkeypatch):
   """``pretend("gpu")``: what asks where it runs is told a GPU, and decoding's kernels do without one; prefill is XLA's."""
   def pretend(platform: str) -> None:
     monkeypatch.setattr(dispatch, "platform", lambda: platform)
+    monkeypatch.setattr(kernels, "unrounded", lambda: jax.lax.Precision.HIGHEST)
     monkeypatch.setattr(delta_kernel, "supports", lambda *args, **kwargs: "is not of this test")
     for module, name in KERNELS:
       monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch, kernels
+from atma_jax.ops import kernels
 from atma_jax.ops import tiles as table
 
 CHUNK = 64
@@ -188,11 +188,10 @@ class _Call:
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0), precise: bool = False) -> jax.Array:
   """Matrix product accumulated in float32; float32 operands are rounded to tf32 unless `precise`.
 
-  A precise one is three products of tf32 parts, off by 2^-21: multiplied out in float32 the kernels take minutes to compile.
+  A precise one is in tf32 parts: multiplied out in float32 the kernels take minutes to compile.
   """
-  exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if dispatch.platform() == "gpu" else lax.Precision.HIGHEST
   return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32,
-                         precision=exact if precise else None)
+                         precision=kernels.unrounded() if precise else None)
 
 
 def _matmul(a: jax.Array, b: jax.Array, dtype: jnp.dtype, contract: tuple[int, int] = (1, 0)) -> jax.Array:
