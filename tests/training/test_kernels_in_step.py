@@ -108,10 +108,12 @@ def test_remat_dots_keeps_the_residual_stream_and_what_norms_divide_by():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
 def test_a_whole_training_step_compiles_for_a_tpu_and_keeps_each_kernel_once():
-  plan = ahead.plan(tiny("pallas_tpu", "dots", scan=False), "v5e:1x1")
+  config = tiny("pallas_tpu", "dots", scan=False)
+  config.data.batch_size, config.data.sequence_length = 16, 1024  # more than stays on the chip
+  plan = ahead.plan(config, "v5e:1x1")
   print("\n".join(plan.lines()))
   assert plan.traffic.kernels == len(FORWARD["pallas_tpu"] + BACKWARD["pallas_tpu"])
-  assert plan.temporary_bytes < plan.peak_bytes < 2**30  # so small a program may keep all it needs on the chip
+  assert 0 < plan.temporary_bytes < plan.peak_bytes < 2**30
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
