@@ -21,6 +21,7 @@ from atma_jax.ops.cached_attention.api import cached_polar_attention, cached_sof
 from atma_jax.ops.dispatch import fitting_implementation
 from atma_jax.ops.distractors import polar_distractor_loss, softmax_distractor_loss
 from atma_jax.ops.polar_attention.formula import positional_logits
+from atma_jax.sharding import parts
 
 ROPE_SCALE = 0.12
 
@@ -208,10 +209,12 @@ class GlobalMixer(nnx.Module):
     first, *others = self._projections()
     heads, shape = self.config.num_heads, x.shape[:-1]
     if not hasattr(self, "inputs"):
+      split = first.split(x, 2, groups=heads)
+      if parts("heads") > 1:  # each has its own piece of every matrix, not of two side by side
+        return [*split, *(part(x) for part in others)]
       # Products of few outputs in pairs: each gradient with respect to x is as large as x, and all are stored and added up.
       pairs = others[:2], others[2:4], others[4:]
-      return [*first.split(x, 2, groups=heads),
-              *(piece for some in pairs if some for piece in _pieces(layers.Linear.beside(some)(x), some))]
+      return [*split, *(piece for some in pairs if some for piece in _pieces(layers.Linear.beside(some)(x), some))]
     q, *rest = _pieces(self.inputs(x), (first, *others))
     return [*(z.reshape(*shape, -1) for z in jnp.split(q.reshape(*shape, heads, -1), 2, axis=-1)), *rest]
 

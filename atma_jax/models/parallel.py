@@ -55,7 +55,7 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float,
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
                 initial_state: jax.Array | None, implementation: str) -> tuple[jax.Array, jax.Array]:
   """`atma_jax.ops.gated_delta`; without an initial state, of whole sequences."""
-  if active_mesh() is not None:
+  if parts("heads") > 1 or parts("sequence") > 1:
     k, v = (repeated(z, q.shape[2]) for z in (k, v))  # which divide over tensor as the query heads do
   inputs = {"q": q, "k": k, "v": v, "log_gamma": log_gamma, "beta": beta}
   if initial_state is None and parts("sequence") > 1:

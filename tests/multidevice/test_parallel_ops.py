@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from atma_jax import ops
+from atma_jax.config import ModelConfig
 from atma_jax.models import parallel
 from atma_jax.ops import short_conv_pallas_gpu
 from atma_jax.ops.gated_delta import api as delta_api
@@ -18,7 +20,8 @@ from atma_jax.ops.polar_attention import api as polar_api
 from atma_jax.ops.polar_attention import pallas_gpu as polar_kernels
 from atma_jax.ops.polar_attention.pallas_gpu import Tile, Tiles
 from atma_jax.ops.short_conv import GATED
-from atma_jax.sharding import make_mesh, spec
+from atma_jax.sharding import make_mesh, named_sharding, spec
+from atma_jax.training.state import ModelDefinition
 
 TILES = Tiles(*[Tile(16, 16, 4, 2)] * 3)
 B, T, D = 4, 16, 64
@@ -134,3 +137,21 @@ def test_gated_short_conv(interpreted, monkeypatch, implementation, arrays, axes
 
   compare(lambda projected, *vectors: ops.gated_short_conv([projected], *vectors, implementation="xla"), part, values, axes, 1e-5)
   assert set(asked) == {arrays} and set(interpreted) == ({own} if own else set())
+
+
+def test_projections_over_tensor_exchange_nothing():
+  """Every device makes its own heads of queries, keys, values and the memory's gates from its own piece of every matrix."""
+  config = ModelConfig(vocab_size=64, num_layers=1, width=64, num_heads=8, num_kv_heads=2, head_dim=16, mlp_width=64,
+                       block_pattern=("global",), scan=False, activation_dtype="float32")
+  mesh = make_mesh(data=4, tensor=2)
+  with jax.set_mesh(mesh):
+    definition = ModelDefinition(config)
+    x = jax.ShapeDtypeStruct((4, 16, 64), jnp.float32, sharding=named_sharding(mesh, ("batch", None, None)))
+
+    def projected(params, x):
+      (group, *_), *_ = definition.merge(params)._repetitions().values()
+      return group.blocks[0].mixer._projected(x)
+
+    outputs = named_sharding(mesh, ("batch", None, "heads"))
+    text = jax.jit(projected, out_shardings=outputs).lower(definition.abstract_params(mesh), x).compile().as_text()
+  assert text.count(" dot(") >= 4 and not re.findall(r"collective-permute|all-to-all|all-gather|all-reduce", text)
