@@ -21,7 +21,7 @@ import jax
 from atma_jax.config import UserError
 
 SCHEMA = 1
-VARIANTS = ("ema", "window", "null_length")  # what a record has only where the model was read otherwise than it is by itself
+VARIANTS = ("ema", "window", "null_length")  # fields that only some records have; without one means without it, not with any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ def logit_gradients(head: jax.Array, bias: jax.Array, log_partition: jax.Array, 
   """See `atma_jax.ops.cross_entropy.logit_gradients`; `interpret` runs the kernel without a GPU."""
   V = head.shape[-1]
   R = targets.size
-  columns = next(n for n in (COLUMNS >> i for i in range(COLUMNS.bit_length())) if V % n == 0)
+  columns = kernels.columns_of(V, COLUMNS)
   grid = V // columns, pl.cdiv(R, ROWS)
   block, row = pl.BlockSpec((R, columns), lambda c, r: (0, c)), pl.BlockSpec((R,), lambda c, r: (0,))
   scale = weights * (1 + 2 * z_loss * log_partition)

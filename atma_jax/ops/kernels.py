@@ -27,6 +27,11 @@ def unrounded() -> lax.Precision | lax.DotAlgorithmPreset:
   return lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if dispatch.platform() == "gpu" else lax.Precision.HIGHEST
 
 
+def columns_of(width: int, most: int) -> int:
+  """The largest of `most`, a power of two, and its halves that divides a width."""
+  return next(n for n in (most >> i for i in range(most.bit_length())) if width % n == 0)
+
+
 def cdiv(x: jax.Array, y: int) -> jax.Array:
   """``ceil(x / y)`` of integers x >= 0, in two instructions; of a traced x `pl.cdiv` takes care of negative numbers, too."""
   return lax.div(x + (y - 1), y)

@@ -74,7 +74,7 @@ def _call(direction: str, kernel: Any, arrays: tuple, vectors: tuple, outputs: t
   `sums` so many vectors of every program come last, (B, programs along T, sums, C) in float32."""
   (B, T, _), C = arrays[0].shape, vectors[0].shape[1]
   steps = STEPS[direction]
-  channels = next(n for n in (CHANNELS >> i for i in range(CHANNELS.bit_length())) if C % n == 0)
+  channels = kernels.columns_of(C, CHANNELS)
   grid = C // channels, pl.cdiv(T, steps), B
   shapes, specs = [jax.ShapeDtypeStruct(z.shape, z.dtype) for z in outputs], [_row(z) for z in outputs]
   if sums:
