@@ -30,7 +30,7 @@ def get_config() -> Config:
   return Config(
     name="headline",
     model=ModelConfig(vocab_size=8192, num_layers=8, width=512, num_heads=8, num_kv_heads=2, head_dim=64, mlp_width=2048,
-                      null_length=512, init="mimetic", scan=False),
+                      null_length=512, direction_scale=8.0, init="mimetic", scan=False),
     data=DataConfig(sources=("python-source", "recall:python-source"), weights=(0.9, 0.1), recall_max_mib=16,
                     sequence_length=512, batch_size=128),
     train=TrainConfig(steps=900, log_every=50, checkpoint_every=450, validate_every=0),

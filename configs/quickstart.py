@@ -6,7 +6,8 @@ Data: half the Python installation's own source (`python-source`), half recall m
 such as "The access code for record 4071962 is 3 9 2 0 1" with real source between, asked for again later. The recall half
 and `init="mimetic"` are what let so small a model retrieve within 3.3 million tokens; the keys and values of the material
 never occur in the evaluation. `null_length` is the training length: the null's logit does not grow past what it was
-learned on, without which a third of the digits are lost at 32 times that length.
+learned on, without which a third of the digits are lost at 32 times that length. `direction_scale` is sqrt(head_dim): the
+entries of polar attention's direction are as large as those of other activations, without which every loss is higher.
 Hardware: 2 CPU cores, about 6 minutes of training.
 """
 
@@ -18,7 +19,7 @@ def get_config() -> Config:
   return Config(
     name="quickstart",
     model=ModelConfig(vocab_size=1024, num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384,
-                      null_length=256, activation_dtype="float32", init="mimetic"),
+                      null_length=256, direction_scale=5.657, activation_dtype="float32", init="mimetic"),
     data=DataConfig(sources=("python-source", "recall:python-source"), weights=(0.5, 0.5), tokenizer_vocab_size=1024,
                     tokenizer_train_mib=4, max_mib=12, validation_documents=32, heldout_documents=16,
                     shard_tokens=1_000_000, sequence_length=256, batch_size=16),
