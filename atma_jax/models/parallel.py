@@ -13,11 +13,14 @@ import functools
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from atma_jax import ops
+from atma_jax.models import layers
 from atma_jax.ops import context_parallel, dispatch
 from atma_jax.ops.gated_delta.api import repeated
+from atma_jax.ops.squared_gate import squared_gate, squared_gate_gradients
 from atma_jax.sharding import LOGICAL_AXES, active_mesh, parts, spec
 
 _CONTEXT, = LOGICAL_AXES["sequence"]
@@ -99,6 +102,49 @@ def gated_short_conv(project: Callable[[int], tuple[Sequence[jax.Array], jax.Arr
     return call(arrays, weight, bias)
   activations, vector = (*_activations(arrays[0])[:2], channels), (None, channels)
   return _mapped(call, (list(arrays), weight, bias), ([activations] * len(arrays), vector, vector), activations)
+
+
+def gated_projection(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, implementation: str) -> jax.Array:
+  """``squared_gate(u, g)`` with ``[u, g] = split(x @ kernel + bias)``: x (B, T, C), kernel (C, 2 F), bias (2 F,) -> (B, T, F).
+
+  Where `makes_gradients_side_by_side`; the mesh may then split anything but F.
+  """
+  return _gated_projection(x, kernel, bias, implementation)
+
+
+def makes_gradients_side_by_side(implementation: str) -> bool:
+  """Whether the gradients of u and g are best made in one array: on a GPU, unless the mesh splits hidden units."""
+  return dispatch.platform() == "gpu" and implementation != "xla" and parts("mlp") == 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gated_projection(x, kernel, bias, implementation):
+  return _gated_projection_fwd(x, kernel, bias, implementation)[0]
+
+
+def _gated_projection_fwd(x, kernel, bias, implementation):
+  del implementation
+  u, g = (x @ w for w in jnp.split(kernel, 2, axis=1))
+  of_u, of_g = jnp.split(bias.astype(x.dtype), 2)
+  h = checkpoint_name(squared_gate(u + of_u, g + of_g), layers.GATED)
+  return h, (x, kernel, bias, u, h)
+
+
+def _gated_projection_bwd(implementation, residuals, dh):
+  x, kernel, bias, u, h = residuals
+  call = functools.partial(squared_gate_gradients, implementation=implementation)
+  arguments = u, h, dh, bias.astype(x.dtype)[: u.shape[-1]]
+  if active_mesh() is None:
+    gradients, sums = call(*arguments)
+  else:
+    rows, time, *_ = _activations(u)
+    activations = rows, time, None
+    gradients, sums = _mapped(call, arguments, ((activations,) * 3 + ((None,),)), (activations, (rows, time, None, None)))
+  dkernel = jnp.einsum("btc,btf->cf", x, gradients)
+  return gradients @ kernel.T, dkernel, jnp.sum(sums, axis=(0, 1)).reshape(-1).astype(bias.dtype)
+
+
+_gated_projection.defvjp(_gated_projection_fwd, _gated_projection_bwd)
 
 
 def _attention(split: Callable, whole: Callable, **options) -> Callable:

@@ -8,14 +8,16 @@ from typing import Any
 from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
-import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import Past, Span
 from atma_jax.models.global_mixer import GlobalMixer
 from atma_jax.models.local_mixer import LocalMixer
+from atma_jax.models.parallel import gated_projection, makes_gradients_side_by_side
 from atma_jax.models.raven import RavenMixer
+from atma_jax.ops.dispatch import fitting_implementation
+from atma_jax.ops.squared_gate import squared_gate
 from atma_jax.sharding import constrain
 
 MIXERS = {"local": LocalMixer, "global": GlobalMixer, "raven": RavenMixer}
@@ -35,12 +37,15 @@ class MLP(nnx.Module):
   """``W_proj(g * relu(u)^2)`` with ``[u, g] = split(W_fc x)`` on (B, T, C)."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.implementation = fitting_implementation(config.implementation)
     self.fc = layers.Linear(config, config.width, 2 * config.mlp_width, ("embed", "mlp"), rngs=rngs)
     self.out_proj = layers.Linear(config, config.mlp_width, config.width, ("mlp", "embed"), output=True, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    u, g = self.fc.split(x, 2)
-    return self.out_proj(g * jnp.square(jax.nn.relu(u)))
+    if x.shape[-2] > 1 and makes_gradients_side_by_side(self.implementation):
+      fc, x = self.fc, x.astype(self.fc.dtype)
+      return self.out_proj(gated_projection(x, fc.kernel[...].astype(fc.dtype), fc.bias[...], implementation=self.implementation))
+    return self.out_proj(squared_gate(*self.fc.split(x, 2)))
 
 
 class Block(nnx.Module):

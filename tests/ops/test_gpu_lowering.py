@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
+from atma_jax.models import parallel
 from atma_jax.ops import context_parallel, cross_entropy, gated_short_conv
 from atma_jax.ops.cached_attention import api as cached
 from atma_jax.ops.cached_attention import chunk_pallas_gpu
@@ -66,6 +67,15 @@ def test_gated_short_conv(T, C, taps, arrays, dtype):
   text = lowered(lambda weight, bias, *projected: [gated_short_conv(projected, weight, bias)], *vectors,
                  *[jax.ShapeDtypeStruct((2, T, 3 * C // arrays), dtype)] * arrays)
   assert text.count("@__gpu$xla.gpu.triton") == 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_gated_projection(dtype):
+  """Chosen by "auto": one kernel, in the backward pass."""
+  B, T, C, F = 2, 300, 64, 192
+  shapes = [jax.ShapeDtypeStruct(*s) for s in (((B, T, C), dtype), ((C, 2 * F), dtype), ((2 * F,), jnp.float32))]
+  call = functools.partial(parallel.gated_projection, implementation="auto")
+  assert lowered(lambda *arguments: [call(*arguments)], *shapes).count("@__gpu$xla.gpu.triton") == 1
 
 
 def test_logit_gradients():

@@ -29,9 +29,8 @@ BACKWARD = {
                  "gated_delta_read_chunks_back", "gated_delta_write_chunks_back"),
   "pallas_tpu": ("polar_attention_dq", "polar_attention_dkv", "gated_delta_back"),
 }
-
-
 LOCAL = {"pallas_gpu": ("gated_short_conv", "gated_short_conv_back"), "pallas_tpu": ()}  # forward and backward, of a local layer
+EVERY = {"pallas_gpu": ("squared_gate_gradients",), "pallas_tpu": ()}  # backward, of any layer
 
 
 def tiny(implementation: str, remat: str, scan: bool) -> Config:
@@ -78,7 +77,8 @@ def test_a_kernel_runs_once_a_layer_and_forward_ones_again_only_under_full_remat
   layers = 2 if scan else 1
   local = config.model.num_layers - layers
   assert kernels(live) == {name: layers * forwards for name in FORWARD[implementation]} | dict.fromkeys(
-    BACKWARD[implementation], layers) | {name: local * times for name, times in zip(LOCAL[implementation], (forwards, 1))
+    BACKWARD[implementation], layers) | dict.fromkeys(EVERY[implementation], layers + local) | {
+    name: local * times for name, times in zip(LOCAL[implementation], (forwards, 1))
   } | ({"logit_gradients": 2} if implementation == "pallas_gpu" else {})  # of two chunks
 
 
