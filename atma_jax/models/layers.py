@@ -23,7 +23,6 @@ FEW_ROWS = 16  # rows of the smallest tile of a GPU's matrix units
 # Names of what is kept for the backward pass beside matrix products: the residual stream, in place of the products that are
 # added to it and that nothing else needs, and the norms' sums, which are small and would have it read once more.
 RESIDUAL, NORM_SUM = "residual_stream", "norm_sum"
-GATED = "gated"  # what the MLP's gate lets through, which is kept in place of one of the two products it is made of
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 

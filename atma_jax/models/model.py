@@ -16,7 +16,7 @@ from atma_jax.models.cache import Cache, GlobalPast, Past, Span
 from atma_jax.models.global_mixer import GlobalMixer
 from atma_jax.models.parallel import check_length
 from atma_jax.models.transformer import Group, Tap
-from atma_jax.ops import dispatch, soft_cap
+from atma_jax.ops import dispatch, soft_cap, squared_gate
 from atma_jax.ops.cached_attention.api import skips_unused_slots
 from atma_jax.ops.dispatch import KERNEL_OUTPUTS
 from atma_jax.sharding import active_mesh, constrain
@@ -25,7 +25,7 @@ REMAT_POLICIES = {
   "none": jax.checkpoint_policies.everything_saveable,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS, layers.RESIDUAL, layers.NORM_SUM, layers.GATED)),
+    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS, layers.RESIDUAL, layers.NORM_SUM, squared_gate.RESULT)),
   "block": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -17,10 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from atma_jax import ops
-from atma_jax.models import layers
 from atma_jax.ops import context_parallel, dispatch
 from atma_jax.ops.gated_delta.api import repeated
-from atma_jax.ops.squared_gate import squared_gate, squared_gate_gradients
+from atma_jax.ops.squared_gate import RESULT, squared_gate, squared_gate_gradients
 from atma_jax.sharding import LOGICAL_AXES, active_mesh, parts, spec
 
 _CONTEXT, = LOGICAL_AXES["sequence"]
@@ -126,7 +125,7 @@ def _gated_projection_fwd(x, kernel, bias, implementation):
   del implementation
   u, g = (x @ w for w in jnp.split(kernel, 2, axis=1))
   of_u, of_g = jnp.split(bias.astype(x.dtype), 2)
-  h = checkpoint_name(squared_gate(u + of_u, g + of_g), layers.GATED)
+  h = checkpoint_name(squared_gate(u + of_u, g + of_g), RESULT)
   return h, (x, kernel, bias, u, h)
 
 
@@ -145,6 +144,24 @@ def _gated_projection_bwd(implementation, residuals, dh):
 
 
 _gated_projection.defvjp(_gated_projection_fwd, _gated_projection_bwd)
+
+
+def sum_and_norm(x: jax.Array, added: Sequence[jax.Array], bias: jax.Array, weight: jax.Array, *, eps: float,
+                 implementation: str) -> tuple[jax.Array, jax.Array]:
+  """`atma_jax.ops.sum_and_norm`, where rows may be split over the mesh."""
+  call = functools.partial(ops.sum_and_norm, eps=eps, implementation=implementation)
+  if active_mesh() is None:
+    return call(x, added, bias, weight)
+  if parts("mlp") > 1 and added:  # a device has its share of each sum: one exchange
+    added = [functools.reduce(jnp.add, added)]
+  activations = *_activations(x)[:2], None
+  return _mapped(call, (x, list(added), bias, weight), (activations, [activations] * len(added), (None,), (None,)),
+                 (activations, activations))
+
+
+def sums_where_it_norms(implementation: str) -> bool:
+  """Whether what a layer adds to the residual stream is best added where the sum is normed: on a GPU."""
+  return dispatch.platform() == "gpu" and implementation != "xla"
 
 
 def _attention(split: Callable, whole: Callable, **options) -> Callable:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from atma_jax.ops import dispatch
 
+RESULT = "squared_gate"  # the name of what is kept for the backward pass in place of g
+
 GRADIENTS = dispatch.Op("squared_gate_gradients", {
   "pallas_gpu": dispatch.Implementation("atma_jax.ops.squared_gate_pallas_gpu:squared_gate_gradients", platforms=("gpu",),
                                         supports="supports"),

@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
 from atma_jax.models import parallel
-from atma_jax.ops import context_parallel, cross_entropy, gated_short_conv
+from atma_jax.ops import context_parallel, cross_entropy, gated_short_conv, sum_and_norm
 from atma_jax.ops.cached_attention import api as cached
 from atma_jax.ops.cached_attention import chunk_pallas_gpu
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
@@ -76,6 +76,16 @@ def test_a_gated_projection(dtype):
   shapes = [jax.ShapeDtypeStruct(*s) for s in (((B, T, C), dtype), ((C, 2 * F), dtype), ((2 * F,), jnp.float32))]
   call = functools.partial(parallel.gated_projection, implementation="auto")
   assert lowered(lambda *arguments: [call(*arguments)], *shapes).count("@__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("T, C, count", [(300, 768, 1), (1, 64, 0), (77, 1024, 3)])
+def test_sum_and_norm(T, C, count, dtype):
+  """Chosen by "auto"."""
+  vectors = [jax.ShapeDtypeStruct((C,), jnp.float32)] * 2
+  text = lowered(lambda bias, weight, x, *added: sum_and_norm(x, added, bias, weight, eps=1e-6), *vectors,
+                 *[jax.ShapeDtypeStruct((2, T, C), dtype)] * (1 + count))
+  assert text.count("@__gpu$xla.gpu.triton") == 2
 
 
 def test_logit_gradients():

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.models import layers, parallel
+from atma_jax.models import parallel
 from atma_jax.ops import squared_gate_pallas_gpu
-from atma_jax.ops.squared_gate import GRADIENTS, divided, squared_gate, squared_gate_gradients
+from atma_jax.ops.squared_gate import GRADIENTS, RESULT, divided, squared_gate, squared_gate_gradients
 
 KERNEL = functools.partial(squared_gate_pallas_gpu.squared_gate_gradients, interpret=True)
 IMPLEMENTATIONS = {"xla": divided, "pallas_gpu": KERNEL}
@@ -95,7 +95,7 @@ def test_the_product_with_its_gate(on_gpu, T, dtype):
   kept = jax.tree.leaves(jax.vjp(jax.checkpoint(
     functools.partial(parallel.gated_projection, implementation="auto"),
     policy=jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-                                                           jax.checkpoint_policies.save_only_these_names(layers.GATED))),
+                                                           jax.checkpoint_policies.save_only_these_names(RESULT))),
     x, kernel, bias)[1])
   assert sorted(z.shape for z in kept if z.ndim == 3) == sorted([(B, T, C), (B, T, F), (B, T, F)])
 

@@ -30,7 +30,8 @@ BACKWARD = {
   "pallas_tpu": ("polar_attention_dq", "polar_attention_dkv", "gated_delta_back"),
 }
 LOCAL = {"pallas_gpu": ("gated_short_conv", "gated_short_conv_back"), "pallas_tpu": ()}  # forward and backward, of a local layer
-EVERY = {"pallas_gpu": ("squared_gate_gradients",), "pallas_tpu": ()}  # backward, of any layer
+# Of any layer, forward and backward: two norms, a gate.
+EVERY = {"pallas_gpu": ({"sum_and_norm": 2}, {"sum_and_norm_back": 2, "squared_gate_gradients": 1}), "pallas_tpu": ({}, {})}
 
 
 def tiny(implementation: str, remat: str, scan: bool) -> Config:
@@ -77,8 +78,9 @@ def test_a_kernel_runs_once_a_layer_and_forward_ones_again_only_under_full_remat
   layers = 2 if scan else 1
   local = config.model.num_layers - layers
   assert kernels(live) == {name: layers * forwards for name in FORWARD[implementation]} | dict.fromkeys(
-    BACKWARD[implementation], layers) | dict.fromkeys(EVERY[implementation], layers + local) | {
-    name: local * times for name, times in zip(LOCAL[implementation], (forwards, 1))
+    BACKWARD[implementation], layers) | {name: local * times for name, times in zip(LOCAL[implementation], (forwards, 1))} | {
+    name: (layers + local) * times * count for times, counts in zip((forwards, 1), EVERY[implementation])
+    for name, count in counts.items()
   } | ({"logit_gradients": 2} if implementation == "pallas_gpu" else {})  # of two chunks
 
 
