@@ -72,6 +72,7 @@ class ModelConfig:
   attention: str = "polar"
   window: int | None = None  # keys each query may see; None is full causal attention
   null_length: int | None = None  # visible keys at which polar attention's null logit stops growing; None is never, as published
+  direction_scale: float = 1.0  # length of polar attention's direction; 1 as published, sqrt(head_dim) gives unit mean square
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
   raven: RavenConfig = dataclasses.field(default_factory=RavenConfig)
   conv_taps: int = 3  # gated short convolution
@@ -285,6 +286,7 @@ def _validate_model(m: ModelConfig) -> None:
            f"a divisor of model.num_heads={m.num_heads}")
   _require(m.window is None or m.window > 0, "model.window", m.window, "None or at least 1")
   _require(m.null_length is None or m.null_length > 0, "model.null_length", m.null_length, "None or at least 1")
+  _require(0 < m.direction_scale < math.inf, "model.direction_scale", m.direction_scale, "greater than 0")
   _require(m.attention != "rope" or m.head_dim % 4 == 0, "model.head_dim", m.head_dim,
            "a multiple of 4 when model.attention='rope'")
 

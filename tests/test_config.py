@@ -27,6 +27,14 @@ def test_bounds_are_positive(field, value):
     config.validate()
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_direction_has_a_length(value):
+  config = Config()
+  config.model.direction_scale = value
+  with pytest.raises(UserError, match=rf"model\.direction_scale={value}: must be greater than 0"):
+    config.validate()
+
+
 def test_a_field_newer_than_the_checkpoint_gets_its_default():
   values = Config().to_dict()
   del values["model"]["scan"], values["model"]["memory"]["gamma_bias"]

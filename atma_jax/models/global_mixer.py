@@ -42,11 +42,12 @@ class PolarCore(nnx.Module):
 
   def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array,
                trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
-    """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and magnitudes (B, T, H), for `mu_proj`."""
+    """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) of length direction_scale, and magnitudes (B, T, H)."""
     direction, magnitude = polar_attention(q, k, v, **self.parameters(), implementation=self.config.implementation)
+    heads = direction * self.config.direction_scale
     if trace is not None:
-      trace |= {"heads": direction, "magnitude": magnitude}
-    return direction, magnitude
+      trace |= {"heads": heads, "magnitude": magnitude}
+    return heads, magnitude
 
   def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast, span: Span,
              reach: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -56,7 +57,7 @@ class PolarCore(nnx.Module):
     direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self.parameters(),
                                                   scales=past.scales, reach=reach, layer=past.layer, table=span.table,
                                                   implementation=fitting_implementation(self.config.implementation))
-    return direction, magnitude, k
+    return direction * self.config.direction_scale, magnitude, k
 
   def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:
     """Mean softmax mass that random keys (R, K, D) take from the null."""

@@ -61,6 +61,19 @@ def test_causal_by_gradient(attention, window):
   assert np.all(per_step[13:] == 0) and np.all(per_step[: 13] > 0)
 
 
+def test_direction_scale_is_that_of_the_projection():
+  """Weights of a published model times the scale give the same function, magnitudes and memory as they are."""
+  published, scaled = (Atma(tiny(direction_scale=scale), rngs=nnx.Rngs(0)) for scale in (1.0, 4.0))
+  rng = np.random.default_rng(2)
+  params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.2, p.dtype), nnx.state(published, nnx.Param))
+  nnx.update(published, params)
+  nnx.update(scaled, params)
+  kernel = published.groups.blocks[2].mixer.out_proj.kernel
+  assert not np.allclose(published(TOKENS), scaled(TOKENS), atol=1e-2)
+  kernel[...] = kernel[...] * 4  # a power of two: nothing rounds
+  np.testing.assert_allclose(published(TOKENS), scaled(TOKENS), rtol=1e-6, atol=1e-6)
+
+
 def test_incomplete_repetition_and_depth():
   for layers in (1, 3, 6, 9):
     assert Atma(tiny(num_layers=layers), rngs=nnx.Rngs(0))(TOKENS).shape == (2, 33, 61)
