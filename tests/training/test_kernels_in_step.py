@@ -81,7 +81,7 @@ def test_a_kernel_runs_once_a_layer_and_forward_ones_again_only_under_full_remat
     BACKWARD[implementation], layers) | {name: local * times for name, times in zip(LOCAL[implementation], (forwards, 1))} | {
     name: (layers + local) * times * count for times, counts in zip((forwards, 1), EVERY[implementation])
     for name, count in counts.items()
-  } | ({"logit_gradients": 2} if implementation == "pallas_gpu" else {})  # of two chunks
+  } | ({"log_partition": 2, "logit_gradients": 2} if implementation == "pallas_gpu" else {})  # of two chunks
 
 
 def test_remat_dots_keeps_the_residual_stream_and_what_norms_divide_by():
