@@ -37,6 +37,8 @@ Results must have one structure for all blocks of the same kind. Only what a tap
 Summands = tuple[list[jax.Array], jax.Array | None]
 """What is still to be added to the residual stream: products (B, T, C) and, unless there are none, a bias (C,)."""
 
+NOTHING: Summands = [], None
+
 
 class MLP(nnx.Module):
   """``W_proj(g * relu(u)^2)`` with ``[u, g] = split(W_fc x)`` on (B, T, C)."""
@@ -83,10 +85,10 @@ class Block(nnx.Module):
 
     A `trace` receives no ``output``.
     """
-    x, normed = self._sum_and_norm(x, summands, self.norm1)
+    x, normed = normed_sum(self.norm1, x, summands, self.implementation)
     if trace is not None:
       trace |= {"input": x, "mixer_input": normed}
-    x, normed = self._sum_and_norm(x, self.mixer.summands(normed, trace), self.norm2)
+    x, normed = normed_sum(self.norm2, x, self.mixer.summands(normed, trace), self.implementation)
     return x, self.mlp.summands(normed)
 
   def extend(self, x: jax.Array, past: Past, span: Span, reach: int | None) -> tuple[jax.Array, Past]:
@@ -94,13 +96,20 @@ class Block(nnx.Module):
     y, update = self.mixer.extend(self.norm1(x), past, span, reach)
     return self._finish(x + y), update
 
-  def _sum_and_norm(self, x: jax.Array, summands: Summands, norm: layers.RMSNorm) -> tuple[jax.Array, jax.Array]:
-    (added, bias), weight = summands, norm.weight[...]
-    return sum_and_norm(x, added, jnp.zeros_like(weight) if bias is None else bias, weight, eps=norm.eps,
-                        implementation=self.implementation)
-
   def _finish(self, x: jax.Array) -> jax.Array:
     return _stream(x + self.mlp(self.norm2(x)))
+
+
+def normed_sum(norm: layers.RMSNorm, x: jax.Array, summands: Summands, implementation: str) -> tuple[jax.Array, jax.Array]:
+  """The sum of x and `summands`, and its norm."""
+  (added, bias), weight = summands, norm.weight[...]
+  return sum_and_norm(x, added, jnp.zeros_like(weight) if bias is None else bias, weight, eps=norm.eps,
+                      implementation=implementation)
+
+
+def _added(x: jax.Array, summands: Summands) -> jax.Array:
+  products, bias = summands
+  return _stream(x + (sum(products) + bias.astype(x.dtype))) if products else x
 
 
 def _stream(x: jax.Array) -> jax.Array:
@@ -115,21 +124,23 @@ class Group(nnx.Module):
 
   def __call__(self, x: jax.Array, tap: Tap | None = None, first: jax.Array | int = 0) -> tuple[jax.Array, list[Any]]:
     """The output and, with a tap, its result for each block; `first` is the index of the group's first layer."""
+    x, summands, results = self.late(x, NOTHING, tap, first)
+    return _added(x, summands), results
+
+  def late(self, x: jax.Array, summands: Summands, tap: Tap | None = None,
+           first: jax.Array | int = 0) -> tuple[jax.Array, Summands, list[Any]]:
+    """The same of the sum of x and `summands`, itself as a sum where norms add up what they norm: only then is there one."""
     results, late = [], sums_where_it_norms(self.blocks[0].implementation)
-    nothing = [], None
-    summands = nothing
     for index, block in enumerate(self.blocks):
       trace = None if tap is None else {}
       if late:
         x, summands = block.late(x, summands, trace)
-        if tap is not None or index + 1 == len(self.blocks):
-          products, bias = summands
-          x, summands = _stream(x + (sum(products) + bias.astype(x.dtype))), nothing
       else:
         x = block(x, trace)
       if tap is not None:
+        x, summands = _added(x, summands), NOTHING
         results.append(tap(block, trace | {"output": x}, first + index))
-    return x, results
+    return x, summands, results
 
   def extend(self, x: jax.Array, pasts: list[Past], span: Span, reach: int | None) -> tuple[jax.Array, list[Past]]:
     """The output for tokens that follow `pasts`, one a block, and the updates of the pasts."""
