@@ -57,7 +57,7 @@ def log_partition(head: jax.Array, bias: jax.Array, targets: jax.Array, cap: flo
     out_shape=jax.ShapeDtypeStruct((grid[1], R), jnp.float32), out_specs=pl.BlockSpec((None, R), lambda r, c: (c, 0)),
     interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
   )(head.reshape(R, V), bias)
-  z = jnp.take_along_axis(head, targets[..., None], axis=-1)[..., 0] + bias[targets]
+  z = jnp.take_along_axis(head, targets[..., None], axis=-1, mode="clip")[..., 0] + jnp.take(bias, targets, mode="clip")
   return cap + jnp.log(jnp.sum(sums, axis=0)).reshape(targets.shape), z * lax.rsqrt(1 + jnp.square(z / cap))
 
 
