@@ -17,8 +17,8 @@ from atma_jax.ops import rms_norm, rms_norm_pallas_gpu, squared_gate, squared_ga
 from atma_jax.training.losses import auxiliary_loss
 
 # Heads and a vocabulary of sizes for which a GPU has no other kernel.
-CONFIG = ModelConfig(vocab_size=61, num_layers=5, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32,
-                     activation_dtype="float32")
+CONFIG = ModelConfig(vocab_size=61, num_layers=3, block_pattern=("global", "local"), width=32, num_heads=4, num_kv_heads=2,
+                     head_dim=8, mlp_width=32, activation_dtype="float32")
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 11)).astype(np.int32)
 OPTIONS = {"plain": AuxiliaryConfig(), "tapped": AuxiliaryConfig(regularizer="weak", regularizer_weight=0.5)}
 
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_other_machines(request, options, remat, scan):
   used = request.getfixturevalue("on_gpu")
   for a, b in zip(gradients(options, remat=remat, scan=scan), want, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(np.max(np.abs(b)))))
-  assert used["squared_gate_gradients"] >= 5 and used["sum_and_norm"] >= 2 * 5
+  assert used["squared_gate_gradients"] >= 3 and used["sum_and_norm"] >= 2 * 3
 
 
 def test_a_width_without_a_kernel_takes_the_formula(monkeypatch):
