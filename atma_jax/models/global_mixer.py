@@ -158,6 +158,12 @@ class GlobalMixer(nnx.Module):
   def __call__(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> jax.Array:
     return self.extend(x, GlobalPast(), None, trace=trace)[0]
 
+  def summands(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> tuple[list[jax.Array], jax.Array]:
+    """What the output is the sum of: products (B, T, C) and a bias (C,)."""
+    found, _ = self._found(x, GlobalPast(), None, None, trace)
+    products, biases = zip(*(part.unbiased(y, 1) for part, y in zip(self._outputs(), found, strict=True)))
+    return [y for y, in products], sum(bias[0] for bias in biases)
+
   def extend(self, x: jax.Array, past: GlobalPast, span: Span | None,
              reach: int | None = None, trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, GlobalPast]:
     """The output for tokens that follow `past`, and the update of the past; of rows as for `LocalMixer`.
@@ -165,6 +171,14 @@ class GlobalMixer(nnx.Module):
     A `trace` receives q (B, T, H, D), k and v (B, T, K, D) as the core takes them before any rotation, the core's ``heads``
     (B, T, H, D) and, for polar attention, ``magnitude`` (B, T, H); of the memory see `Memory`.
     """
+    found, past = self._found(x, past, span, reach, trace)
+    if hasattr(self, "outputs"):
+      return self.outputs(layers.fill(jnp.concatenate([y.astype(found[0].dtype) for y in found], axis=-1), x.shape[0])), past
+    return sum(part(layers.fill(y, x.shape[0])) for part, y in zip(self._outputs(), found, strict=True)), past
+
+  def _found(self, x: jax.Array, past: GlobalPast, span: Span | None, reach: int | None,
+             trace: dict[str, jax.Array] | None) -> tuple[list[jax.Array], GlobalPast]:
+    """What each of `_outputs` takes, and the update of the past."""
     config, (B, T) = self.config, (x.shape[0] if span is None else span.rows, x.shape[1])
     q, gate, k, v, *gates = (part[:B] for part in self._projected(x))
     q, gate = (z.reshape(B, T, config.num_heads, config.head_dim) for z in (q, gate))
@@ -177,25 +191,22 @@ class GlobalMixer(nnx.Module):
       k, canon_k = _canon(k, self.canon_k, past.canon_k, span, "kv_heads")
       v, canon_v = _canon(v, self.canon_v, past.canon_v, span, "kv_heads")
       histories = canon_q, canon_k, canon_v
+    q, k, v = map(layers.reused, (q, k, v))
     if trace is not None:
       trace |= {"q": q, "k": k, "v": v}
     if span is None:
       heads, magnitude = self.core(q, k, v, trace)
     else:
       heads, magnitude, keys = self.core.extend(q, k, v, past, span, reach)
-    found = [(heads * jax.nn.sigmoid(gate)).reshape(B, T, -1)]
+    found = [layers.reused((heads * jax.nn.sigmoid(gate)).reshape(B, T, -1))]
     if magnitude is not None:
       found.append(magnitude)
     if config.memory.enabled:
       read, state = self.memory.read(*gates, q, k, v, past.memory, span, trace, past.layer)
       found.append(read)
-    if hasattr(self, "outputs"):
-      out = self.outputs(layers.fill(jnp.concatenate([y.astype(heads.dtype) for y in found], axis=-1), x.shape[0]))
-    else:
-      out = sum(part(layers.fill(y, x.shape[0])) for part, y in zip(self._outputs(), found, strict=True))
     if span is None:
-      return out, past
-    return out, GlobalPast(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(v, 1, 2), *histories, state)
+      return found, past
+    return found, GlobalPast(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(v, 1, 2), *histories, state)
 
   def join(self) -> None:
     """Makes one matrix of those that take the same input, and one of those whose outputs are added."""

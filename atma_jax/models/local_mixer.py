@@ -25,6 +25,21 @@ class LocalMixer(nnx.Module):
     del trace  # nothing inside is of interest beyond the block's own arrays
     return self.extend(x, LocalPast(), None)[0]
 
+  def summands(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> tuple[list[jax.Array], jax.Array]:
+    """What the output is the sum of: products (B, T, C) and a bias (C,)."""
+    del trace
+    products, bias = self.out_proj.unbiased(self._gated(x), 1)
+    return products, bias[0]
+
+  def _gated(self, x: jax.Array) -> jax.Array:
+    """What `out_proj` takes, of whole sequences."""
+    def project(arrays: int) -> tuple[list[jax.Array], jax.Array]:
+      pieces, bias = self.in_proj.unbiased(x, arrays)
+      return pieces, bias.reshape(3, -1)
+
+    return gated_short_conv(project, self.conv.weight[...], channels="mlp",
+                            implementation=fitting_implementation(self.config.implementation))
+
   def extend(self, x: jax.Array, past: LocalPast, span: Span | None,
              reach: int | None = None) -> tuple[jax.Array, LocalPast]:
     """The output for tokens that follow `past`, and the update of the past; it has no slots for `reach` to limit.
@@ -33,13 +48,7 @@ class LocalMixer(nnx.Module):
     """
     del reach
     if span is None:
-      def project(arrays: int) -> tuple[list[jax.Array], jax.Array]:
-        pieces, bias = self.in_proj.unbiased(x, arrays)
-        return pieces, bias.reshape(3, -1)
-
-      y = gated_short_conv(project, self.conv.weight[...], channels="mlp",
-                           implementation=fitting_implementation(self.config.implementation))
-      return self.out_proj(y), LocalPast(None)
+      return self.out_proj(self._gated(x)), LocalPast(None)
     b, c, h = (part[: span.rows] for part in self.in_proj.split(x, 3))
     y, history = convolve(b * h, self.conv.weight[...], past.history, span, "mlp")
     return self.out_proj(layers.fill(c * y, x.shape[0])), LocalPast(history)

@@ -15,8 +15,8 @@ from atma_jax.models import layers
 from atma_jax.models.cache import Cache, GlobalPast, Past, Span
 from atma_jax.models.global_mixer import GlobalMixer
 from atma_jax.models.parallel import check_length
-from atma_jax.models.transformer import Group, Tap
-from atma_jax.ops import dispatch, soft_cap
+from atma_jax.models.transformer import NOTHING, Group, Summands, Tap, normed_sum
+from atma_jax.ops import dispatch, soft_cap, squared_gate
 from atma_jax.ops.cached_attention.api import skips_unused_slots
 from atma_jax.ops.dispatch import KERNEL_OUTPUTS
 from atma_jax.sharding import active_mesh, constrain
@@ -25,7 +25,8 @@ REMAT_POLICIES = {
   "none": jax.checkpoint_policies.everything_saveable,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS, layers.RESIDUAL, layers.NORM_SUM)),
+    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS, layers.RESIDUAL, layers.NORM_SUM, layers.REUSED,
+                                                  squared_gate.RESULT)),
   "block": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -100,28 +101,35 @@ class Atma(nnx.Module):
     """The final norm's output, and the tap's results: stacked over the groups, and those of the tail."""
     check_length(tokens.shape[1])
     x, results = constrain(self.embed(tokens), ("batch", "sequence", "features")), {}
-    pattern = len(self.config.block_pattern)
+    pattern, summands = len(self.config.block_pattern), NOTHING
     repeats = self.config.num_layers // pattern
     if hasattr(self, "groups"):
       graphdef, stacked = self._stacked()
+      first = pattern * jnp.arange(repeats)
 
-      def apply(x: jax.Array, inputs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, list[Any]]:
+      def scanned(x: jax.Array, inputs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, list[Any]]:
         params, first = inputs
         return nnx.merge(graphdef, params)(x, tap, first)
 
-      apply = self._rematerialised(apply)
-      first = pattern * jnp.arange(repeats)
+      def inlined(x: jax.Array, summands: Summands, inputs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, Summands, list[Any]]:
+        params, first = inputs
+        return nnx.merge(graphdef, params).late(x, summands, tap, first)
+
       if self.config.scan:
-        x, results["groups"] = jax.lax.scan(apply, x, (stacked, first))
+        x, results["groups"] = jax.lax.scan(self._rematerialised(scanned), x, (stacked, first))
       else:
         leaves, structure = jax.tree.flatten((stacked, first))
-        found = []
+        found, apply = [], self._rematerialised(inlined)
         for group in zip(*map(jnp.unstack, leaves)):
-          x, result = apply(x, jax.tree.unflatten(structure, group))
+          x, summands, result = apply(x, summands, jax.tree.unflatten(structure, group))
           found.append(result)
         results["groups"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
     if hasattr(self, "tail"):
-      x, results["tail"] = self._rematerialised(lambda x, group: group(x, tap, pattern * repeats))(x, self.tail)
+      x, summands, results["tail"] = self._rematerialised(
+        lambda x, summands, group: group.late(x, summands, tap, pattern * repeats))(x, summands, self.tail)
+    products, _ = summands
+    if products:
+      return normed_sum(self.norm, x, summands, dispatch.fitting_implementation(self.config.implementation))[1], results
     return self.norm(x), results
 
   def extend(self, tokens: jax.Array, cache: Cache, counts: jax.Array | None = None, *,

@@ -13,11 +13,13 @@ import functools
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from atma_jax import ops
 from atma_jax.ops import context_parallel, dispatch
 from atma_jax.ops.gated_delta.api import repeated
+from atma_jax.ops.squared_gate import RESULT, squared_gate, squared_gate_gradients
 from atma_jax.sharding import LOGICAL_AXES, active_mesh, parts, spec
 
 _CONTEXT, = LOGICAL_AXES["sequence"]
@@ -99,6 +101,67 @@ def gated_short_conv(project: Callable[[int], tuple[Sequence[jax.Array], jax.Arr
     return call(arrays, weight, bias)
   activations, vector = (*_activations(arrays[0])[:2], channels), (None, channels)
   return _mapped(call, (list(arrays), weight, bias), ([activations] * len(arrays), vector, vector), activations)
+
+
+def gated_projection(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, implementation: str) -> jax.Array:
+  """``squared_gate(u, g)`` with ``[u, g] = split(x @ kernel + bias)``: x (B, T, C), kernel (C, 2 F), bias (2 F,) -> (B, T, F).
+
+  Where `makes_gradients_side_by_side`; the mesh may then split anything but F.
+  """
+  return _gated_projection(x, kernel, bias, implementation)
+
+
+def makes_gradients_side_by_side(implementation: str) -> bool:
+  """Whether the gradients of u and g are best made in one array: on a GPU, unless the mesh splits hidden units."""
+  return dispatch.platform() == "gpu" and implementation != "xla" and parts("mlp") == 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gated_projection(x, kernel, bias, implementation):
+  return _gated_projection_fwd(x, kernel, bias, implementation)[0]
+
+
+def _gated_projection_fwd(x, kernel, bias, implementation):
+  del implementation
+  u, g = (x @ w for w in jnp.split(kernel, 2, axis=1))
+  of_u, of_g = jnp.split(bias.astype(x.dtype), 2)
+  h = checkpoint_name(squared_gate(u + of_u, g + of_g), RESULT)
+  return h, (x, kernel, bias, u, h)
+
+
+def _gated_projection_bwd(implementation, residuals, dh):
+  x, kernel, bias, u, h = residuals
+  call = functools.partial(squared_gate_gradients, implementation=implementation)
+  arguments = u, h, dh, bias.astype(x.dtype)[: u.shape[-1]]
+  if active_mesh() is None:
+    gradients, sums = call(*arguments)
+  else:
+    rows, time, *_ = _activations(u)
+    activations = rows, time, None
+    gradients, sums = _mapped(call, arguments, ((activations,) * 3 + ((None,),)), (activations, (rows, time, None, None)))
+  dkernel = jnp.einsum("btc,btf->cf", x, gradients)
+  return gradients @ kernel.T, dkernel, jnp.sum(sums, axis=(0, 1)).reshape(-1).astype(bias.dtype)
+
+
+_gated_projection.defvjp(_gated_projection_fwd, _gated_projection_bwd)
+
+
+def sum_and_norm(x: jax.Array, added: Sequence[jax.Array], bias: jax.Array, weight: jax.Array, *, eps: float,
+                 implementation: str) -> tuple[jax.Array, jax.Array]:
+  """`atma_jax.ops.sum_and_norm`, where rows may be split over the mesh."""
+  call = functools.partial(ops.sum_and_norm, eps=eps, implementation=implementation)
+  if active_mesh() is None:
+    return call(x, added, bias, weight)
+  if parts("mlp") > 1 and added:  # a device has its share of each sum: one exchange
+    added = [functools.reduce(jnp.add, added)]
+  activations = *_activations(x)[:2], None
+  return _mapped(call, (x, list(added), bias, weight), (activations, [activations] * len(added), (None,), (None,)),
+                 (activations, activations))
+
+
+def sums_where_it_norms(implementation: str) -> bool:
+  """Whether what a layer adds to the residual stream is best added where the sum is normed: on a GPU."""
+  return dispatch.platform() == "gpu" and implementation != "xla"
 
 
 def _attention(split: Callable, whole: Callable, **options) -> Callable:

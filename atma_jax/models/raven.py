@@ -70,6 +70,11 @@ class RavenMixer(nnx.Module):
   def __call__(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> jax.Array:
     return self.extend(x, RavenPast(), None, trace=trace)[0]
 
+  def summands(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> tuple[list[jax.Array], jax.Array]:
+    """The output as a sum of products (B, T, C) and a bias (C,), as of the other mixers."""
+    y = self(x, trace)
+    return [y], jnp.zeros(y.shape[-1:], jnp.float32)
+
   def extend(self, x: jax.Array, past: RavenPast, span: Span | None, reach: int | None = None,
              trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, RavenPast]:
     """The output for tokens that follow `past`, and the update of the past, which no `reach` limits; of rows as for `LocalMixer`.

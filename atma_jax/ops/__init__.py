@@ -3,6 +3,7 @@
 from atma_jax.ops.cross_entropy import cross_entropy, soft_cap, token_losses, token_predictions
 from atma_jax.ops.gated_delta.api import gated_delta
 from atma_jax.ops.polar_attention.api import polar_attention, polar_statistics
+from atma_jax.ops.rms_norm import sum_and_norm
 from atma_jax.ops.rotary import rotary_embedding
 from atma_jax.ops.short_conv import gated_short_conv, short_conv
 from atma_jax.ops.softmax_attention import softmax_attention
@@ -17,6 +18,7 @@ __all__ = [
   "short_conv",
   "soft_cap",
   "softmax_attention",
+  "sum_and_norm",
   "token_losses",
   "token_predictions",
 ]

@@ -18,6 +18,12 @@ LOGIT_GRADIENTS = dispatch.Op("logit_gradients", {
                                         supports="supports"),
   "xla": dispatch.Implementation("atma_jax.ops.cross_entropy:logit_gradients"),
 })
+LOG_PARTITION = dispatch.Op("log_partition", {
+  "pallas_gpu": dispatch.Implementation("atma_jax.ops.cross_entropy_pallas_gpu:log_partition", platforms=("gpu",),
+                                        supports="sums_exponentials"),
+  "xla": dispatch.Implementation("atma_jax.ops.cross_entropy:log_partition"),
+})
+
 
 def soft_cap(z: jax.Array, cap: float) -> jax.Array:
   """``cap * z / sqrt(z^2 + cap^2)``: the identity near zero, within +-cap everywhere."""
@@ -54,7 +60,7 @@ def token_losses(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets:
 
   def losses(inputs):
     hidden, targets = inputs
-    z, target = _log_partition(_head(hidden, kernel), bias, targets, cap)
+    z, target = LOG_PARTITION("auto", _head(hidden, kernel), bias, targets, cap)
     return z - target
 
   return _unchunk(jax.lax.map(losses, _chunks(chunk, parts, hidden, targets)), hidden.shape[1], parts)
@@ -78,7 +84,7 @@ def _cross_entropy(hidden, kernel, bias, targets, weights, cap, z_loss, chunk, p
 
   def step(sums, inputs):
     hidden, targets, weights = inputs
-    z, target = _log_partition(_head(hidden, kernel), bias, targets, cap)
+    z, target = LOG_PARTITION("auto", _head(hidden, kernel), bias, targets, cap)
     nll, z2 = z - target, z * z
     return (sums[0] + jnp.sum(weights * (nll + z_loss * z2)), sums[1] + jnp.sum(weights * z2)), None
 
@@ -94,7 +100,7 @@ def _cross_entropy_fwd(hidden, kernel, bias, targets, weights, cap, z_loss, chun
     loss_sum, z_sum, dkernel, dbias = carry
     hidden, targets, weights = inputs
     head = _head(hidden, cast)
-    z, target = _log_partition(head, bias, targets, cap)
+    z, target = LOG_PARTITION("auto", head, bias, targets, cap)
     nll, z2 = z - target, z * z
     dz, total = LOGIT_GRADIENTS("auto", head, bias, z, targets, weights, cap=cap, z_loss=z_loss, dtype=hidden.dtype)
     dbias += total
@@ -152,7 +158,7 @@ def _one_hot(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return targets[..., None] == jnp.arange(logits.shape[-1])
 
 
-def _log_partition(head: jax.Array, bias: jax.Array, targets: jax.Array, cap: float) -> tuple[jax.Array, jax.Array]:
+def log_partition(head: jax.Array, bias: jax.Array, targets: jax.Array, cap: float) -> tuple[jax.Array, jax.Array]:
   """Logsumexp of the logits and the target's logit, (B, chunk) each.
 
   The cap bounds the logits, so nothing has to look for their maximum, unless the cap is so wide that exponentials could

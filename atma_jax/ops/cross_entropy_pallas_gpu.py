@@ -1,7 +1,8 @@
-"""Gradients of a chunk's logits as a GPU kernel: Pallas through Triton, one pass over the head's output, no atomics.
+"""A chunk's log-partition and gradients as GPU kernels: Pallas through Triton, one pass each over the head's output, no atomics.
 
-XLA would make the bias's gradient in a pass of its own over what is stored. A program takes some columns of some rows, goes
-from row to row and keeps the columns' sums in registers; XLA adds up those of all programs.
+XLA would make the bias's gradient in a pass of its own over what is stored, and sums exponentials below the memory's speed. A
+program takes some columns of some rows. For the gradients it goes from row to row and keeps the columns' sums in registers, for
+the log-partition from columns to columns with the rows' sums; XLA adds up those of all programs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ COLUMNS = 512  # of a program, at most
 THREAD_COLUMNS = 4
 ROWS = 128  # of a program
 UNROLLED = 4  # rows whose loads are under way together
+SUMMED_ROWS, SUMMED_PIECES, SUMMED_UNROLLED = 4, 64, 2  # of the log-partition's programs; pieces are of `LANES` columns
+LANES = 128
+MOST_CAP = 40  # up to which sums of exponentials of logits less the cap stay clear of float32's smallest numbers
 
 
 def supports(head: jax.Array, bias: jax.Array, log_partition: jax.Array, targets: jax.Array, weights: jax.Array,
@@ -31,6 +35,54 @@ def supports(head: jax.Array, bias: jax.Array, log_partition: jax.Array, targets
   if head.shape[-1] % 128:
     return f"takes multiples of 128 logits, not {head.shape[-1]}"
   return kernels.elsewhere("gpu")
+
+
+def sums_exponentials(head: jax.Array, bias: jax.Array, targets: jax.Array, cap: float) -> str | None:
+  """Why `log_partition` cannot serve this call, or None if it can."""
+  if cap > MOST_CAP:
+    return f"takes logits capped at {MOST_CAP} or less, not {cap}"
+  return supports(head, bias, targets, targets, targets)
+
+
+def log_partition(head: jax.Array, bias: jax.Array, targets: jax.Array, cap: float, *,
+                  interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+  """See `atma_jax.ops.cross_entropy.log_partition`; `interpret` runs the kernel without a GPU."""
+  V, bias = head.shape[-1], bias.astype(jnp.float32)
+  R = targets.size
+  columns = SUMMED_PIECES * LANES
+  grid = pl.cdiv(R, SUMMED_ROWS), pl.cdiv(V, columns)
+  sums = pl.pallas_call(
+    functools.partial(_sum_kernel, cap=cap), name="log_partition", grid=grid,
+    in_specs=[pl.BlockSpec((R, V), lambda r, c: (0, 0)), pl.BlockSpec((V,), lambda r, c: (0,))],
+    out_shape=jax.ShapeDtypeStruct((grid[1], R), jnp.float32), out_specs=pl.BlockSpec((None, R), lambda r, c: (c, 0)),
+    interpret=interpret, compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+  )(head.reshape(R, V), bias)
+  z = jnp.take_along_axis(head, targets[..., None], axis=-1, mode="clip")[..., 0] + jnp.take(bias, targets, mode="clip")
+  return cap + jnp.log(jnp.sum(sums, axis=0)).reshape(targets.shape), z * lax.rsqrt(1 + jnp.square(z / cap))
+
+
+def _sum_kernel(head_ref, bias_ref, sums_ref, *, cap: float):
+  R, V = head_ref.shape
+  rows = [pl.program_id(0) * SUMMED_ROWS + i for i in range(SUMMED_ROWS)]
+  first, pieces = pl.program_id(1) * SUMMED_PIECES, V // LANES
+
+  def some_pieces(i, sums):
+    loaded = []
+    for piece in (first + i * SUMMED_UNROLLED + j for j in range(SUMMED_UNROLLED)):
+      inside, at = piece < pieces, pl.ds(piece * LANES, LANES)
+      masks = [jnp.broadcast_to(inside & (row < R), (LANES,)) for row in rows]
+      bias = plgpu.load(bias_ref.at[at], mask=jnp.broadcast_to(inside, (LANES,)), other=0)
+      loaded.append((masks, bias, [plgpu.load(head_ref.at[row, at], mask=mask, other=0) for row, mask in zip(rows, masks)]))
+    for masks, bias, heads in loaded:
+      z = [head + bias for head in heads]
+      terms = [jnp.exp(y * lax.rsqrt(1 + jnp.square(y * (1 / cap))) - cap) for y in z]
+      sums = [total + jnp.where(mask, term, 0) for total, mask, term in zip(sums, masks, terms, strict=True)]
+    return sums
+
+  iterations = kernels.cdiv(jnp.minimum(pieces - first, SUMMED_PIECES), SUMMED_UNROLLED)
+  sums = lax.fori_loop(0, iterations, some_pieces, [jnp.zeros((LANES,), jnp.float32)] * SUMMED_ROWS)
+  for row, total in zip(rows, sums, strict=True):
+    plgpu.store(sums_ref.at[row], jnp.sum(total), mask=row < R)
 
 
 def logit_gradients(head: jax.Array, bias: jax.Array, log_partition: jax.Array, targets: jax.Array, weights: jax.Array, *,

@@ -13,13 +13,14 @@ import pytest
 from atma_jax import ops
 from atma_jax.config import ModelConfig
 from atma_jax.models import parallel
-from atma_jax.ops import short_conv_pallas_gpu
+from atma_jax.ops import rms_norm, rms_norm_pallas_gpu, short_conv_pallas_gpu, squared_gate_pallas_gpu
 from atma_jax.ops.gated_delta import api as delta_api
 from atma_jax.ops.gated_delta import pallas_gpu as delta_kernels
 from atma_jax.ops.polar_attention import api as polar_api
 from atma_jax.ops.polar_attention import pallas_gpu as polar_kernels
 from atma_jax.ops.polar_attention.pallas_gpu import Tile, Tiles
 from atma_jax.ops.short_conv import GATED
+from atma_jax.ops.squared_gate import GRADIENTS, squared_gate
 from atma_jax.sharding import make_mesh, named_sharding, spec
 from atma_jax.training.state import ModelDefinition
 
@@ -34,7 +35,7 @@ def interpreted(monkeypatch):
 
   def interpret(op, kernel):
     def run(q, k, *args, **kwargs):
-      seen.append((q.shape, k.shape) if isinstance(q, jax.Array) else q[0].shape)
+      seen.append(q[0].shape if isinstance(q, list) else (q.shape, len(k) if isinstance(k, tuple) else k.shape))
       return kernel(q, k, *args, **kwargs, interpret=True)
 
     class Entry(type(op.implementations["pallas_gpu"])):
@@ -45,6 +46,8 @@ def interpreted(monkeypatch):
   interpret(polar_api.ATTENTION, functools.partial(polar_kernels.polar_attention, tiles=TILES))
   interpret(delta_api.OP, delta_kernels.gated_delta)
   interpret(GATED, short_conv_pallas_gpu.gated_short_conv)
+  interpret(rms_norm.OP, rms_norm_pallas_gpu.sum_and_norm)
+  interpret(GRADIENTS, squared_gate_pallas_gpu.squared_gate_gradients)
   return seen
 
 
@@ -137,6 +140,37 @@ def test_gated_short_conv(interpreted, monkeypatch, implementation, arrays, axes
 
   compare(lambda projected, *vectors: ops.gated_short_conv([projected], *vectors, implementation="xla"), part, values, axes, 1e-5)
   assert set(asked) == {arrays} and set(interpreted) == ({own} if own else set())
+
+
+@pytest.mark.parametrize(("axes", "own"), [({"fsdp": 8}, (1, T, 64)), ({"data": 2, "fsdp": 2, "context": 2}, (2, T // 2, 64))])
+def test_gated_projection(interpreted, monkeypatch, axes, own):
+  """Split over rows and time; where the mesh splits hidden units it is not used."""
+  C, F, rng = 16, 64, np.random.default_rng(4)
+  values = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, T, C), (C, 2 * F), (2 * F,))]
+  monkeypatch.setattr(parallel.dispatch, "platform", lambda: "gpu")
+
+  def whole(x, kernel, bias):
+    return squared_gate(*jnp.split(x @ kernel + bias, 2, axis=-1))
+
+  compare(whole, functools.partial(parallel.gated_projection, implementation="pallas_gpu"), values, axes, 1e-5)
+  assert set(interpreted) == {(own, own)}
+  with jax.set_mesh(make_mesh(data=4, tensor=2)):
+    assert not parallel.makes_gradients_side_by_side("auto")
+
+
+@pytest.mark.parametrize(("axes", "own", "added"), [
+  ({"fsdp": 8}, (1, T, 64), 2), ({"data": 2, "tensor": 2, "context": 2}, (4, T // 2, 64), 1)])
+def test_sum_and_norm(interpreted, axes, own, added):
+  """Split over rows and time; over the tensor axis the summands are added up before they are exchanged."""
+  C, rng = 64, np.random.default_rng(5)
+  values = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, T, C),) * 3 + ((C,),) * 2]
+
+  def call(op, implementation, x, a, b, bias, weight):
+    return op(x, [a, b], bias, weight, eps=1e-6, implementation=implementation)
+
+  compare(functools.partial(call, ops.sum_and_norm, "xla"), functools.partial(call, parallel.sum_and_norm, "pallas_gpu"), values,
+          axes, 1e-5)
+  assert set(interpreted) == {(own, added)}
 
 
 def test_projections_over_tensor_exchange_nothing():

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
-from atma_jax.ops import context_parallel, cross_entropy, gated_short_conv
+from atma_jax.models import parallel
+from atma_jax.ops import context_parallel, cross_entropy, gated_short_conv, sum_and_norm
 from atma_jax.ops.cached_attention import api as cached
 from atma_jax.ops.cached_attention import chunk_pallas_gpu
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
@@ -68,8 +69,27 @@ def test_gated_short_conv(T, C, taps, arrays, dtype):
   assert text.count("@__gpu$xla.gpu.triton") == 2
 
 
-def test_logit_gradients():
-  """Chosen by "auto": one kernel in the loop over chunks."""
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_gated_projection(dtype):
+  """Chosen by "auto": one kernel, in the backward pass."""
+  B, T, C, F = 2, 300, 64, 192
+  shapes = [jax.ShapeDtypeStruct(*s) for s in (((B, T, C), dtype), ((C, 2 * F), dtype), ((2 * F,), jnp.float32))]
+  call = functools.partial(parallel.gated_projection, implementation="auto")
+  assert lowered(lambda *arguments: [call(*arguments)], *shapes).count("@__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("T, C, count", [(300, 768, 1), (1, 64, 0), (77, 1024, 3)])
+def test_sum_and_norm(T, C, count, dtype):
+  """Chosen by "auto"."""
+  vectors = [jax.ShapeDtypeStruct((C,), jnp.float32)] * 2
+  text = lowered(lambda bias, weight, x, *added: sum_and_norm(x, added, bias, weight, eps=1e-6), *vectors,
+                 *[jax.ShapeDtypeStruct((2, T, C), dtype)] * (1 + count))
+  assert text.count("@__gpu$xla.gpu.triton") == 2
+
+
+def test_cross_entropy():
+  """Chosen by "auto": two kernels in the loop over chunks."""
   B, T, C, V = 2, 300, 64, 384
   arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((C, V), (V,))]
 
@@ -77,7 +97,7 @@ def test_logit_gradients():
     targets, weights = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
     return cross_entropy(hidden, kernel, bias, targets, weights, cap=15.0, z_loss=0.1, chunk=100)[:1]
 
-  assert lowered(call, jax.ShapeDtypeStruct((B, T, C), jnp.bfloat16), *arrays).count("@__gpu$xla.gpu.triton") == 1
+  assert lowered(call, jax.ShapeDtypeStruct((B, T, C), jnp.bfloat16), *arrays).count("@__gpu$xla.gpu.triton") == 2
 
 
 @pytest.mark.parametrize("R, dtype, page, kernels", [

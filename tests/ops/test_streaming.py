@@ -18,7 +18,7 @@ from atma_jax.ops import (
   streaming,
   token_losses,
 )
-from atma_jax.ops.cross_entropy import logit_gradients
+from atma_jax.ops.cross_entropy import log_partition, logit_gradients
 from atma_jax.ops.gated_delta import chunked
 from atma_jax.ops.polar_attention import xla
 
@@ -141,6 +141,24 @@ def test_logit_gradients_of_the_kernel_are_those_of_the_formula(B, T, V, z_loss)
     largest = np.abs(expected[0]).max()
     np.testing.assert_allclose(np.asarray(dz, np.float64), expected[0], rtol=0, atol=(unit + 2.0**-19) * largest)
     np.testing.assert_allclose(dbias, expected[1], rtol=0, atol=2.0**-19 * np.abs(expected[0]).sum((0, 1)).max())
+
+
+@pytest.mark.parametrize("B, T, V, cap", [(2, 7, 384, 15.0), (1, 1, 128, 30.0), (3, 5, 640, 2.0)])
+def test_log_partition_of_the_kernel_is_that_of_the_formula(monkeypatch, B, T, V, cap):
+  monkeypatch.setattr(cross_entropy_pallas_gpu, "SUMMED_PIECES", 2)
+  rng = np.random.default_rng(T)
+  head, bias = 8 * rng.normal(size=(B, T, V)), rng.normal(size=V)
+  targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+  with jax.enable_x64(True):
+    expected = [np.asarray(x) for x in log_partition(jnp.asarray(head), jnp.asarray(bias), targets, cap)]
+  kernel = functools.partial(cross_entropy_pallas_gpu.log_partition, cap=cap, interpret=True)
+  first, second = (jax.jit(kernel)(jnp.asarray(head, jnp.float32), jnp.asarray(bias, jnp.float32), targets) for _ in range(2))
+  for a, b, c in zip(first, expected, second, strict=True):
+    assert a.dtype == jnp.float32 and bool(jnp.all(a == c))
+    np.testing.assert_allclose(a, b, rtol=0, atol=2 * cap * 2.0**-22)  # exponents of up to twice the cap, rounded a few times
+  monkeypatch.setattr(cross_entropy_pallas_gpu.kernels, "elsewhere", lambda device: None)
+  refusal = functools.partial(cross_entropy_pallas_gpu.sums_exponentials, jnp.asarray(head, jnp.float32), jnp.zeros(V), targets)
+  assert refusal(cap) is None and "capped" in refusal(50.0)
 
 
 def test_full_logits_never_exist():

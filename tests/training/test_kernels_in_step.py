@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from atma_jax.models import layers
 from atma_jax.models.model import REMAT_POLICIES
 from atma_jax.models.transformer import Group
 from atma_jax.ops import dispatch
@@ -29,9 +30,9 @@ BACKWARD = {
                  "gated_delta_read_chunks_back", "gated_delta_write_chunks_back"),
   "pallas_tpu": ("polar_attention_dq", "polar_attention_dkv", "gated_delta_back"),
 }
-
-
 LOCAL = {"pallas_gpu": ("gated_short_conv", "gated_short_conv_back"), "pallas_tpu": ()}  # forward and backward, of a local layer
+# Of any layer, forward and backward: two norms, a gate.
+EVERY = {"pallas_gpu": ({"sum_and_norm": 2}, {"sum_and_norm_back": 2, "squared_gate_gradients": 1}), "pallas_tpu": ({}, {})}
 
 
 def tiny(implementation: str, remat: str, scan: bool) -> Config:
@@ -77,9 +78,16 @@ def test_a_kernel_runs_once_a_layer_and_forward_ones_again_only_under_full_remat
   live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   layers = 2 if scan else 1
   local = config.model.num_layers - layers
-  assert kernels(live) == {name: layers * forwards for name in FORWARD[implementation]} | dict.fromkeys(
-    BACKWARD[implementation], layers) | {name: local * times for name, times in zip(LOCAL[implementation], (forwards, 1))
-  } | ({"logit_gradients": 2} if implementation == "pallas_gpu" else {})  # of two chunks
+  expected = {name: layers * forwards for name in FORWARD[implementation]} | dict.fromkeys(
+    BACKWARD[implementation], layers) | {name: local * times for name, times in zip(LOCAL[implementation], (forwards, 1))} | {
+    name: (layers + local) * times * count for times, counts in zip((forwards, 1), EVERY[implementation])
+    for name, count in counts.items()
+  }
+  if implementation == "pallas_gpu":
+    expected |= {"log_partition": 2, "logit_gradients": 2}  # of two chunks
+    for name in () if scan else ("sum_and_norm", "sum_and_norm_back"):  # of the last sum; a scan ends with that of its stream
+      expected[name] += 1
+  assert kernels(live) == expected
 
 
 def test_remat_dots_keeps_the_residual_stream_and_what_norms_divide_by():
@@ -104,6 +112,28 @@ def test_remat_dots_keeps_the_residual_stream_and_what_norms_divide_by():
   sums = [eqn for eqn in backward.eqns if eqn.primitive.name == "reduce_sum" and eqn.params["axes"] == (2,)
           and eqn.invars[0].aval.shape == (2, 24, C)]
   assert len(sums) == 4  # of the norms' gradients
+
+
+@pytest.mark.parametrize("platform, named", [("gpu", 7), ("cpu", 0)])
+def test_remat_dots_keeps_what_lies_between_a_global_mixers_kernels_on_a_gpu(monkeypatch, platform, named):
+  """Queries, keys and values, the memory's queries and keys, and what the two large output products take."""
+  monkeypatch.setattr(dispatch, "platform", lambda: platform)
+  config = tiny("auto", "dots", scan=False).model
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: Group(config, ("global",), rngs=nnx.Rngs(0))))
+
+  def gradient(params, x):
+    blocks = jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)(x)[0], policy=REMAT_POLICIES["dots"])
+    y, transpose = jax.vjp(blocks, params, x)
+    return transpose(y)
+
+  eqns = jax.make_jaxpr(gradient)(params, jax.ShapeDtypeStruct((2, 64, 128), jnp.bfloat16)).jaxpr.eqns
+  backward, = (eqn.params["jaxpr"] for eqn in eqns if eqn.params.get("policy") is REMAT_POLICIES["dots"])
+  backward, _ = partial_eval.dce_jaxpr(backward, [True] * len(backward.outvars))
+
+  def count(eqns):
+    return sum(eqn.primitive.name == "name" and eqn.params["name"] == layers.REUSED for eqn in eqns)
+
+  assert count(eqns) == named and count(backward.eqns) == 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
