@@ -191,14 +191,13 @@ class GlobalMixer(nnx.Module):
       k, canon_k = _canon(k, self.canon_k, past.canon_k, span, "kv_heads")
       v, canon_v = _canon(v, self.canon_v, past.canon_v, span, "kv_heads")
       histories = canon_q, canon_k, canon_v
-    q, k, v = map(layers.reused, (q, k, v))
     if trace is not None:
       trace |= {"q": q, "k": k, "v": v}
     if span is None:
       heads, magnitude = self.core(q, k, v, trace)
     else:
       heads, magnitude, keys = self.core.extend(q, k, v, past, span, reach)
-    found = [layers.reused((heads * jax.nn.sigmoid(gate)).reshape(B, T, -1))]
+    found = [(heads * jax.nn.sigmoid(gate)).reshape(B, T, -1)]
     if magnitude is not None:
       found.append(magnitude)
     if config.memory.enabled:

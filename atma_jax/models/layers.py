@@ -23,7 +23,6 @@ FEW_ROWS = 16  # rows of the smallest tile of a GPU's matrix units
 # Names of what is kept for the backward pass beside matrix products: the residual stream, in place of the products that are
 # added to it and that nothing else needs, and the norms' sums, which are small and would have it read once more.
 RESIDUAL, NORM_SUM = "residual_stream", "norm_sum"
-REUSED = "reused"  # on a GPU, what lies between the products and kernels of a global mixer, and would be written again
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -96,11 +95,6 @@ def unit_rms(x: jax.Array, eps: float) -> jax.Array:
 def head_norm(x: jax.Array) -> jax.Array:
   """The weightless norm of every head (B, T, H, D); eps is float32's machine epsilon."""
   return unit_rms(x, float(jnp.finfo(jnp.float32).eps))
-
-
-def reused(x: jax.Array) -> jax.Array:
-  """x, kept for the backward pass on a GPU, where its memory is cheaper than a pass over what it is made of."""
-  return checkpoint_name(x, REUSED) if dispatch.platform() == "gpu" else x
 
 
 def unit_length(x: jax.Array) -> jax.Array:

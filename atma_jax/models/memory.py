@@ -52,7 +52,7 @@ class Memory(nnx.Module):
     With a `layer`, T is 1 and the state that of several layers, (layers, B, H, D, D), before and after.
     """
     config, wide, shape = self.config, jnp.promote_types(jnp.float32, gate.dtype), q.shape[:2]
-    q, k = (layers.reused(layers.unit_length(z)) for z in (q, k))
+    q, k = layers.unit_length(q), layers.unit_length(k)
     log_gamma = self.log_gamma(gamma)
     beta = jax.nn.sigmoid(beta.astype(wide) + config.memory.beta_bias)
     if span is not None:
@@ -66,7 +66,7 @@ class Memory(nnx.Module):
                                    implementation=config.implementation)
     if trace is not None:
       trace |= {"log_gamma": log_gamma, "beta": beta, "readout": readout, "memory": state}
-    return layers.reused(layers.head_norm(readout).reshape(gate.shape) * jax.nn.sigmoid(gate)), state
+    return layers.head_norm(readout).reshape(gate.shape) * jax.nn.sigmoid(gate), state
 
   def log_gamma(self, gate: jax.Array) -> jax.Array:
     """Log-decay of the decay gate's output (..., H), in float32 or wider.

@@ -25,8 +25,7 @@ REMAT_POLICIES = {
   "none": jax.checkpoint_policies.everything_saveable,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS, layers.RESIDUAL, layers.NORM_SUM, layers.REUSED,
-                                                  squared_gate.RESULT)),
+    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS, layers.RESIDUAL, layers.NORM_SUM, squared_gate.RESULT)),
   "block": jax.checkpoint_policies.nothing_saveable,
 }
 
