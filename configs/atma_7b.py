@@ -8,7 +8,7 @@ Sizes: the published block at four times its width: heads of 128 and four query 
 8/3 C wide, rounded to a multiple of 256, instead of 4 C, so that its three matrices hold 8 C^2 as those of ungated 7B models do;
 with 4 C and two more C^2 of mixer the same depth would make 9.2B. 32 blocks: 24 local, 8 global with memory.
 Data: FineWeb-Edu as GPT-2 token shards (`.bin`), documents joined by the end-of-text token.
-Hardware: 128 chips of v5p. Expected by `compile_ahead`: 28.8 of 95.7 GiB a device, a step of 4.1 s or more (the arithmetic's bound).
+Hardware: 128 chips of v5p. `compile_ahead` expects 28.8 of 95.7 GiB a device and steps of 4.1 s or more (arithmetic).
 """
 
 from atma_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -20,8 +20,9 @@ from atma_jax.evaluation.plots import GRAY, multiple_label, style_axes
 from atma_jax.evaluation.report_figures import PALETTE
 
 PANELS = ("document_loss", "stream_loss", "needle_accuracy")  # of `MEASURES`, those that have a length
-STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+STYLES = tuple(zip(("-", "--", ":", "-.") * 2, "os^DvPX*", strict=True))
 _NAMED = 12  # settings; of more the legend names the colours only
+_LETTERS = 11  # of the legend in an inch
 
 
 def plot_curves(path: pathlib.Path, title: str, settings: Sequence[Setting]) -> list[pathlib.Path]:
@@ -38,7 +39,9 @@ def plot_curves(path: pathlib.Path, title: str, settings: Sequence[Setting]) -> 
   if len(names) > _NAMED:
     names = [name.split(" ")[0] for name in names]
   legend = dict(zip(names, handles, strict=True))
-  figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+  columns = int(figure.get_figwidth() * _LETTERS / (max(map(len, legend)) + 8))  # 8: the line and the space between
+  figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(max(columns, 1), 6), frameon=False,
+                fontsize=9)
   return [write_file(path, lambda p: figure.savefig(p, format="png"))]
 
 
