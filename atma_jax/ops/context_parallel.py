@@ -200,7 +200,7 @@ def _ring_fwd(q, k, v, scale, split):
 
   # All stops in one loop: the last need not pass its keys on, but a body of its own would double the program.
   (statistics, _), _ = jax.lax.scan(stop, (statistics, keys), jnp.arange(split.stops))
-  statistics = checkpoint_name(statistics, dispatch.KERNEL_OUTPUTS[0])
+  statistics = checkpoint_name(statistics, dispatch.POLAR_ATTENTION)
   return steps.statistics(statistics), (q, k, v, scale, statistics)
 
 
@@ -243,7 +243,7 @@ def _memory(q, k, v, log_gamma, beta, axis, implementation):
 
 def _memory_fwd(q, k, v, log_gamma, beta, axis, implementation):
   A, N = TRANSITION.implementations[implementation].function(k, v, log_gamma=log_gamma, beta=beta)
-  A, start = checkpoint_name((A, _states_before(A, N, axis)), dispatch.KERNEL_OUTPUTS[1])
+  A, start = checkpoint_name((A, _states_before(A, N, axis)), dispatch.GATED_DELTA)
 
   def run(q, k, v, log_gamma, beta, state):
     op = MEMORY.implementations[implementation].function

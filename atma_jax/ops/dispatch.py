@@ -21,7 +21,8 @@ from typing import Any
 import jax
 
 # Names of what a backward pass would otherwise run a kernel again for.
-KERNEL_OUTPUTS = ("polar_attention", "gated_delta", "gated_short_conv", "sum_and_norm")
+KERNEL_OUTPUTS = POLAR_ATTENTION, GATED_DELTA, GATED_SHORT_CONV, SUM_AND_NORM = (
+  "polar_attention", "gated_delta", "gated_short_conv", "sum_and_norm")
 NAMES = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
 
 _log = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ def formula(x: jax.Array, added: tuple[jax.Array, ...], bias: jax.Array, weight:
   """See `sum_and_norm`."""
   wide = jnp.result_type(jnp.float32, x)
   if added:
-    x = checkpoint_name((sum((y.astype(wide) for y in added), x.astype(wide)) + bias).astype(x.dtype), dispatch.KERNEL_OUTPUTS[3])
+    x = checkpoint_name((sum((y.astype(wide) for y in added), x.astype(wide)) + bias).astype(x.dtype), dispatch.SUM_AND_NORM)
   s = x.astype(wide)
-  mean = checkpoint_name(jnp.mean(s * s, -1, keepdims=True), dispatch.KERNEL_OUTPUTS[3])
+  mean = checkpoint_name(jnp.mean(s * s, -1, keepdims=True), dispatch.SUM_AND_NORM)
   return x, (s * jax.lax.rsqrt(mean + eps) * weight).astype(x.dtype)

@@ -56,7 +56,7 @@ def _run_forward(x, added, bias, weight, eps, interpret):
   *s, normed, inverse = _call("forward", functools.partial(_forward_kernel, eps=eps), (x, *added), (bias, weight),
                               (*[rows] * (1 + bool(added)), inverse), interpret)
   s, normed, inverse = checkpoint_name(([z.reshape(x.shape) for z in s], normed.reshape(x.shape), inverse),
-                                       dispatch.KERNEL_OUTPUTS[3])
+                                       dispatch.SUM_AND_NORM)
   s = s[0] if added else x
   return (s, normed), (s, inverse, bias, weight, (None,) * len(added))
 

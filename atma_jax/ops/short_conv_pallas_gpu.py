@@ -55,7 +55,7 @@ def _run(projected, weight, bias, interpret):
 def _run_forward(projected, weight, bias, interpret):
   y = jax.ShapeDtypeStruct((*projected[0].shape[:2], weight.shape[1]), projected[0].dtype)
   (y,) = _call("forward", _forward_kernel, projected, (weight, bias), (y,), None, interpret)
-  return checkpoint_name(y, dispatch.KERNEL_OUTPUTS[2]), (projected, weight, bias)
+  return checkpoint_name(y, dispatch.GATED_SHORT_CONV), (projected, weight, bias)
 
 
 def _run_backward(interpret, residuals, dy):
