@@ -7,8 +7,8 @@ Four tables, all in one process so that their numbers can be compared:
 * ``ops``: forward and forward + backward of polar attention, its softmax rival and the gated delta; TFLOP/s of the causal
   half (3.5 x for forward + backward; the delta's recurrence 8 D^2 a step, 3 x) and their fraction of a large matrix
   product; relative error of outputs and of the worst gradient against the float32 oracle, at a length of at most 512.
-* ``step``: the recipe's training step on random tokens, one microbatch of --step_tokens and the optimizer, each also by
-  itself, and what that makes at the recipe's batch size.
+* ``step``: the recipe's training step on random tokens: one microbatch of --step_tokens with the optimizer, the recipe's
+  whole batch in such microbatches, and the optimizer alone.
 * ``forward``: the recipe's model on long sequences.
 * ``generation``: prefill and decoding of one sequence at --contexts, decoding of --batches sequences at --batch_context, each
   step's time beside the bytes it must move over the bandwidth of a copy.

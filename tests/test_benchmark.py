@@ -19,7 +19,8 @@ def test_every_table_on_small_shapes(benchmark):
                      "--table=ops,step,forward")
   assert result.returncode == 0, result.stderr
   for expected in ("| polar | xla | 1 x 40 | 2 |", "| softmax | xla | 1 x 40 | 1 |", "| gated delta | xla | 1 x 40 |",
-                   "| step, optimizer included |", "| 64 |"):
+                   "| step, optimizer included, 1 x 128 tokens |", "| step, optimizer included, 4 x 128 tokens |",
+                   "| 64 |"):
     assert expected in result.stdout
 
 
@@ -42,8 +43,8 @@ def test_tuning_tries_every_kernel_and_prints_entries(benchmark):
   assert all(isinstance(eval(entry, vars(tiles)), (tiles.Tiles, tiles.Carry)) for entry in entries) and len(entries) == 4
 
 
-@pytest.mark.parametrize("flag", ["--table=ops,speed", "--shapes=8", "--shapes=axb", "--step_tokens=100", "--forward_lengths=x",
-                                  "--contexts=0"])
+@pytest.mark.parametrize("flag", ["--table=ops,speed", "--shapes=8", "--shapes=axb", "--step_tokens=100", "--step_tokens=384",
+                                  "--forward_lengths=x", "--contexts=0"])
 def test_bad_flags_are_one_line(benchmark, flag):
   result = benchmark("--table=step", flag)
   assert result.returncode == 2 and flag.split("=")[0] in result.stderr

@@ -135,45 +135,42 @@ def ops_table(config: Config, shapes: list[tuple[int, int]], repeats: int, seed:
 
 
 def step_table(config: Config, step_tokens: int, repeats: int, seed: int) -> None:
-  """Prints time, throughput and memory of a microbatch's step, and of the optimizer alone."""
+  """Prints time, throughput and memory of a microbatch's step and of the recipe's, and the time of the optimizer alone."""
   T = config.data.sequence_length
+  tokens_per_update = config.data.batch_size * T
   if step_tokens % T:
     raise UserError(f"--step_tokens={step_tokens}: must be a multiple of config.data.sequence_length={T}")
-  tokens_per_update = config.data.batch_size * T
-  config.data.batch_size, config.train.accumulation = step_tokens // T, 1
+  if tokens_per_update > step_tokens and tokens_per_update % step_tokens:
+    raise UserError(f"--step_tokens={step_tokens}: must divide the {tokens_per_update} tokens of the recipe's batch")
+  print(f"\n| {config.name}, T {T}, remat {config.model.remat}, scan {config.model.scan} | ms | tokens/s | memory GiB | "
+        "compiled in s |\n|---|---|---|---|---|")
   mesh = make_mesh()
   with jax.set_mesh(mesh):
     definition = ModelDefinition(config.model)
     optimizer = optimizer_for(config, definition)
-    state = create_state(config, definition, optimizer, mesh)
-    tokens = jax.random.randint(jax.random.key(seed), (config.data.batch_size, T + 1), 0, config.model.vocab_size)
-    tokens = jax.device_put(tokens, named_sharding(mesh, ("batch", None)))
-    start = time.perf_counter()
-    step = make_train_step(config, definition, optimizer, mesh, state).lower(state, tokens).compile()
-    compile_s, memory = time.perf_counter() - start, step.memory_analysis()
-    update = jax.jit(optimizer.update).lower(state.params, state.opt_state, state.params).compile()
-    update_ms = milliseconds(update, state.params, state.opt_state, state.params, repeats=min(repeats, 3))
+    for accumulation in sorted({1, max(1, tokens_per_update // step_tokens)}):
+      config.data.batch_size, config.train.accumulation = accumulation * step_tokens // T, accumulation
+      state = create_state(config, definition, optimizer, mesh)
+      tokens = jax.random.randint(jax.random.key(seed), (config.data.batch_size, T + 1), 0, config.model.vocab_size)
+      tokens = jax.device_put(tokens, named_sharding(mesh, ("batch", None)))
+      start = time.perf_counter()
+      step = make_train_step(config, definition, optimizer, mesh, state).lower(state, tokens).compile()
+      compile_s, memory = time.perf_counter() - start, step.memory_analysis()
+      peak = (memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+              - memory.alias_size_in_bytes)
+      if accumulation == 1:
+        update = jax.jit(optimizer.update).lower(state.params, state.opt_state, state.params).compile()
+        update_ms = milliseconds(update, state.params, state.opt_state, state.params, repeats=min(repeats, 3))
 
-    def steps():
-      nonlocal state
-      state, metrics = step(state, tokens)
-      return metrics
+      def steps(step=step, tokens=tokens):
+        nonlocal state
+        state, metrics = step(state, tokens)
+        return metrics
 
-    step_ms = milliseconds(steps, repeats=repeats)
-  share = tokens_per_update / step_tokens
-  amortised = step_ms - update_ms + update_ms / share
-  peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  print("\n| training step | value |\n|---|---|")
-  for name, value in {
-    f"{config.name}, {config.data.batch_size} x {T} tokens, remat {config.model.remat}, scan {config.model.scan}": "",
-    "compilation": f"{compile_s:.1f} s",
-    "memory": f"{peak / 2**30:.1f} GiB",
-    "step, optimizer included": f"{step_ms:.1f} ms, {step_tokens / step_ms * 1e3:,.0f} tokens/s",
-    "optimizer alone": f"{update_ms:.1f} ms",
-    f"at {tokens_per_update:,} tokens an update": f"{step_tokens / amortised * 1e3:,.0f} tokens/s, optimizer "
-                                                 f"{update_ms / share / amortised:.1%} of the time",
-  }.items():
-    print(f"| {name} | {value} |", flush=True)
+      ms = milliseconds(steps, repeats=repeats)
+      print(f"| step, optimizer included, {accumulation} x {step_tokens:,} tokens | {ms:.1f} | "
+            f"{accumulation * step_tokens / ms * 1e3:,.0f} | {peak / 2**30:.1f} | {compile_s:.1f} |", flush=True)
+  print(f"| optimizer alone, {update_ms / ms:.1%} of the last | {update_ms:.1f} | | | |", flush=True)
 
 
 def forward_table(config: Config, lengths: list[int], seed: int) -> None:
