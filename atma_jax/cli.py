@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from atma_jax.config import Config, RetentionCap, RunError, UserError, retention_cap, unknown_name
+from atma_jax.config import COUNT_LENGTHS, Config, RetentionCap, RunError, UserError, retention_cap, unknown_name
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -75,10 +75,11 @@ def define_retention_flags() -> Callable[[], RetentionCap | None]:
   return lambda: retention_cap(tokens.value, heads.value)
 
 
-def define_null_length_flag() -> flags.FlagHolder:
-  """Defines ``--null_length`` for a main."""
-  return flags.DEFINE_integer("null_length", None, "Visible keys at which polar attention's null stops growing, such as the "
-                              "training length; 0 is never; default is the model's own.", lower_bound=0)
+def define_count_flags() -> Callable[[], dict[str, int | None]]:
+  """Defines ``--null_length`` and ``--count_length`` for a main; what is returned gives them as `load_model` takes them."""
+  holders = [flags.DEFINE_integer(name, None, f"Visible keys {what}, such as the training length; 0 is never; default is the "
+                                  "model's own.", lower_bound=0) for name, what in COUNT_LENGTHS.items()]
+  return lambda: {holder.name: holder.value for holder in holders}
 
 
 def load_recipe(path: str) -> Config:

@@ -23,6 +23,8 @@ INITS = ("default", "published", "mimetic")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMATS = ("none", "dots", "block")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
+COUNT_LENGTHS = {"null_length": "at which polar attention's null stops growing",
+                 "count_length": "past which polar attention's null and magnitude are told the count relative to it"}
 CLIP_BASES = ("sum", "mean")
 MUON_VARIANTS = ("published", "quintic5")
 OPTIMIZERS = ("muon", "adamw")
@@ -72,6 +74,7 @@ class ModelConfig:
   attention: str = "polar"
   window: int | None = None  # keys each query may see; None is full causal attention
   null_length: int | None = None  # visible keys at which polar attention's null logit stops growing; None is never, as published
+  count_length: int | None = None  # visible keys past which null and magnitude are told the count relative to it; None is never
   direction_scale: float = 1.0  # length of polar attention's direction; 1 as published, sqrt(head_dim) gives unit mean square
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
   raven: RavenConfig = dataclasses.field(default_factory=RavenConfig)
@@ -285,7 +288,8 @@ def _validate_model(m: ModelConfig) -> None:
   _require(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", m.num_kv_heads,
            f"a divisor of model.num_heads={m.num_heads}")
   _require(m.window is None or m.window > 0, "model.window", m.window, "None or at least 1")
-  _require(m.null_length is None or m.null_length > 0, "model.null_length", m.null_length, "None or at least 1")
+  for name in COUNT_LENGTHS:
+    _require((n := getattr(m, name)) is None or n > 0, f"model.{name}", n, "None or at least 1")
   _require(0 < m.direction_scale < math.inf, "model.direction_scale", m.direction_scale, "greater than 0")
   _require(m.attention != "rope" or m.head_dim % 4 == 0, "model.head_dim", m.head_dim,
            "a multiple of 4 when model.attention='rope'")

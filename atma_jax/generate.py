@@ -40,7 +40,7 @@ _ROWS = flags.DEFINE_integer("rows", 8, "Prompts of a file decoded at once.", lo
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
 _FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.")
 _STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at the text.", lower_bound=1)
-_CAP, _NULL_LENGTH = cli.define_retention_flags(), cli.define_null_length_flag()
+_CAP, _COUNTS = cli.define_retention_flags(), cli.define_count_flags()
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Of keys and values; default is the model's.")
 
 
@@ -56,7 +56,7 @@ def main() -> None:
   sampling = Sampling(**{name: tuple(flag.value) if name == "stop" else flag.value for name, flag in _SAMPLING.items()})
   prompts = [_PROMPT.value] if given[0] is _PROMPT else [read_text("prompt_file", _PROMPT_FILE.value)] if (
     given[0] is _PROMPT_FILE) else read_lines("prompts_file", _PROMPTS_FILE.value)
-  config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, null_length=_NULL_LENGTH.value)
+  config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, **_COUNTS())
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
   capacity = 1 << (len(before) + max(len(tokenizer.encode(p)) for p in prompts) + sampling.max_tokens).bit_length()
   rows = -(-min(_ROWS.value, len(prompts)) // jax.device_count()) * jax.device_count()  # split over all devices

@@ -40,7 +40,7 @@ _STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at
 _PREFIXES = flags.DEFINE_integer("prefixes", 4, "Prompts whose state is kept for those that go on from them.", lower_bound=0)
 _LOGPROBS = flags.DEFINE_integer("max_logprobs", 5, "Likeliest tokens a request may ask for.", lower_bound=0)
 _PROMPT_LOGPROBS = flags.DEFINE_boolean("prompt_logprobs", True, "Serve echo with logprobs, which scores prompts.")
-_CAP, _NULL_LENGTH = cli.define_retention_flags(), cli.define_null_length_flag()
+_CAP, _COUNTS = cli.define_retention_flags(), cli.define_count_flags()
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share a copy of the model; the others split the rows.", lower_bound=1)
 _LIMITS = {field.name: _DEFINE[type(field.default)](field.name, field.default, field.metadata["help"])
            for field in dataclasses.fields(Limits)}
@@ -59,8 +59,7 @@ def main() -> int:
   except ValueError as error:
     raise UserError(f"--tensor={_TENSOR.value}: {error}") from error
   listener = listen(_HOST.value, _PORT.value)
-  config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh, ema=_EMA.value,
-                                              null_length=_NULL_LENGTH.value)
+  config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh, ema=_EMA.value, **_COUNTS())
   model = with_retention_cap(model, _CAP())
   options = {"capacity": _CAPACITY.value, "prefixes": _PREFIXES.value, "cache_dtype": _CACHE_DTYPE.value}
   sizes = sizes_within(config.model, _CACHE_GIB.value, rows=_ROWS.value, page=_PAGE.value, parts=mesh.shape["data"], **options)

@@ -19,7 +19,7 @@ def test_stored_configuration_comes_back():
   assert Config.from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize(("field", "value"), [("null_length", 0), ("window", -1)])
+@pytest.mark.parametrize(("field", "value"), [("null_length", 0), ("count_length", 0), ("window", -1)])
 def test_bounds_are_positive(field, value):
   config = Config()
   setattr(config.model, field, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from atma_jax.config import RetentionCap, UserError, retention_cap
+from atma_jax.config import COUNT_LENGTHS, RetentionCap, UserError, retention_cap
 
 
 def _option(default: Any, description: str) -> Any:
@@ -57,8 +57,9 @@ class Options:
   memory_gib: float | None = _option(None, "Most that a program may take on a device; default is what is free.")
   context: int = _option(1, "Devices over which a sequence is split; a divisor of all.")
   keep_window: bool = _option(False, "Keep the attention window of training; else every key is seen.")
-  null_length: int | None = _option(None, "Visible keys at which polar attention's null stops growing, such as the training "
-                                    "length; 0 is never; default is the model's own.")
+  null_length: int | None = _option(None, f"Visible keys {COUNT_LENGTHS['null_length']}, such as the training length; 0 is "
+                                    "never; default is the model's own.")
+  count_length: int | None = _option(None, f"Visible keys {COUNT_LENGTHS['count_length']}; as --null_length.")
   retention_cap: float | None = _option(None, "Half-life in tokens that the memory is held to; default is none.")
   retention_heads: str = _option("all", "Heads held to it: all, worst, or LAYER:HEAD pairs such as 6:3,10:1.")
   retention_cap_sweep: tuple[str, ...] = _option((), "Caps to compare, each by itself, such as none,256,1024.")
@@ -73,8 +74,9 @@ class Options:
       raise UserError(f"--multiples={','.join(map(str, self.multiples))}: must be whole numbers, each at least 1")
     if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):
       raise UserError(f"--depths={','.join(f'{d:g}' for d in self.depths)}: must be percentages from 0 to 100")
-    if self.null_length is not None and self.null_length < 0:
-      raise UserError(f"--null_length={self.null_length}: must be a number of keys, or 0 for no end")
+    for name in COUNT_LENGTHS:
+      if (length := getattr(self, name)) is not None and length < 0:
+        raise UserError(f"--{name}={length}: must be a number of keys, or 0 for no end")
     if self.seed < 0 or self.bpb_span < 0:
       raise UserError(f"--seed={self.seed}, --bpb_span={self.bpb_span}: must be at least 0")
     self.caps()

@@ -21,7 +21,8 @@ import jax
 from atma_jax.config import UserError
 
 SCHEMA = 1
-VARIANTS = ("ema", "window", "null_length")  # fields that only some records have; without one means without it, not with any
+# Fields that only some records have; without one means without it, not with any.
+VARIANTS = ("ema", "window", "null_length", "count_length")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,17 +89,18 @@ def group(records: Iterable[Record]) -> list[Run]:
   """Runs in the order of their first record. Of what was measured more than once, with whatever options, the latest counts."""
   grouped: dict[tuple, dict[tuple, Record]] = {}
   for record in records:
-    variant = bool(record.get("ema")), record.get("window"), record.get("null_length"), _cap(record)
+    variant = bool(record.get("ema")), record.get("window"), record.get("null_length"), record.get("count_length"), _cap(record)
     run = record["checkpoint"], record["step"], *variant
     key = (record["suite"], record["measure"], record["length"], *(record.get(name) for name in _KEY),
            *(record["settings"].get(name) for name in _SETTINGS))
     grouped.setdefault(run, {}).pop(key, None)
     grouped[run][key] = record
   runs = []
-  for (checkpoint, step, ema, window, null, cap), latest in grouped.items():
+  for (checkpoint, step, ema, window, null, count, cap), latest in grouped.items():
     window = "" if window is None else f", window {window}"
     null = "" if null is None else f", null to {null}"
-    label = f"{next(iter(latest.values()))['name']}, step {step}" + ", EMA" * ema + window + null + cap
+    count = "" if count is None else f", counts to {count}"
+    label = f"{next(iter(latest.values()))['name']}, step {step}" + ", EMA" * ema + window + null + count + cap
     if any(run.label == label for run in runs):
       label += f" ({pathlib.PurePath(checkpoint).name} {len(runs) + 1})"
     runs.append(Run(label, list(latest.values())))

@@ -13,7 +13,7 @@ from absl import logging
 import jax
 
 from atma_jax import distributed
-from atma_jax.config import UserError, unknown_name
+from atma_jax.config import COUNT_LENGTHS, UserError, unknown_name
 from atma_jax.data.pipeline import heldout_documents, validation_stream
 from atma_jax.evaluation import plots
 from atma_jax.evaluation.babilong import babilong_cells
@@ -59,7 +59,7 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
   except ValueError as error:
     raise UserError(f"--context={options.context}: {error}") from error
   config, model, tokenizer, step = load_model(checkpoint, options.step, mesh, ema=options.ema,
-                                              null_length=options.null_length)
+                                              null_length=options.null_length, count_length=options.count_length)
   model = model if options.keep_window else at_full_context(model)
   directory = pathlib.Path(options.data or config.data.directory)
   if not (directory / "manifest.json").is_file():
@@ -80,8 +80,7 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
     common["ema"] = True
   if model.config.window is not None:
     common["window"] = model.config.window
-  if model.config.null_length is not None:
-    common["null_length"] = model.config.null_length
+  common |= {name: length for name in COUNT_LENGTHS if (length := getattr(model.config, name)) is not None}
   extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__, "code": code_version(),
            "hardware": hardware(), "limits": {"batch_tokens": options.batch_tokens, "chunk": options.chunk,
                                               "prefill_chunk": options.prefill_chunk, "memory_gib": options.memory_gib}}

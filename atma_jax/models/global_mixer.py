@@ -20,7 +20,7 @@ from atma_jax.ops import rotary_embedding
 from atma_jax.ops.cached_attention.api import cached_polar_attention, cached_softmax_attention
 from atma_jax.ops.dispatch import fitting_implementation
 from atma_jax.ops.distractors import polar_distractor_loss, softmax_distractor_loss
-from atma_jax.ops.polar_attention.formula import positional_logits
+from atma_jax.ops.polar_attention.formula import per_query
 from atma_jax.sharding import parts
 
 ROPE_SCALE = 0.12
@@ -63,15 +63,15 @@ class PolarCore(nnx.Module):
     """Mean softmax mass that random keys (R, K, D) take from the null."""
     del values
     T, D = trace["q"].shape[1], self.config.head_dim
-    temperature, null = positional_logits(self.null_base[...], self.null_slope[...], self.len_gain[...], queries=T, keys=T,
-                                          window=self.config.window, null_length=self.config.null_length)
+    numbers = {name: value for name, value in self.parameters().items() if name != "v_null"}
+    temperature, null, _ = per_query(**numbers, queries=T, keys=T)
     return polar_distractor_loss(trace["q"], keys, temperature / math.sqrt(D), null)
 
   def parameters(self) -> dict[str, Any]:
     """Keyword arguments of `polar_attention` and `polar_statistics`."""
     return {"v_null": self.v_null[...], "null_base": self.null_base[...], "null_slope": self.null_slope[...],
             "len_gain": self.len_gain[...], "mag_beta": self.mag_beta[...], "window": self.config.window,
-            "null_length": self.config.null_length}
+            "null_length": self.config.null_length, "count_length": self.config.count_length}
 
 
 class SoftmaxCore(nnx.Module):

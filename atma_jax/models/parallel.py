@@ -35,10 +35,10 @@ def check_length(T: int) -> None:
 
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, null_length: int | None,
-                    implementation: str, **raw: jax.Array) -> tuple[jax.Array, jax.Array]:
+                    count_length: int | None, implementation: str, **raw: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`atma_jax.ops.polar_attention` of whole sequences."""
   call = _attention(context_parallel.polar_attention, ops.polar_attention, implementation=implementation, window=window,
-                    null_length=null_length)
+                    null_length=null_length, count_length=count_length)
   if active_mesh() is None:
     return call(q, k, v, **raw)
   heads = {name: ("heads", None) if value.ndim == 2 else ("heads",) for name, value in raw.items()}

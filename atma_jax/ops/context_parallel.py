@@ -51,17 +51,18 @@ TRANSITION = dispatch.Op("gated_delta over a split sequence", {
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    null_length: int | None = None, axis: str, implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
+                    null_length: int | None = None, count_length: int | None = None, axis: str,
+                    implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
   """`atma_jax.ops.polar_attention` of a sequence split over mesh axis `axis`; q (B, T, H, D), k and v (B, T, K, D)."""
-  check(q, k, v, window, null_length)
+  check(q, k, v, window, null_length, count_length)
   split = _Split(q.shape[1], axis, window, ATTENTION.resolve(implementation, q, k, v))
   q, k, v = map(split.deal, (q, k, v))
   visible = split.positions() + 1
-  temp, null = formula.logits_of_counts(null_base, null_slope, len_gain,
-                                        visible if window is None else jnp.minimum(visible, window), null_length)
+  temp, null, rate = formula.of_counts(null_base, null_slope, len_gain, mag_beta,
+                                       visible if window is None else jnp.minimum(visible, window), null_length, count_length)
   dtype = formula.accumulator(q)
   statistics = Statistics(*_ring(q, k, v, temp.astype(dtype) * q.shape[-1]**-0.5, split))
-  direction, magnitude = jax.checkpoint(formula.finalise)(statistics, null.astype(dtype), v_null, mag_beta)
+  direction, magnitude = jax.checkpoint(formula.finalise)(statistics, null.astype(dtype), v_null, rate.astype(dtype))
   return split.collect(direction.astype(q.dtype)), split.collect(magnitude)
 
 

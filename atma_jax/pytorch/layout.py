@@ -23,7 +23,8 @@ _RUNTIME_FIELDS = {"num_random_keys": 0, "attn_online": False, "attn_k_block": 5
                    "mem_kernel": "auto"}
 # What it has no field for and has only one way of doing; written, under names of ours, where a model does otherwise.
 _EXTENSIONS = {"block_pattern": "block_pattern", "logit_cap": "logit_cap", "mem_max_half_life": "memory.max_half_life",
-               "attn_null_length": "null_length", "attn_direction_scale": "direction_scale"}
+               "attn_null_length": "null_length", "attn_count_length": "count_length",
+               "attn_direction_scale": "direction_scale"}
 
 
 def model_config(path: pathlib.Path, tensors: Tensors) -> ModelConfig:

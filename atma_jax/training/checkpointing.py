@@ -34,7 +34,7 @@ from atma_jax.data.tokenizers import Tokenizer, tokenizer_from_dict
 from atma_jax.models import Atma
 from atma_jax.pytorch import is_published, read_published
 from atma_jax.sharding import make_mesh
-from atma_jax.training.state import ModelDefinition, Params, params_of, with_null_length
+from atma_jax.training.state import ModelDefinition, Params, params_of, with_counts
 
 FOLDER = "checkpoints"
 SCHEMA = 1
@@ -193,17 +193,18 @@ class Checkpointer:
 
 
 def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None, *, ema: bool = False,
-               null_length: int | None = None) -> tuple[Config, Atma, Tokenizer, int]:
+               null_length: int | None = None, count_length: int | None = None) -> tuple[Config, Atma, Tokenizer, int]:
   """Configuration, model, tokenizer and step number from a workdir (or its ``checkpoints``) or a published checkpoint alone.
 
   Only parameters are read, or, with `ema`, their exponential moving average. `step` None is the newest good one; `mesh` None
-  is every device along ``data``. A published checkpoint (see `atma_jax.pytorch`) counts as step 0. `null_length` replaces
-  config.model.null_length; 0 is no end, None leaves it as it is.
+  is every device along ``data``. A published checkpoint (see `atma_jax.pytorch`) counts as step 0. `null_length`
+  and `count_length` replace config.model's; 0 is no end, None leaves it as it is.
 
   Raises:
-    UserError: no such directory or step, no good step, no average in it, a malformed published checkpoint, or a `null_length`
-      for a model that has no null.
+    UserError: no such directory or step, no good step, no average in it, a malformed published checkpoint, or one of
+      these lengths for a model without polar attention.
   """
+  counts = {"null_length": null_length, "count_length": count_length}
   folder = absolute(directory)
   folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
   if not folder.is_dir():
@@ -215,7 +216,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
     if ema:
       raise UserError(f"--ema: {directory} is a published checkpoint, which holds no average")
     config, model, tokenizer = read_published(folder)
-    return *_with_null_length(config, place(model, mesh), null_length), tokenizer, 0
+    return *_with_counts(config, place(model, mesh), counts), tokenizer, 0
   manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, read_only=True))
   steps = sorted(manager.all_steps(), reverse=True)
   manager.close()
@@ -237,11 +238,11 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
     return tree, (config, definition, tokenizer_from_dict(meta["tokenizer"])), meta["checksums"]
 
   chosen, (tree, (config, definition, tokenizer), _) = _first_good(folder, steps if step is None else [step], load)
-  return *_with_null_length(config, definition.merge(tree[weights]), null_length), tokenizer, chosen
+  return *_with_counts(config, definition.merge(tree[weights]), counts), tokenizer, chosen
 
 
-def _with_null_length(config: Config, model: Atma, length: int | None) -> tuple[Config, Atma]:
-  model = with_null_length(model, length)
+def _with_counts(config: Config, model: Atma, counts: dict[str, int | None]) -> tuple[Config, Atma]:
+  model = with_counts(model, **counts)
   return dataclasses.replace(config, model=model.config), model
 
 

@@ -82,15 +82,17 @@ def reconfigured(model: Atma, **changes: Any) -> Atma:
   return model if config == model.config else ModelDefinition(config).merge(params_of(model))
 
 
-def with_null_length(model: Atma, length: int | None) -> Atma:
-  """The model whose null logit grows up to `length` visible keys: 0 is without end, None leaves it as the checkpoint has it.
+def with_counts(model: Atma, **lengths: int | None) -> Atma:
+  """The model with another null_length and count_length: 0 is without end, None leaves it as the checkpoint has it.
 
   Raises:
-    UserError: the model has no null.
+    UserError: the model has no polar attention.
   """
-  if length is not None and model.config.attention != "polar":
-    raise UserError(f"--null_length={length}: only polar attention has a null, and the model's is {model.config.attention}")
-  return model if length is None else reconfigured(model, null_length=length or None)
+  given = {name: length for name, length in lengths.items() if length is not None}
+  for name, length in given.items():
+    if model.config.attention != "polar":
+      raise UserError(f"--{name}={length}: only polar attention counts its keys, and the model's is {model.config.attention}")
+  return reconfigured(model, **{name: length or None for name, length in given.items()})
 
 
 def optimizer_for(config: Config, definition: ModelDefinition) -> optax.GradientTransformation:

@@ -71,10 +71,10 @@ def test_the_latest_record_counts_and_checkpoints_stay_apart():
   first, second = record("a", "loss", "document_loss", 256, 3.0), record("a", "loss", "document_loss", 256, 2.0, {"trials": 9})
   capped = record("a", "loss", "document_loss", 256, 1.0, {"retention_cap": "256 tokens, heads 2:1"})
   other = first | {"checkpoint": "/elsewhere/a"}
-  stopped = first | {"null_length": 256, "value": 0.5}
-  runs = group([first, second, capped, other, stopped])
-  assert [run.records[0]["value"] for run in runs] == [2.0, 1.0, 3.0, 0.5]
-  assert len({run.label for run in runs}) == 4 and "null to 256" in runs[3].label
+  stopped, counted = first | {"null_length": 256, "value": 0.5}, first | {"count_length": 256, "value": 0.25}
+  runs = group([first, second, capped, other, stopped, counted])
+  assert [run.records[0]["value"] for run in runs] == [2.0, 1.0, 3.0, 0.5, 0.25]
+  assert len({run.label for run in runs}) == 5 and "null to 256" in runs[3].label and "counts to 256" in runs[4].label
 
 
 def test_files_are_read_and_named(tmp_path):

@@ -22,7 +22,7 @@ from atma_jax.evaluation.scoring import Scorer
 from atma_jax.evaluation.statistics import mean_and_error, wilson_interval
 from atma_jax.models import Atma
 from atma_jax.sharding import make_mesh
-from atma_jax.training.state import with_null_length
+from atma_jax.training.state import with_counts
 
 LENGTHS = (16, 32, 64)
 TEXT = "The quick brown fox jumps over the lazy dog number {}. "
@@ -126,22 +126,24 @@ def test_variants_of_a_checkpoint_are_kept_apart(tmp_path):
     assert results.find({**identity, variant: 9}, "document_loss", 64) is None
 
 
+@pytest.mark.parametrize("name", ["null_length", "count_length"])
 @pytest.mark.parametrize("length, found", [(None, None), (8, 8), (0, None)])
-def test_null_length_of_a_model(lively, length, found):
-  changed = with_null_length(lively, length)
-  assert changed.config.null_length == found
+def test_counts_of_a_model(lively, name, length, found):
+  changed = with_counts(lively, **{name: length})
+  assert getattr(changed.config, name) == found
   tokens = np.random.default_rng(0).integers(1, 257, (1, 24))
   before, after = (np.asarray(model(tokens)) for model in (lively, changed))
   np.testing.assert_array_equal(after[:, :8], before[:, :8])
   assert np.array_equal(before, after) == (found is None)
 
 
-def test_null_length_of_a_model_without_null(lively):
+@pytest.mark.parametrize("name", ["null_length", "count_length"])
+def test_counts_of_a_model_that_does_not_count(lively, name):
   config = dataclasses.replace(lively.config, attention="nope")
-  with pytest.raises(UserError, match="null_length=8: only polar attention has a null, and the model's is nope"):
-    with_null_length(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), 8)
-  with pytest.raises(UserError, match="null_length=-1: must be a number of keys, or 0"):
-    Options(null_length=-1)
+  with pytest.raises(UserError, match=f"{name}=8: only polar attention counts its keys, and the model's is nope"):
+    with_counts(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), **{name: 8})
+  with pytest.raises(UserError, match=f"{name}=-1: must be a number of keys, or 0"):
+    Options(**{name: -1})
 
 
 def test_statistics_against_known_values():

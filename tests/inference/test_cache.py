@@ -31,9 +31,11 @@ CHUNKS = ([1] * LENGTH, [16, 16, 5], [9, 1, 1, 16, 10])
 BARE = MemoryConfig(enabled=False)
 CASES = {
   "polar": {"null_length": 17},
+  "polar-counts": {"count_length": 11, "num_layers": 2},
   "polar-published": {"num_layers": 9, "block_pattern": ("local", "local", "global", "local"), "init": "published",
                       "num_kv_heads": 1},
-  "polar-window-bare-inlined": {"window": 5, "direction_scale": 2.5, "memory": BARE, "num_layers": 5, "scan": False},
+  "polar-window-bare-inlined": {"window": 5, "count_length": 3, "direction_scale": 2.5, "memory": BARE, "num_layers": 5,
+                                "scan": False},
   "nope": {"attention": "nope", "num_kv_heads": 4},
   "nope-window": {"attention": "nope", "window": 11},
   "rope-bare": {"attention": "rope", "memory": BARE},

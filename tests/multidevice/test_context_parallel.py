@@ -77,7 +77,7 @@ CASES = [  # devices, T, query heads, key heads, window
 @pytest.mark.parametrize(("n", "T", "H", "K", "window"), CASES)
 def test_polar_attention(n, T, H, K, window):
   def call(op, q, k, v, raw, **how):
-    return op(q, k, v, **raw, window=window, null_length=T // 3, **how)
+    return op(q, k, v, **raw, window=window, null_length=T // 3, count_length=T // 2, **how)
 
   assert_equal_split(
     functools.partial(call, ops.polar_attention, implementation="reference"),

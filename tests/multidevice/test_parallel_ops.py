@@ -84,7 +84,7 @@ def polar_inputs(H, K):
 ])
 def test_polar_attention(interpreted, implementation, H, K, axes, own):
   def call(op, implementation, q, k, v, raw):
-    return op(q, k, v, **raw, window=5, null_length=3, implementation=implementation)
+    return op(q, k, v, **raw, window=5, null_length=3, count_length=4, implementation=implementation)
 
   # Rounding at 2^-24 of sums of up to 64 products, and of 64 queries or keys: as in test_context_parallel.
   compare(functools.partial(call, ops.polar_attention, "reference"),
@@ -111,12 +111,14 @@ def test_gated_delta_kernels(interpreted):
 def test_what_cannot_be_split_is_refused():
   q, k, v, raw = polar_inputs(6, 3)
   with jax.set_mesh(make_mesh(data=2, tensor=4)), pytest.raises(ValueError, match=r"6 query heads .* tensor=4"):
-    parallel.polar_attention(q, k, v, **raw, window=None, null_length=None, implementation="xla")
+    parallel.polar_attention(q, k, v, **raw, window=None, null_length=None, count_length=None,
+                               implementation="xla")
   with jax.set_mesh(make_mesh(data=4, context=2)):
     refusals = {"reference": "split sequence has no .reference.", "pallas_tpu": "needs a TPU", "pallas_gpu": "needs a GPU"}
     for name, why in refusals.items():
       with pytest.raises(NotImplementedError, match=why):
-        parallel.polar_attention(q, k, v, **raw, window=None, null_length=None, implementation=name)
+        parallel.polar_attention(q, k, v, **raw, window=None, null_length=None, count_length=None,
+                               implementation=name)
       with pytest.raises(NotImplementedError, match=why):
         parallel.gated_delta(q, q, q, log_gamma=q[..., 0], beta=q[..., 0], initial_state=None, implementation=name)
     with pytest.raises(ValueError, match="18 tokens: must be a multiple of twice mesh context=2"):

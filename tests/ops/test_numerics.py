@@ -45,10 +45,10 @@ def polar_inputs(T, S, H, K, D, dtype=jnp.float32, scale=1.0):
   return q * scale, k, v, {name: jnp.asarray(x, jnp.float32) for name, x in raw.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="null_length")
-def polar_run(implementation, window, q, k, v, raw, null_length=None):
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("null_length", "count_length"))
+def polar_run(implementation, window, q, k, v, raw, **lengths):
   """Outputs and gradients under fixed cotangents."""
-  call = functools.partial(POLAR[implementation], window=window, null_length=null_length)
+  call = functools.partial(POLAR[implementation], window=window, **lengths)
   (direction, magnitude), vjp = jax.vjp(lambda q, k, v, raw: call(q, k, v, **raw), q, k, v, raw)
   rng = np.random.default_rng(9)
   cotangents = (jnp.asarray(rng.normal(size=direction.shape), direction.dtype),
@@ -104,33 +104,51 @@ def test_polar_equals_oracle(implementation, T, S, H, K, D, window):
   assert_near(polar_run(implementation, window, *inputs), expected, 1e-4)
 
 
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("window, lengths", [
+  (None, {"null_length": 33}), (50, {"null_length": 33}), (None, {"count_length": 33}),
+  (50, {"count_length": 33, "null_length": 40})])
 @every_polar
-def test_null_that_stops_growing_equals_oracle(implementation, window):
+def test_counts_that_stop_equal_oracle_and_change_nothing_before(implementation, window, lengths):
   inputs = polar_inputs(67, 80, 4, 2, 64)
-  expected = polar_run("reference", window, *inputs, null_length=33)
-  assert_near(polar_run(implementation, window, *inputs, null_length=33), expected, 1e-4)
+  expected = polar_run("reference", window, *inputs, **lengths)
+  assert_near(polar_run(implementation, window, *inputs, **lengths), expected, 1e-4)
   direction, magnitude = expected[0]
   plain = polar_run("reference", window, *inputs)[0]
-  seen_before = 80 - 67 + jnp.arange(67) < 33  # as many keys as the null goes on counting
+  seen_before = 80 - 67 + jnp.arange(67) < 33  # as many keys as are counted
   for stopped, growing in zip((direction, magnitude), plain):
     np.testing.assert_array_equal(stopped[:, seen_before], growing[:, seen_before])
     assert not np.allclose(stopped[:, ~seen_before], growing[:, ~seen_before], atol=1e-3)
 
 
 def test_null_logit_is_that_of_null_length_keys_at_the_temperature_of_all():
-  scalars = [jnp.asarray([x], jnp.float32) for x in (0.7, -0.3, 0.4)]
-  logits = functools.partial(formula.positional_logits, *scalars, queries=1, window=None)
-  temp, null = logits(keys=500, null_length=20)
-  temp_20, null_20 = logits(keys=20, null_length=None)
+  numbers = functools.partial(formula.per_query, *scalars(), queries=1, window=None, count_length=None)
+  temp, null, _ = numbers(keys=500, null_length=20)
+  temp_20, null_20, _ = numbers(keys=20, null_length=None)
   np.testing.assert_allclose(null, temp * null_20 / temp_20, rtol=1e-6)
-  np.testing.assert_array_equal(temp, logits(keys=500, null_length=None)[0])
+  np.testing.assert_array_equal(temp, numbers(keys=500, null_length=None).temp)
 
 
-def test_null_length_must_be_positive():
+@pytest.mark.parametrize("keys", [20, 21, 5000])
+def test_past_count_length_null_keeps_its_share_and_magnitude_its_range(keys):
+  """Against n keys that match nothing, of logit 0, as against 20; and of n keys found, what 20 found come to."""
+  numbers = functools.partial(formula.per_query, *scalars(), queries=1, window=None, null_length=None, count_length=20)
+  few, many = numbers(keys=20), numbers(keys=keys)
+  np.testing.assert_allclose(many.null - np.log(keys), few.null - np.log(20), rtol=1e-6)
+  np.testing.assert_allclose(formula.magnitude(float(keys), 1.0, many.rate), formula.magnitude(20.0, 1.0, few.rate), rtol=1e-6)
+  plain = formula.per_query(*scalars(), queries=1, window=None, null_length=None, count_length=None, keys=keys)
+  np.testing.assert_array_equal(many.temp, plain.temp)
+
+
+def scalars():
+  """null_base, null_slope, len_gain and mag_beta of one head."""
+  return [jnp.asarray([x], jnp.float32) for x in (0.7, -0.3, 0.4, -0.6)]
+
+
+@pytest.mark.parametrize("name", ["null_length", "count_length"])
+def test_counts_must_be_positive(name):
   q, k, v, raw = polar_inputs(4, 4, 2, 1, 64)
-  with pytest.raises(ValueError, match="null_length=0 must be at least 1"):
-    polar_attention(q, k, v, **raw, null_length=0)
+  with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+    polar_attention(q, k, v, **raw, **{name: 0})
 
 
 @every_polar

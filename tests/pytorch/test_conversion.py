@@ -92,7 +92,7 @@ def test_a_published_directory_is_a_checkpoint(golden, name):
 def test_every_kind_of_model(tmp_path, attention, memory, window, layers, dtype):
   """Incomplete repetitions and narrow dtypes too; whatever is not as published comes back from fields of our own."""
   model = ModelConfig(vocab_size=19, num_layers=layers, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=24,
-                      attention=attention, window=window, param_dtype=dtype, logit_cap=20.0, direction_scale=2.5,
+                      attention=attention, window=window, param_dtype=dtype, logit_cap=20.0, direction_scale=2.5, count_length=9,
                       memory=MemoryConfig(enabled=memory, gamma_bias=2.5, max_half_life=64.0 if memory else None))
   config = Config(model=model, data=DataConfig(sequence_length=32))
   graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(model, rngs=nnx.Rngs(0))), nnx.Param)

@@ -42,8 +42,8 @@ def slots_for(capacity: int) -> int:
 def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array,
                            lengths: jax.Array, *, v_null: jax.Array, null_base: jax.Array, null_slope: jax.Array,
                            len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                           null_length: int | None = None, scales: Scales = None, reach: int | None = None,
-                           layer: int | None = None, table: jax.Array | None = None,
+                           null_length: int | None = None, count_length: int | None = None, scales: Scales = None,
+                           reach: int | None = None, layer: int | None = None, table: jax.Array | None = None,
                            implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
   """`polar_attention` of T new tokens that follow the `lengths` cached ones.
 
@@ -52,7 +52,7 @@ def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.A
     k, v: (B, T, K, D) of the new tokens.
     keys, values: (B, K, R, D) ring of the cached tokens; R a value of `slots_for`.
     lengths: (B,) int32 tokens before the new ones; with fewer slots than that, R is at least `window`.
-    v_null, null_base, null_slope, len_gain, mag_beta, window, null_length: as for `polar_attention`.
+    v_null, null_base, null_slope, len_gain, mag_beta, window, null_length, count_length: as for `polar_attention`.
     scales, reach, layer, table, implementation: as for `cached_statistics`.
 
   Returns:
@@ -61,12 +61,12 @@ def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.A
   visible = lengths[:, None] + 1 + jnp.arange(q.shape[1])
   if window is not None:
     visible = jnp.minimum(visible, window)
-  temp, null = formula.logits_of_counts(null_base, null_slope, len_gain, visible, null_length)
+  temp, null, rate = formula.of_counts(null_base, null_slope, len_gain, mag_beta, visible, null_length, count_length)
   dtype = formula.accumulator(q)
   scale = temp.astype(dtype) * q.shape[-1]**-0.5
   statistics = cached_statistics(q, k, v, keys, values, lengths, scale, window=window, scales=scales, reach=reach, layer=layer,
                                  table=table, implementation=implementation)
-  direction, magnitude = formula.finalise(statistics, null.astype(dtype), v_null, mag_beta)
+  direction, magnitude = formula.finalise(statistics, null.astype(dtype), v_null, rate.astype(dtype))
   return direction.astype(q.dtype), magnitude
 
 

@@ -23,7 +23,8 @@ STATISTICS = dispatch.Op("polar_statistics", {
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    null_length: int | None = None, implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
+                    null_length: int | None = None, count_length: int | None = None,
+                    implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
   """Causal polar attention.
 
   Query i sees its n_i last keys, itself included, and a null key. With ``temp_i = 1 + softplus(len_gain) log n_i``
@@ -39,6 +40,10 @@ def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Arr
     window: keys a query may see, itself included; None is all up to its own.
     null_length: visible keys N at which the null's logit stops growing: ``sqrt(log(min(n_i, N) + 1))`` in its place; None is
       the paper's.
+    count_length: visible keys N past which the null and the magnitude are told n_i relative to N, which changes nothing up to
+      it. The null's logit is that of N keys, with the temperature of N keys, plus ``log(n_i / N)``: its share stands against
+      n_i unmatched keys as it did against N. The magnitude's log(1 + m) is multiplied by ``log(1 + N) / log(1 + n_i)``, and so
+      keeps within what N keys can make it. None is the paper's.
     implementation: one of `dispatch.NAMES`.
 
   Returns:
@@ -47,30 +52,33 @@ def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Arr
     weight.
 
   Raises:
-    ValueError: shapes, window or null_length do not fit together.
+    ValueError: shapes, window, null_length or count_length do not fit together.
     NotImplementedError: an implementation asked for by name cannot serve the call.
   """
-  check(q, k, v, window, null_length)
+  check(q, k, v, window, null_length, count_length)
   return ATTENTION(implementation, q, k, v, v_null=v_null, null_base=null_base, null_slope=null_slope,
-                   len_gain=len_gain, mag_beta=mag_beta, window=window, null_length=null_length)
+                   len_gain=len_gain, mag_beta=mag_beta, window=window, null_length=null_length, count_length=count_length)
 
 
 def polar_statistics(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
                      null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                     null_length: int | None = None, implementation: str = "auto") -> dict[str, jax.Array]:
+                     null_length: int | None = None, count_length: int | None = None,
+                     implementation: str = "auto") -> dict[str, jax.Array]:
   """Diagnostics of `polar_attention` for the same arguments, without gradients being meant.
 
   Returns:
     ``n_eff`` (B, T, H), the participation ratio ``(sum w)^2 / sum w^2`` over real keys, and ``w_null`` (B, T, H), the
     weight of the null; float32 or wider.
   """
-  check(q, k, v, window, null_length)
+  check(q, k, v, window, null_length, count_length)
   return STATISTICS(implementation, q, k, v, v_null=v_null, null_base=null_base, null_slope=null_slope,
-                    len_gain=len_gain, mag_beta=mag_beta, window=window, null_length=null_length)
+                    len_gain=len_gain, mag_beta=mag_beta, window=window, null_length=null_length, count_length=count_length)
 
 
-def check(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, null_length: int | None) -> None:
+def check(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, null_length: int | None,
+          count_length: int | None) -> None:
   """Raises ValueError unless these make a causal polar attention."""
   dispatch.check_attention("polar_attention", q, k, v, window)
-  if null_length is not None and null_length < 1:
-    raise ValueError(f"polar_attention: null_length={null_length} must be at least 1, or None")
+  for name, length in (("null_length", null_length), ("count_length", count_length)):
+    if length is not None and length < 1:
+      raise ValueError(f"polar_attention: {name}={length} must be at least 1, or None")

@@ -17,44 +17,54 @@ def accumulator(*arrays: jax.Array) -> jnp.dtype:
   return jnp.result_type(jnp.float32, *arrays)
 
 
-def positional_logits(null_base: jax.Array, null_slope: jax.Array, len_gain: jax.Array, *, queries: int, keys: int,
-                      window: int | None, null_length: int | None) -> tuple[jax.Array, jax.Array]:
-  """Temperature and null logit of each query: both (T, H), in float32 or wider.
+class PerQuery(NamedTuple):
+  """What depends on how many keys a query sees: all (..., T, H), in float32 or wider."""
+
+  temp: jax.Array  # factor of the scores
+  null: jax.Array  # logit of the null, the temperature in it
+  rate: jax.Array  # of the magnitude; (H,) where it is the same for all queries
+
+
+class Counts(NamedTuple):
+  """Features of the number n of visible keys, past the end of what a model was trained on as for `polar_attention`."""
+
+  log: jax.Array  # ``log n``
+  root: jax.Array  # ``sqrt(log(n + 1))``, n no more than null_length and count_length
+  held: jax.Array  # ``log n``, n no more than count_length
+  share: jax.Array  # ``log(n + 1)`` of that n over that of n itself, by which the magnitude's logarithm is multiplied
+
+
+def per_query(null_base: jax.Array, null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, *, queries: int,
+              keys: int, window: int | None, null_length: int | None, count_length: int | None) -> PerQuery:
+  """Temperature, null logit and magnitude's rate of the last `queries` of `keys` positions (Polar Attention, arXiv 2606.25156).
 
   Args:
-    null_base, null_slope, len_gain: (H,) raw parameters.
-    queries: T; they are the last T of `keys` positions.
+    null_base, null_slope, len_gain, mag_beta: (H,) raw parameters.
+    queries: T.
     keys: S.
     window: how many keys a query may see; None is all up to its own.
-    null_length: as for `count_features`.
-
-  Returns:
-    ``temp = 1 + softplus(len_gain) log n`` and ``temp * (null_base + softplus(null_slope) sqrt(log(n + 1)))`` with n
-    the number of visible keys (Polar Attention, arXiv 2606.25156).
+    null_length, count_length: as for `polar_attention`.
   """
   visible = jnp.arange(keys - queries + 1, keys + 1)
   visible = visible if window is None else jnp.minimum(visible, window)
-  return logits_of_counts(null_base, null_slope, len_gain, visible, null_length)
+  return of_counts(null_base, null_slope, len_gain, mag_beta, visible, null_length, count_length)
 
 
-def logits_of_counts(null_base: jax.Array, null_slope: jax.Array, len_gain: jax.Array,
-                     visible: jax.Array, null_length: int | None) -> tuple[jax.Array, jax.Array]:
-  """`positional_logits` of queries that see `visible` (..., T) keys: both (..., T, H)."""
+def of_counts(null_base: jax.Array, null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, visible: jax.Array,
+              null_length: int | None, count_length: int | None) -> PerQuery:
+  """`per_query` of queries that see `visible` (..., T) keys."""
   dtype = accumulator(null_base)
-  log, root = count_features(visible.astype(dtype)[..., None], null_length)
-  temp = 1 + jax.nn.softplus(len_gain.astype(dtype)) * log
-  null = null_base.astype(dtype) + jax.nn.softplus(null_slope.astype(dtype)) * root
-  return temp, temp * null
+  counts = count_features(visible.astype(dtype)[..., None], null_length, count_length)
+  gain, slope, rate = (jax.nn.softplus(raw.astype(dtype)) for raw in (len_gain, null_slope, mag_beta))
+  null = (1 + gain * counts.held) * (null_base.astype(dtype) + slope * counts.root) + (counts.log - counts.held)
+  return PerQuery(1 + gain * counts.log, null, rate if count_length is None else rate * counts.share)
 
 
-def count_features(visible: jax.Array, null_length: int | None) -> tuple[jax.Array, jax.Array]:
-  """What temperature and null logit make of the number n of visible keys: ``log n`` and ``sqrt(log(n + 1))``.
-
-  With a `null_length` N the second is ``sqrt(log(min(n, N) + 1))``: the null's logit, learned on at most N keys, does not grow
-  past what it was learned on (ours; None is the paper's).
-  """
-  counted = visible if null_length is None else jnp.minimum(visible, null_length)
-  return jnp.log(visible), jnp.sqrt(jnp.log(counted + 1))
+def count_features(visible: jax.Array, null_length: int | None, count_length: int | None) -> Counts:
+  """`Counts` of the number of visible keys."""
+  held = visible if count_length is None else jnp.minimum(visible, count_length)
+  counted = held if null_length is None else jnp.minimum(held, null_length)
+  return Counts(jnp.log(visible), jnp.sqrt(jnp.log(counted + 1)), jnp.log(held), jnp.log1p(held) / jnp.log1p(visible))
 
 
 def normalize(x: jax.Array, floor: jax.Array | float) -> jax.Array:
@@ -62,18 +72,13 @@ def normalize(x: jax.Array, floor: jax.Array | float) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), floor**2))
 
 
-def magnitude(n_eff: jax.Array, found: jax.Array, mag_beta: jax.Array) -> jax.Array:
-  """``tanh(softplus(mag_beta) log(1 + n_eff * found))``, `found` being the weight on real keys; all (..., H)."""
-  return squashed(n_eff, found, jax.nn.softplus(mag_beta.astype(n_eff.dtype)))
-
-
-def squashed(n_eff: jax.Array, found: jax.Array, rate: jax.Array) -> jax.Array:
-  """`magnitude` of a given ``softplus(mag_beta)``."""
+def magnitude(n_eff: jax.Array, found: jax.Array, rate: jax.Array) -> jax.Array:
+  """``tanh(rate log(1 + n_eff * found))``, `found` being the weight on real keys; all (..., H)."""
   return jnp.tanh(rate * jnp.log1p(n_eff * found))
 
 
 def finalise(statistics: Statistics, null: jax.Array, v_null: jax.Array,
-             mag_beta: jax.Array) -> tuple[jax.Array, jax.Array]:
+             rate: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Folds the null in and reads off the outputs.
 
   Every exponential is taken relative to the larger of M and the null logit, so neither can overflow the other; the
@@ -83,7 +88,7 @@ def finalise(statistics: Statistics, null: jax.Array, v_null: jax.Array,
     statistics: over all visible keys.
     null: (T, H) null logits.
     v_null: (H, D).
-    mag_beta: (H,).
+    rate: (H,) or (T, H), of the magnitude.
 
   Returns:
     direction (B, T, H, D), ``(S + p_null v_null)`` over max(its norm, 1e-6 Z); magnitude (B, T, H), with
@@ -93,7 +98,7 @@ def finalise(statistics: Statistics, null: jax.Array, v_null: jax.Array,
   real, p_null = _shares(M, null)
   Z = real * L + p_null
   attended = real[..., None] * S + p_null[..., None] * v_null.astype(S.dtype)
-  return normalize(attended, NORM_FLOOR * Z[..., None]), magnitude(L * L / Q, real * L / Z, mag_beta)
+  return normalize(attended, NORM_FLOOR * Z[..., None]), magnitude(L * L / Q, real * L / Z, rate)
 
 
 class ThroughNull(NamedTuple):

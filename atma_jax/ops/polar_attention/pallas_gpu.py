@@ -35,6 +35,8 @@ from atma_jax.ops.polar_attention import formula
 from atma_jax.ops.tiles import Tile, Tiles
 
 NULL_BASE, NULL_SLOPE, LEN_GAIN, MAG_BETA = range(4)  # places of a head's numbers, all but the first after softplus
+LOG, ROOT, HELD, SHARE = range(4)  # places of a count's numbers
+
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
@@ -44,13 +46,13 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | No
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    null_length: int | None = None, tiles: Tiles | None = None,
+                    null_length: int | None = None, count_length: int | None = None, tiles: Tiles | None = None,
                     interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """See `atma_jax.ops.polar_attention`; `tiles` overrides the table, `interpret` runs the kernels without a GPU."""
   (T, D), S = (q.shape[1], q.shape[3]), k.shape[1]
   tiles = tiles or table.polar("gpu", q.dtype.itemsize, D, T)
   window = S if window is None else min(window, S)
-  call = Call(T, S, window, window < S, tiles, interpret, null_length)
+  call = Call(T, S, window, window < S, tiles, interpret, null_length, count_length)
   heads = null_base, *map(jax.nn.softplus, (null_slope, len_gain, mag_beta))
   return _attend(q, k, v, jnp.stack(heads, axis=-1).astype(jnp.float32), v_null.astype(jnp.float32), call)
 
@@ -66,6 +68,7 @@ class Call:
   tiles: Tiles
   interpret: bool
   null_length: int | None = None
+  count_length: int | None = None
 
   @property
   def offset(self) -> int:
@@ -293,7 +296,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, heads_ref, counts_ref, v_null_ref, dire
   tile, row = call.tiles.forward, Grid.first_row(call.tiles.forward)
   left, ragged = call.queries - row, call.rows > call.queries
   q_ref, direction_ref, magnitude_ref = rows_where(ragged, left, q_ref, direction_ref, magnitude_ref)
-  q, (temp, null_over_temp) = q_ref[:, :], _temperature(call, heads_ref, counts_ref)
+  q, (temp, _, _, null) = q_ref[:, :], _temperature(call, heads_ref, counts_ref)
   scale = temp * (LOG2_E * q.shape[1] ** -0.5)
 
   def step(masked, j, carry):
@@ -305,24 +308,33 @@ def _forward_kernel(q_ref, k_ref, v_ref, heads_ref, counts_ref, v_null_ref, dire
   carry = zeros - jnp.inf, zeros, zeros, jnp.zeros((tile.q, q.shape[1]), jnp.float32)
   m, L, Q, S = three_loops(call.key_blocks(row + call.offset, tile, pl.cdiv(call.keys, tile.k)), step, carry)
 
-  lse, null = m + jnp.log2(L), temp * null_over_temp * LOG2_E
+  lse, null = m + jnp.log2(L), null * LOG2_E
   w_key, w_null = 1 / (1 + jnp.exp2(null - lse)), 1 / (1 + jnp.exp2(lse - null))
   attended = call.fma(S, (w_key / L)[:, None], w_null[:, None] * v_null_ref[...][None, :])
   norm = jnp.sqrt(jnp.sum(attended * attended, axis=1))
   direction_ref[:, :] = (attended * (1 / jnp.maximum(norm, formula.NORM_FLOOR))[:, None]).astype(q.dtype)
   crowding = Q / (L * L)
-  magnitude_ref[:,] = formula.squashed(1 / crowding, w_key, heads_ref[MAG_BETA])
+  magnitude_ref[:,] = formula.magnitude(1 / crowding, w_key, heads_ref[MAG_BETA] * _share(call, counts_ref))
   if ragged:  # scalars of queries that are not there are read, too
     there = jnp.arange(tile.q) < left
     lse, crowding, norm = (jnp.where(there, x, 1) for x in (lse, crowding, norm))
   lse_ref[...], crowding_ref[...], norm_ref[...] = lse, crowding, norm
 
 
-def _temperature(call: Call, heads_ref: Any, counts_ref: Any) -> tuple[jax.Array, jax.Array]:
-  """Of a block of queries: the temperature, the same in every kernel to the last bit, and the null's logit over it."""
-  log, root = counts_ref[0, :], counts_ref[1, :]
+def _temperature(call: Call, heads_ref: Any, counts_ref: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Of a block of queries: the temperature, the same in every kernel to the last bit; the one in the null's logit; that logit
+  over it, but for what it grows by past count_length; and the logit."""
+  log, root = counts_ref[LOG, :], counts_ref[ROOT, :]
   ones = jnp.ones_like(log)
-  return call.fma(log, heads_ref[LEN_GAIN] * ones, ones), heads_ref[NULL_BASE] + heads_ref[NULL_SLOPE] * root
+  temp, null = call.fma(log, heads_ref[LEN_GAIN] * ones, ones), heads_ref[NULL_BASE] + heads_ref[NULL_SLOPE] * root
+  if call.count_length is None:
+    return temp, temp, null, temp * null
+  held = call.fma(counts_ref[HELD, :], heads_ref[LEN_GAIN] * ones, ones)
+  return temp, held, null, held * null + (log - counts_ref[HELD, :])
+
+
+def _share(call: Call, counts_ref: Any) -> jax.Array | float:
+  return 1.0 if call.count_length is None else counts_ref[SHARE, :]
 
 
 def _visible(call: Call, row: jax.Array, key: jax.Array, tile: Tile) -> jax.Array:
@@ -334,14 +346,14 @@ def _specs(tile: Tile, q: jax.Array, k: jax.Array, length: int) -> tuple[Any, ..
   query, key, _, rows, grid = by_queries(tile, q, k, length)
   tokens = grid.spec((None, tile.q, None), lambda b, h, i: (b, i, h))
   head = grid.spec((None, 4), lambda b, h, i: (h, 0))
-  counts = grid.spec((2, tile.q), lambda b, h, i: (0, i))
+  counts = grid.spec((4, tile.q), lambda b, h, i: (0, i))
   return query, key, rows, tokens, head, counts, grid.spec((None, q.shape[3]), lambda b, h, i: (h, 0)), grid
 
 
 def _counts(call: Call) -> jax.Array:
-  """(2, T) features of how many keys each query sees, queries in whole blocks."""
+  """(4, T) features of how many keys each query sees, as `formula.Counts`, queries in whole blocks."""
   visible = jnp.minimum(call.offset + 1 + jnp.arange(call.rows), call.window)
-  return jnp.stack(formula.count_features(visible.astype(jnp.float32), call.null_length))
+  return jnp.stack(formula.count_features(visible.astype(jnp.float32), call.null_length, call.count_length))
 
 
 def _forward(q, k, v, heads, v_null, call: Call):
@@ -367,11 +379,11 @@ def _dq_kernel(q_ref, k_ref, v_ref, g_ref, direction_ref, g_magnitude_ref, heads
   q_ref, g_ref, direction_ref, g_magnitude_ref, dq_ref, go_ref = rows_where(
     ragged, call.queries - row, q_ref, g_ref, direction_ref, g_magnitude_ref, dq_ref, go_ref)
   q, lse, crowding = q_ref[:, :], lse_ref[...], crowding_ref[...]
-  temp, null_over_temp = _temperature(call, heads_ref, counts_ref)
-  log_odds = lse / LOG2_E - temp * null_over_temp
+  temp, held, null_over_held, null = _temperature(call, heads_ref, counts_ref)
+  log_odds, share = lse / LOG2_E - null, _share(call, counts_ref)
 
   def magnitude(crowding, log_odds, beta):
-    return formula.squashed(1 / crowding, jax.nn.sigmoid(log_odds), beta)
+    return formula.magnitude(1 / crowding, jax.nn.sigmoid(log_odds), beta * share)
 
   _, pull = jax.vjp(magnitude, crowding, log_odds, heads_ref[MAG_BETA] * jnp.ones_like(lse))
   g_crowding, g_lse, d_beta = pull(g_magnitude_ref[:,])
@@ -394,8 +406,10 @@ def _dq_kernel(q_ref, k_ref, v_ref, g_ref, direction_ref, g_magnitude_ref, heads
   dq_ref[:, :] = dq.astype(q.dtype)
   d_temp = formula.temperature_gradient(jnp.sum(dq * q.astype(jnp.float32), axis=1), Total.of(total) / natural, through.d_lse,
                                         lse / LOG2_E, crowding, temp)
-  d_null, d_temp = -through.d_lse * temp, d_temp - through.d_lse * null_over_temp  # the log-sum-exp counts from the null's logit
-  gradients = {NULL_BASE: d_null, NULL_SLOPE: d_null * counts_ref[1, :], LEN_GAIN: d_temp * counts_ref[0, :], MAG_BETA: d_beta}
+  d_null, d_held = -through.d_lse * held, -through.d_lse * null_over_held  # the log-sum-exp counts from the null's logit
+  d_gain = (d_temp + d_held) * counts_ref[LOG, :] if call.count_length is None else (
+    d_temp * counts_ref[LOG, :] + d_held * counts_ref[HELD, :])
+  gradients = {NULL_BASE: d_null, NULL_SLOPE: d_null * counts_ref[ROOT, :], LEN_GAIN: d_gain, MAG_BETA: d_beta}
   for place, gradient in gradients.items():
     d_heads_ref[place] = jnp.sum(gradient)
 

@@ -42,18 +42,18 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | No
 
 def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    null_length: int | None = None, tiles: Tiles | None = None,
+                    null_length: int | None = None, count_length: int | None = None, tiles: Tiles | None = None,
                     interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """See `atma_jax.ops.polar_attention`; `tiles` overrides the table, `interpret` runs the kernels without a TPU."""
   (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
   tiles = tiles or table.polar("tpu", q.dtype.itemsize, D, T)
-  temp, null = formula.positional_logits(null_base, null_slope, len_gain, queries=T, keys=S, window=window,
-                                         null_length=null_length)
+  temp, null, rate = formula.per_query(null_base, null_slope, len_gain, mag_beta, queries=T, keys=S, window=window,
+                                       null_length=null_length, count_length=count_length)
   window = S if window is None else min(window, S)
   call = Call(B, T, S, K, H // K, D, window, window < S, tiles, interpret)
   direction, lse, crowding = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32),
                                      v_null.astype(jnp.float32), call)
-  return direction, formula.magnitude(1 / crowding, jax.nn.sigmoid(lse - null), mag_beta)
+  return direction, formula.magnitude(1 / crowding, jax.nn.sigmoid(lse - null), rate)
 
 
 def _starts(call: Call) -> Starts:
