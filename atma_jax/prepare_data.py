@@ -13,11 +13,13 @@ from absl import flags
 from atma_jax import cli
 from atma_jax.config import UserError
 from atma_jax.data.manifest import Manifest
+from atma_jax.data.parallel import MOST_WORKERS
 from atma_jax.data.prepare import prepare
 
 _CONFIG = cli.define_config_flag()
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where to write; default is config.data.directory.")
-_WORKERS = flags.DEFINE_integer("workers", None, "Processes; default is one a core.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", None, f"Processes; default is one a core, at most {MOST_WORKERS}.",
+                                lower_bound=1)
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | 
   Args:
     config: the options; those that decide the result are recorded in the manifest.
     directory: made where missing. One begun with other options is refused.
-    workers: processes that read and tokenise; None takes every core, 1 works in this process.
+    workers: processes that read and tokenise; None takes one a core, at most `MOST_WORKERS`, 1 works in this process.
     progress: show progress bars.
 
   Raises:
