@@ -137,10 +137,13 @@ def _switch(name: str, field: str, off: Any, on: Any) -> Axis:
 
 
 def _raven() -> list[Axis]:
-  """The Raven baselines under their published ids: in all layers with heads twice as large, and in the place of attention."""
+  """The Raven baselines under their published ids: in all layers with heads twice as large, and in the place of attention.
+
+  Their blocks are computed again in the backward pass, for which the slots would keep several times what attention does.
+  """
   recipe = (("optimizer.kind", "adamw"), ("optimizer.schedule", "cosine"), ("optimizer.adam_b1", 0.9),
             ("optimizer.adam_b2", 0.95), ("optimizer.adam_eps", 1e-15),
-            ("optimizer.warmup_steps", lambda base: base.train.steps // 20))
+            ("optimizer.warmup_steps", lambda base: base.train.steps // 20), ("model.remat", "block"))
   native = (("model.block_pattern", ("raven",)), ("model.num_heads", lambda base: base.model.num_heads // 2),
             ("model.num_kv_heads", lambda base: base.model.num_heads // 2),
             ("model.head_dim", lambda base: 2 * base.model.head_dim))

@@ -9,6 +9,7 @@ sparse router. With the log-decay f_t (M slots; 0 where the router did not choos
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -62,22 +63,29 @@ def reference(q: jax.Array, k: jax.Array, v: jax.Array, *, log_decay: jax.Array,
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, *, log_decay: jax.Array, scale: float, initial_state: State,
             chunk: int = CHUNK) -> tuple[jax.Array, State]:
-  """All steps of a chunk at once; the backward pass keeps one state a chunk and computes the rest again.
+  """All steps of a chunk at once; of n chunks the backward pass keeps about sqrt(n) states and computes the others again.
 
-  Decays enter as exponentials of differences of their running sums, none of which is positive.
+  A state is as large as M tokens of keys and values; one kept for every chunk would be 8 GiB a layer at the published size
+  and 65,536 tokens. Decays enter as exponentials of differences of their running sums, none of which is positive.
   """
   T, dtype = q.shape[1], initial_state[0].dtype
   chunk = min(chunk, T)
   count = -(-T // chunk)
+  run = math.isqrt(count - 1) + 1  # chunks between two states that are kept
+  runs = -(-count // run)
 
   def cut(x: jax.Array) -> jax.Array:
-    """(B, T, H, ...) -> (chunks, B, H, n, ...); a padded step neither decays nor writes."""
-    x = jnp.pad(x.astype(dtype), ((0, 0), (0, count * chunk - T), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), (1, 3), (0, 2))
+    """(B, T, H, ...) -> (runs, chunks, B, H, n, ...); a padded step neither decays nor writes."""
+    x = jnp.pad(x.astype(dtype), ((0, 0), (0, runs * run * chunk - T), *((0, 0),) * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(x.shape[0], runs, run, chunk, *x.shape[2:]), (1, 2, 4), (0, 1, 3))
 
-  state, out = jax.lax.scan(functools.partial(_chunk, scale), initial_state, tuple(map(cut, (q, k, v, log_decay))))
-  out = jnp.moveaxis(out, (0, 2), (1, 3))
-  return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :T].astype(v.dtype), state
+  @jax.checkpoint
+  def some(state: State, inputs: tuple[jax.Array, ...]) -> tuple[State, jax.Array]:
+    return jax.lax.scan(functools.partial(_chunk, scale), state, inputs)
+
+  state, out = jax.lax.scan(some, initial_state, tuple(map(cut, (q, k, v, log_decay))))
+  out = jnp.moveaxis(out, (0, 1, 3), (1, 2, 4))
+  return out.reshape(out.shape[0], -1, *out.shape[4:])[:, :T].astype(v.dtype), state
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)

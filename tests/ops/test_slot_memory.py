@@ -21,7 +21,7 @@ def draw(T):
   return (q, k, v, log_decay, state), weights
 
 
-@pytest.mark.parametrize("T, chunk", [(1, 4), (11, 4), (8, 8)])
+@pytest.mark.parametrize("T, chunk", [(1, 4), (11, 4), (8, 8), (23, 2)])
 def test_chunks_equal_steps(x64, T, chunk):
   arrays, weights = draw(T)
 
