@@ -50,6 +50,8 @@ class Setting:
   deviation: float | None
   low: float | None
   high: float | None
+  least: float  # of the seeds
+  most: float
 
   @property
   def name(self) -> str:
@@ -95,7 +97,8 @@ def settings(rows: Sequence[Row], axes: Sequence[str]) -> list[Setting]:
     for labels, samples in values.items():
       low, high = interval(samples)
       deviation = float(np.std(samples, ddof=1)) if len(samples) > 1 else None
-      found.append(Setting(labels, measure, multiple, len(samples), float(np.mean(samples)), deviation, low, high))
+      found.append(Setting(labels, measure, multiple, len(samples), float(np.mean(samples)), deviation, low, high, min(samples),
+                           max(samples)))
   return found
 
 

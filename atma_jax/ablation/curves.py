@@ -1,7 +1,7 @@
 """One PNG of a sweep: its main measures against the context length, a line a setting.
 
-The levels of the first axis are colours, the combinations of the others line styles and markers; bars are the intervals
-over seeds, where there is more than one.
+The levels of the first axis are colours, the combinations of the others line styles and markers; bars reach from the
+lowest seed to the highest (intervals are in the tables: of two seeds they would be 13 times as long as these).
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _panel(axes: Axes, measure: str, settings: Sequence[Setting], styles: dict[s
   for name, (color, line, marker) in styles.items():
     points = sorted((s for s in chosen if s.name == name), key=lambda s: s.multiple)
     mean = factor * np.array([s.mean for s in points])
-    half = np.array([0.0 if s.high is None else factor * (s.high - s.mean) for s in points])
-    axes.errorbar([s.multiple for s in points], mean, yerr=half if half.any() else None, color=color, linestyle=line,
+    reach = np.abs(factor * np.array([(s.mean - s.least, s.most - s.mean) for s in points]).reshape(-1, 2)).T
+    axes.errorbar([s.multiple for s in points], mean, yerr=reach if reach.any() else None, color=color, linestyle=line,
                   marker=marker, markersize=5, linewidth=1.6, elinewidth=1.0, capsize=3, label=name)
   multiples = sorted({s.multiple for s in chosen})
   axes.set_xscale("log", base=2)
