@@ -16,10 +16,12 @@ The main contrast, two seeds (12 cells), and the whole grid (27 cells a seed: co
 
 Data: the `.py` files of the Python installation with a SentencePiece vocabulary of 8192 (90 % of the sequences), and recall
 material over them (10 %); keys and values of the evaluation never occur in it. 59M tokens in 900 steps of 65,536.
-Hardware: one GPU of 80 GB, three cells at a time (`--parallel=3`); four minutes of training each on an H100 or H200.
+Hardware: one GPU of 80 GB, three cells at a time (`--parallel=3`), four minutes of training each on an H100 or H200; of several
+GPUs name all (`--gpus=0,1,2,3 --parallel=12`).
 Expected (two seeds): document loss 1.70 nats at 512 tokens, 1.53 at 16K, 1.55 at 64K; stream loss 1.616, 1.473, 1.589; needle 99,
-90 and 87 %. All cells that were run: configs/results/headline and README.md. The same grid at the size of
-`configs/quickstart.py`: configs/results/quickstart_grid.
+90 and 87 %; with `--config.model.memory.max_half_life=512` 1.69, 1.52, 1.53; 1.614, 1.468, 1.574; 100, 93 and 89 %. All cells
+that were run: configs/results/headline and README.md. The same grid at the size of `configs/quickstart.py`:
+configs/results/quickstart_grid.
 """
 
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
