@@ -289,7 +289,8 @@ def _validate_model(m: ModelConfig) -> None:
            f"a divisor of model.num_heads={m.num_heads}")
   _require(m.window is None or m.window > 0, "model.window", m.window, "None or at least 1")
   for name in COUNT_LENGTHS:
-    _require((n := getattr(m, name)) is None or n > 0, f"model.{name}", n, "None or at least 1")
+    length = getattr(m, name)
+    _require(length is None or length > 0, f"model.{name}", length, "None or at least 1")
   _require(0 < m.direction_scale < math.inf, "model.direction_scale", m.direction_scale, "greater than 0")
   _require(m.attention != "rope" or m.head_dim % 4 == 0, "model.head_dim", m.head_dim,
            "a multiple of 4 when model.attention='rope'")

@@ -80,7 +80,7 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
     common["ema"] = True
   if model.config.window is not None:
     common["window"] = model.config.window
-  common |= {name: length for name in COUNT_LENGTHS if (length := getattr(model.config, name)) is not None}
+  common |= {name: getattr(model.config, name) for name in COUNT_LENGTHS if getattr(model.config, name) is not None}
   extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__, "code": code_version(),
            "hardware": hardware(), "limits": {"batch_tokens": options.batch_tokens, "chunk": options.chunk,
                                               "prefill_chunk": options.prefill_chunk, "memory_gib": options.memory_gib}}
