@@ -56,8 +56,10 @@ def of_counts(null_base: jax.Array, null_slope: jax.Array, len_gain: jax.Array, 
   dtype = accumulator(null_base)
   counts = count_features(visible.astype(dtype)[..., None], null_length, count_length)
   gain, slope, rate = (jax.nn.softplus(raw.astype(dtype)) for raw in (len_gain, null_slope, mag_beta))
-  null = (1 + gain * counts.held) * (null_base.astype(dtype) + slope * counts.root) + (counts.log - counts.held)
-  return PerQuery(1 + gain * counts.log, null, rate if count_length is None else rate * counts.share)
+  temp, null = 1 + gain * counts.log, null_base.astype(dtype) + slope * counts.root
+  if count_length is None:
+    return PerQuery(temp, temp * null, rate)
+  return PerQuery(temp, (1 + gain * counts.held) * null + (counts.log - counts.held), rate * counts.share)
 
 
 def count_features(visible: jax.Array, null_length: int | None, count_length: int | None) -> Counts:
