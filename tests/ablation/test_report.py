@@ -63,6 +63,7 @@ def test_seed_intervals(cells):
   assert polar.seeds == 2
   np.testing.assert_allclose(polar.mean, 2.005)
   np.testing.assert_allclose(polar.high - polar.mean, 12.7062047 * 0.01 / np.sqrt(2) / np.sqrt(2), rtol=1e-6)  # t(0.975, 1)
+  np.testing.assert_allclose((polar.least, polar.most), (2.0, 2.01))
   assert interval([1.0]) == (None, None)
 
 

@@ -33,7 +33,8 @@ def model(lively):
   def make(**arguments):
     patch = pytest.MonkeyPatch()
     config = Config(model=lively.config, data=DataConfig(sequence_length=32))
-    patch.setattr(lm_eval_adapter, "load_model", lambda *args, **counts: (config, lively, TOKENIZER, 7))
+    patch.setattr(lm_eval_adapter, "load_model",
+                  lambda directory, step, mesh, ema, null_length, count_length: (config, lively, TOKENIZER, 7))
     with patch.context():
       made = get_model("atma_jax").create_from_arg_obj({"checkpoint": "DIR", **arguments}, {"batch_size": None})
     patch.undo()

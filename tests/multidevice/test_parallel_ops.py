@@ -111,14 +111,12 @@ def test_gated_delta_kernels(interpreted):
 def test_what_cannot_be_split_is_refused():
   q, k, v, raw = polar_inputs(6, 3)
   with jax.set_mesh(make_mesh(data=2, tensor=4)), pytest.raises(ValueError, match=r"6 query heads .* tensor=4"):
-    parallel.polar_attention(q, k, v, **raw, window=None, null_length=None, count_length=None,
-                               implementation="xla")
+    parallel.polar_attention(q, k, v, **raw, window=None, null_length=None, count_length=None, implementation="xla")
   with jax.set_mesh(make_mesh(data=4, context=2)):
     refusals = {"reference": "split sequence has no .reference.", "pallas_tpu": "needs a TPU", "pallas_gpu": "needs a GPU"}
     for name, why in refusals.items():
       with pytest.raises(NotImplementedError, match=why):
-        parallel.polar_attention(q, k, v, **raw, window=None, null_length=None, count_length=None,
-                               implementation=name)
+        parallel.polar_attention(q, k, v, **raw, window=None, null_length=None, count_length=None, implementation=name)
       with pytest.raises(NotImplementedError, match=why):
         parallel.gated_delta(q, q, q, log_gamma=q[..., 0], beta=q[..., 0], initial_state=None, implementation=name)
     with pytest.raises(ValueError, match="18 tokens: must be a multiple of twice mesh context=2"):

@@ -116,8 +116,9 @@ def test_counts_that_stop_equal_oracle_and_change_nothing_before(implementation,
   plain = polar_run("reference", window, *inputs)[0]
   seen_before = 80 - 67 + jnp.arange(67) < 33  # as many keys as are counted
   for stopped, growing in zip((direction, magnitude), plain):
-    # The same numbers by another program: logits of up to 16 round at 1e-6, and do so a few times.
-    np.testing.assert_allclose(stopped[:, seen_before], growing[:, seen_before], rtol=0, atol=4e-6)
+    # With count_length the same numbers by another program: logits of up to 16 round at 1e-6, and do so a few times.
+    np.testing.assert_allclose(stopped[:, seen_before], growing[:, seen_before], rtol=0,
+                               atol=4e-6 if "count_length" in lengths else 0)
     assert not np.allclose(stopped[:, ~seen_before], growing[:, ~seen_before], atol=1e-3)
 
 
