@@ -148,9 +148,9 @@ def step_table(config: Config, step_tokens: int, repeats: int, seed: int) -> Non
   with jax.set_mesh(mesh):
     definition = ModelDefinition(config.model)
     optimizer = optimizer_for(config, definition)
+    state = create_state(config, definition, optimizer, mesh)
     for accumulation in sorted({1, max(1, tokens_per_update // step_tokens)}):
       config.data.batch_size, config.train.accumulation = accumulation * step_tokens // T, accumulation
-      state = create_state(config, definition, optimizer, mesh)
       tokens = jax.random.randint(jax.random.key(seed), (config.data.batch_size, T + 1), 0, config.model.vocab_size)
       tokens = jax.device_put(tokens, named_sharding(mesh, ("batch", None)))
       start = time.perf_counter()
