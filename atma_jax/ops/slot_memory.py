@@ -71,19 +71,19 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, *, log_decay: jax.Array, s
   T, dtype = q.shape[1], initial_state[0].dtype
   chunk = min(chunk, T)
   count = -(-T // chunk)
-  run = math.isqrt(count - 1) + 1  # chunks between two states that are kept
-  runs = -(-count // run)
+  length = math.isqrt(count - 1) + 1  # chunks of a segment; the state before each segment is kept
+  segments = -(-count // length)
 
   def cut(x: jax.Array) -> jax.Array:
-    """(B, T, H, ...) -> (runs, chunks, B, H, n, ...); a padded step neither decays nor writes."""
-    x = jnp.pad(x.astype(dtype), ((0, 0), (0, runs * run * chunk - T), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(x.shape[0], runs, run, chunk, *x.shape[2:]), (1, 2, 4), (0, 1, 3))
+    """(B, T, H, ...) -> (segments, chunks, B, H, n, ...); a padded step neither decays nor writes."""
+    x = jnp.pad(x.astype(dtype), ((0, 0), (0, segments * length * chunk - T), *((0, 0),) * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(x.shape[0], segments, length, chunk, *x.shape[2:]), (1, 2, 4), (0, 1, 3))
 
   @jax.checkpoint
-  def some(state: State, inputs: tuple[jax.Array, ...]) -> tuple[State, jax.Array]:
+  def segment(state: State, inputs: tuple[jax.Array, ...]) -> tuple[State, jax.Array]:
     return jax.lax.scan(functools.partial(_chunk, scale), state, inputs)
 
-  state, out = jax.lax.scan(some, initial_state, tuple(map(cut, (q, k, v, log_decay))))
+  state, out = jax.lax.scan(segment, initial_state, tuple(map(cut, (q, k, v, log_decay))))
   out = jnp.moveaxis(out, (0, 1, 3), (1, 2, 4))
   return out.reshape(out.shape[0], -1, *out.shape[4:])[:, :T].astype(v.dtype), state
 

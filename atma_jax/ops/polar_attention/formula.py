@@ -26,7 +26,7 @@ class PerQuery(NamedTuple):
 
 
 class Counts(NamedTuple):
-  """Features of the number n of visible keys, past the end of what a model was trained on as for `polar_attention`."""
+  """Features of the number n of visible keys; null_length and count_length as for `polar_attention`."""
 
   log: jax.Array  # ``log n``
   root: jax.Array  # ``sqrt(log(n + 1))``, n no more than null_length and count_length
