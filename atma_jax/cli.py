@@ -77,8 +77,7 @@ def define_retention_flags() -> Callable[[], RetentionCap | None]:
 
 def define_count_flags() -> Callable[[], dict[str, int | None]]:
   """Defines ``--null_length`` and ``--count_length`` for a main; what is returned gives them as `load_model` takes them."""
-  holders = [flags.DEFINE_integer(name, None, f"Visible keys {what}, such as the training length; 0 is never; default is the "
-                                  "model's own.", lower_bound=0) for name, what in COUNT_LENGTHS.items()]
+  holders = [flags.DEFINE_integer(name, None, description, lower_bound=0) for name, description in COUNT_LENGTHS.items()]
   return lambda: {holder.name: holder.value for holder in holders}
 
 

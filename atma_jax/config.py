@@ -23,8 +23,12 @@ INITS = ("default", "published", "mimetic")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMATS = ("none", "dots", "block")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
-COUNT_LENGTHS = {"null_length": "at which polar attention's null stops growing",
-                 "count_length": "past which polar attention's null and magnitude are told the count relative to it"}
+COUNT_LENGTHS = {  # fields of a model that a checkpoint may be read with other values of, and the help of their flags
+  "null_length": "Visible keys at which polar attention's null stops growing, such as the training length; 0 is never; default "
+                 "is the model's own.",
+  "count_length": "Visible keys past which polar attention's null and magnitude are told the count relative to it, such as the "
+                  "training length; 0 is never; default is the model's own.",
+}
 CLIP_BASES = ("sum", "mean")
 MUON_VARIANTS = ("published", "quintic5")
 OPTIMIZERS = ("muon", "adamw")

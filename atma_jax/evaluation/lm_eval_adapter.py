@@ -18,7 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 import numpy as np
 
-from atma_jax.config import COUNT_LENGTHS, UserError, unknown_name
+from atma_jax.config import UserError, unknown_name
 from atma_jax.evaluation.babilong import chunk_for
 from atma_jax.evaluation.runner import at_full_context
 from atma_jax.evaluation.scoring import Scorer
@@ -64,7 +64,7 @@ class AtmaLM(TemplateLM):
                device: str | None = None, max_batch_size: int | None = None, **unknown: Any):
     super().__init__()
     legal = ("checkpoint", "step", "max_length", "max_gen_toks", "batch_tokens", "chunk", "prefill_chunk", "fsdp", "tensor",
-             "keep_window", "ema", *COUNT_LENGTHS, "tokenizer")
+             "keep_window", "ema", "null_length", "count_length", "tokenizer")
     for name in unknown:
       raise UserError(unknown_name("--model_args field", name, legal))
     if not checkpoint:
@@ -75,7 +75,7 @@ class AtmaLM(TemplateLM):
                         ("chunk", chunk), ("prefill_chunk", prefill_chunk), ("fsdp", fsdp), ("tensor", tensor)):
       if value is not None and (not isinstance(value, int) or value < 1):
         raise UserError(f"--model_args {name}={value}: must be a whole number of at least 1")
-    counts = dict(zip(COUNT_LENGTHS, (null_length, count_length), strict=True))
+    counts = {"null_length": null_length, "count_length": count_length}
     for name, length in counts.items():
       if length is not None and (not isinstance(length, int) or length < 0):
         raise UserError(f"--model_args {name}={length}: must be a number of keys, or 0 for no end")

@@ -57,9 +57,8 @@ class Options:
   memory_gib: float | None = _option(None, "Most that a program may take on a device; default is what is free.")
   context: int = _option(1, "Devices over which a sequence is split; a divisor of all.")
   keep_window: bool = _option(False, "Keep the attention window of training; else every key is seen.")
-  null_length: int | None = _option(None, f"Visible keys {COUNT_LENGTHS['null_length']}, such as the training length; 0 is "
-                                    "never; default is the model's own.")
-  count_length: int | None = _option(None, f"Visible keys {COUNT_LENGTHS['count_length']}; as --null_length.")
+  null_length: int | None = _option(None, COUNT_LENGTHS["null_length"])
+  count_length: int | None = _option(None, COUNT_LENGTHS["count_length"])
   retention_cap: float | None = _option(None, "Half-life in tokens that the memory is held to; default is none.")
   retention_heads: str = _option("all", "Heads held to it: all, worst, or LAYER:HEAD pairs such as 6:3,10:1.")
   retention_cap_sweep: tuple[str, ...] = _option((), "Caps to compare, each by itself, such as none,256,1024.")
