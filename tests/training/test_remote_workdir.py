@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import http
 import json
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -24,6 +28,29 @@ def get_config():
     train=TrainConfig(steps=6, log_every=1, checkpoint_every=2, checkpoint_keep=2, validate_every=0))
 """
 
+READ_AGAIN = """
+import tensorstore
+store = tensorstore.KvStore.open("gs://bucket/").result()
+store.write("file", b"old").result()
+generation = store.read("file").result().stamp.generation
+store.write("file", b"new").result()
+print(store.read("file", if_not_equal=generation).result().value.decode())
+"""
+
+
+def with_generation(download, missing: type[Exception]):
+  """The emulator's handler of reads with the header that Cloud Storage sends and it leaves out: the object's generation.
+
+  Without it TensorStore takes every object that it reads to be of generation 0, and refuses to ask whether such a one has
+  changed ("Malformed StorageGeneration"). A save met that only when its reads came late, on a busy machine.
+  """
+  def handle(request, response, storage, *args, **kwargs):
+    with contextlib.suppress(missing):  # the handler answers that itself
+      found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+      response["x-goog-generation"] = found["generation"]
+    return download(request, response, storage, *args, **kwargs)
+  return handle
+
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory):
@@ -34,21 +61,36 @@ def storage(tmp_path_factory):
   with socket.socket() as found:
     found.bind(("127.0.0.1", 0))
     port = found.getsockname()[1]
-  running = server.create_server("127.0.0.1", port, in_memory=False, default_bucket="bucket", data_dir=str(folder))
-  running.start()
   address = f"http://127.0.0.1:{port}"
-  yield {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "NO_GCE_CHECK": "true",
-         "GOOGLE_CLOUD_PROJECT": "none"}, folder / ".cloudstorage" / "bucket"
-  running.stop()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(server.objects, "download", with_generation(server.objects.download, server.objects.NotFound))
+    running = server.create_server("127.0.0.1", port, in_memory=False, default_bucket="bucket", data_dir=str(folder))
+    running.start()
+    yield {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "NO_GCE_CHECK": "true",
+           "GOOGLE_CLOUD_PROJECT": "none"}, folder / ".cloudstorage" / "bucket"
+    running.stop()
 
 
-def test_train_and_resume(main, storage, tmp_path):
-  environ, bucket = storage
+def test_emulator_answers_whether_an_object_has_changed(storage):
+  """What saves depend on, asked as they ask it."""
+  environ, _ = storage
+  done = subprocess.run([sys.executable, "-c", READ_AGAIN], env=os.environ | environ, capture_output=True, text=True, check=False)
+  assert done.stdout == "new\n", done.stderr
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("recipe")
   for i in range(20):
-    (tmp_path / f"{i}.txt").write_text(f"Document {i}: the quick brown fox jumps {i * 7} times over the lazy dog.\n" * 8)
-  (tmp_path / "recipe.py").write_text(RECIPE.format(folder=tmp_path))
+    (folder / f"{i}.txt").write_text(f"Document {i}: the quick brown fox jumps {i * 7} times over the lazy dog.\n" * 8)
+  (folder / "recipe.py").write_text(RECIPE.format(folder=folder))
+  return folder / "recipe.py"
+
+
+def test_train_and_resume(main, storage, recipe):
+  environ, bucket = storage
   for steps, words in ((4, "starting"), (6, "resuming at step 4")):
-    done = main("train", f"--config={tmp_path / 'recipe.py'}", "--workdir=gs://bucket/run", f"--config.train.steps={steps}",
+    done = main("train", f"--config={recipe}", "--workdir=gs://bucket/run", f"--config.train.steps={steps}",
                 environ=os.environ | environ)
     assert done.returncode == 0 and words in done.stderr, done.stderr
   records = [json.loads(line) for line in (bucket / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -58,6 +100,27 @@ def test_train_and_resume(main, storage, tmp_path):
   assert sorted({path.parts[0] for path in objects}) == ["4", "6"]
   assert (checkpoints / "6" / "commit_success.txt").exists()
   assert list((bucket / "run" / "tensorboard").glob("events*"))
+
+
+def test_save_after_one_that_was_refused(main, storage, recipe, monkeypatch):
+  objects = sys.modules["gcp_storage_emulator.handlers.objects"]
+  upload, refused = objects._media_upload, []
+
+  def refuse_once(request, response, storage):
+    name = request.query["name"][0]
+    if not refused and name.endswith("manifest.ocdbt"):
+      refused.append(name)
+      response.status = http.HTTPStatus.FORBIDDEN
+    else:
+      upload(request, response, storage)
+
+  monkeypatch.setattr(objects, "_media_upload", refuse_once)
+  environ, bucket = storage
+  done = main("train", f"--config={recipe}", "--workdir=gs://bucket/refused", "--config.train.steps=4",
+              environ=os.environ | environ)
+  assert done.returncode == 0 and "checkpoints/2 could not be written (1 failed so far)" in done.stderr, done.stderr
+  assert refused[0].startswith("refused/checkpoints/2/") and "(2 failed so far)" not in done.stderr
+  assert (bucket / "refused" / "checkpoints" / "4" / "commit_success.txt").exists()
 
 
 def test_prepared_data_needs_a_directory_of_this_machine():
