@@ -42,7 +42,7 @@ def with_generation(download, missing: type[Exception]):
   """The emulator's handler of reads with the header that Cloud Storage sends and it leaves out: the object's generation.
 
   Without it TensorStore takes every object that it reads to be of generation 0, and refuses to ask whether such a one has
-  changed ("Malformed StorageGeneration"). Saves that came after one that had failed met that, and failed as well.
+  changed ("Malformed StorageGeneration"). Whether a save asks that is a matter of timing: 4 of 12 small ones in a row failed.
   """
   def handle(request, response, storage, *args, **kwargs):
     with contextlib.suppress(missing):  # the handler answers that itself
