@@ -91,6 +91,8 @@ def with_counts(model: Atma, *, null_length: int | None = None, count_length: in
   lengths = {"null_length": null_length, "count_length": count_length}
   given = {name: length for name, length in lengths.items() if length is not None}
   for name, length in given.items():
+    if "global" not in model.config.block_pattern:
+      raise UserError(f"--{name}={length}: only polar attention counts its keys, and the model has no attention")
     if model.config.attention != "polar":
       raise UserError(f"--{name}={length}: only polar attention counts its keys, and the model's is {model.config.attention}")
   return reconfigured(model, **{name: length or None for name, length in given.items()})

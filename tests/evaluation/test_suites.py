@@ -142,6 +142,9 @@ def test_counts_of_a_model_that_does_not_count(lively, name):
   config = dataclasses.replace(lively.config, attention="nope")
   with pytest.raises(UserError, match=f"{name}=8: only polar attention counts its keys, and the model's is nope"):
     with_counts(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), **{name: 8})
+  config = dataclasses.replace(lively.config, block_pattern=("raven",))
+  with pytest.raises(UserError, match=f"{name}=8: only polar attention counts its keys, and the model has no attention"):
+    with_counts(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), **{name: 8})
   with pytest.raises(UserError, match=f"{name}=-1: must be a number of keys, or 0"):
     Options(**{name: -1})
 
