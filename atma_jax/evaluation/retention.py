@@ -32,9 +32,9 @@ OUTLIER_FACTOR = 16
 
 def retention_cells(inputs: Inputs) -> list[Cell]:
   """One cell for the biases and one for the text."""
-  if not inputs.config.model.memory.enabled or "global" not in inputs.config.model.block_pattern:
-    raise UserError("--suite=retention: the model has no memory")
   heads = [(layer, head) for layer, values in zero_input_half_lives(inputs.model).items() for head in range(len(values))]
+  if not heads:
+    raise UserError("--suite=retention: the model has no memory")
   rows = document_rows(inputs, "retention")
   zero_input = Cell("half-lives of the biases", tuple((ZERO_INPUT, 0, *where) for where in heads), {}, 0,
                     lambda progress: _zero_input(inputs))

@@ -131,6 +131,12 @@ def test_baselines_have_what_they_have():
     retention_cells(inputs)
 
 
+def test_retention_of_the_memory_beside_raven():
+  model = dataclasses.replace(CONFIG.model, block_pattern=("local", "raven"), num_layers=2)
+  inputs = dataclasses.replace(make_inputs(dataclasses.replace(CONFIG, model=model)), lengths=(16,))
+  assert {(layer, head) for *_, layer, head in run(retention_cells(inputs))} == {(1, head) for head in range(model.num_heads)}
+
+
 def test_retention(inputs, rows):
   cells = retention_cells(inputs)
   found = run(cells)

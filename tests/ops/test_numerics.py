@@ -120,6 +120,9 @@ def test_counts_that_stop_equal_oracle_and_change_nothing_before(implementation,
     np.testing.assert_allclose(stopped[:, seen_before], growing[:, seen_before], rtol=0,
                                atol=4e-6 if "count_length" in lengths else 0)
     assert not np.allclose(stopped[:, ~seen_before], growing[:, ~seen_before], atol=1e-3)
+  if "count_length" in lengths:  # to the last bit beside the same program with an end that is never reached
+    for stopped, growing in zip((direction, magnitude), polar_run("reference", window, *inputs, count_length=80)[0]):
+      np.testing.assert_array_equal(stopped[:, seen_before], growing[:, seen_before])
 
 
 def test_null_logit_is_that_of_null_length_keys_at_the_temperature_of_all():
