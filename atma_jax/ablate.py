@@ -15,9 +15,10 @@ import pathlib
 from absl import flags
 
 from atma_jax import cli
-from atma_jax.ablation import grid, jobs, report, sweep
+from atma_jax.ablation import dashboard, grid, jobs, sweep
 from atma_jax.ablation.worker import FAILED, PREEMPTED, Worker, cell_command
-from atma_jax.config import Config, UserError
+from atma_jax.config import Config
+from atma_jax.errors import UserError
 
 _CONFIG = cli.define_config_flag()
 _PRESET = flags.DEFINE_string("preset", None, f"A grid by name: {', '.join(grid.PRESETS)}.")
@@ -61,17 +62,17 @@ def main() -> int:
   directory = pathlib.Path(_OUTPUT.value)
   evaluation = sweep.Evaluation(tuple(_SUITE.value), cli.whole_numbers("multiples", _MULTIPLES.value), _TRIALS.value,
                                 _BATCH_TOKENS.value, _DOCUMENTS.value)
-  folders = sweep.chosen(cells or sweep.find(directory), _CELLS.value, directory)
-  folders = sweep.create(directory, folders, evaluation) if cells else folders
+  chosen = sweep.chosen(cells or sweep.find(directory), _CELLS.value, directory)
+  folders = sweep.create(directory, chosen, evaluation) if cells else chosen
   if _JOBS.value:
     jobs.submit(_JOBS.value, folders, _OUTPUT.value, _LAUNCH.value, dry_run=_DRY_RUN.value)
     return 0
-  outcome = None if _REPORT.value else Worker(
-    folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value, gpus=_GPUS.value).run()
+  worker = Worker(folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value, gpus=_GPUS.value)
+  outcome = None if _REPORT.value else worker.run()
   if outcome == PREEMPTED:
     return cli.EXIT_PREEMPTED
   if _REPORT.value or any(cell.done for cell in sweep.find(directory)):
-    report.report(directory, sweep.find(directory))
+    dashboard.report(directory, sweep.find(directory))
   return sweep.exit_code(folders) if outcome == FAILED else 0
 
 

@@ -12,7 +12,7 @@ Four tables, all in one process so that their numbers can be compared:
 * ``forward``: the recipe's model on long sequences.
 * ``generation``: prefill and decoding of one sequence at --contexts, decoding of --batches sequences at --batch_context, each
   step's time beside the bytes it must move over the bandwidth of a copy.
-* ``tune``, only if asked for: candidates for the kernels' block sizes, and the lines that belong into `atma_jax.ops.tiles`.
+* ``tune``, only if asked for: candidates for the kernels' block sizes, and the lines that belong into `atma_jax.ops.core.tiles`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from absl import flags
 
 from atma_jax import cli
 from atma_jax.benchmarks.generation import Options, generation_table
-from atma_jax.benchmarks.tables import forward_table, ops_table, step_table
+from atma_jax.benchmarks.kernel_tables import forward_table, ops_table, step_table
 from atma_jax.benchmarks.tuning import tune
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 from atma_jax.models.cache import CACHE_DTYPES
 
 TABLES = ("ops", "step", "forward", "generation", "tune")

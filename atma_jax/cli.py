@@ -23,7 +23,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from atma_jax.config import COUNT_LENGTHS, Config, RetentionCap, RunError, UserError, retention_cap, unknown_name
+from atma_jax.config import COUNT_LENGTHS, Config, RetentionCap, retention_cap
+from atma_jax.errors import RunError, UserError, unknown_name
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2

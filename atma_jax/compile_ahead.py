@@ -13,8 +13,8 @@ from absl import flags
 import jax
 
 from atma_jax import cli
-from atma_jax.config import UserError
-from atma_jax.training.ahead import MODES, plan
+from atma_jax.errors import UserError
+from atma_jax.planning.ahead import MODES, plan
 
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Generation and shape, such as v5e:16x16, v5p:4x4x8 or v6e:8x8.")

@@ -11,11 +11,12 @@ D head size, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from typing import Any
+
+from atma_jax.errors import UserError, unknown_name
 
 ATTENTIONS = ("polar", "nope", "rope")
 MIXERS = ("local", "global", "raven")
@@ -34,15 +35,6 @@ MUON_VARIANTS = ("published", "quintic5")
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine")
 REGULARIZERS = ("baseline", "weak", "strong", "discrete", "zipfian")
-
-
-class UserError(Exception):
-  """Bad input, told in one line that names the flag, field or file and what is legal. Mains exit with code 2."""
-
-
-class RunError(Exception):
-  """Something outside the program failed for good (storage, another process), in one line. Mains exit with code 1, on which
-  launchers try again."""
 
 
 @dataclasses.dataclass(unsafe_hash=True)  # modules keep it as a static attribute
@@ -248,14 +240,6 @@ def retention_cap(tokens: float | None, heads: str) -> RetentionCap | None:
   if tokens is None and heads != "all":
     raise UserError(f"--retention_heads={heads}: says which heads --retention_cap=TOKENS holds; it is missing")
   return None if tokens is None else RetentionCap(tokens, heads)
-
-
-def unknown_name(kind: str, name: str, legal: typing.Iterable[str]) -> str:
-  """The one line said about a misspelt name: what it was, the nearest legal one, all legal ones."""
-  legal = sorted(legal)
-  near = difflib.get_close_matches(name, legal, n=1)
-  hint = f"; did you mean {near[0]!r}?" if near else ""
-  return f"{kind} {name!r} does not exist{hint} Legal: {', '.join(legal)}".replace("exist Legal", "exist. Legal")
 
 
 def _require(condition: bool, field: str, value: Any, legal: str) -> None:

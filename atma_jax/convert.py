@@ -14,9 +14,9 @@ import time
 from absl import flags, logging
 
 from atma_jax import cli
-from atma_jax.config import UserError
+from atma_jax.checkpoints.store import load_model, save_model
+from atma_jax.errors import UserError
 from atma_jax.pytorch import FORMATS, is_published, read_published, write_published
-from atma_jax.training.checkpointing import load_model, save_model
 
 _INPUT = flags.DEFINE_string("input", None, "A published checkpoint (weights.pt or *.safetensors), or a training workdir.")
 _OUTPUT = flags.DEFINE_string("output", None, "A new directory.")

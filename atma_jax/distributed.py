@@ -27,7 +27,7 @@ from absl import flags, logging
 import jax
 from jax._src.distributed import global_state  # its key-value store has no public name; Orbax takes it from here too
 
-from atma_jax.config import RunError, UserError
+from atma_jax.errors import RunError, UserError
 
 HEARTBEAT_SECONDS = 100
 START_SECONDS = 300

@@ -15,10 +15,10 @@ import typing
 from absl import flags
 
 from atma_jax import cli
-from atma_jax.config import UserError
 from atma_jax.distributed import DistributedFlags
+from atma_jax.errors import UserError
 from atma_jax.evaluation.options import BabilongOptions, Options
-from atma_jax.evaluation.report import write_report
+from atma_jax.evaluation.report.page_tables import write_report
 from atma_jax.evaluation.runner import evaluate
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_boolean}

@@ -16,14 +16,14 @@ import jax
 import numpy as np
 
 from atma_jax import cli
-from atma_jax.config import UserError
+from atma_jax.checkpoints.store import load_model
+from atma_jax.errors import UserError
 from atma_jax.inference.console import complete_all, read_lines, read_text, stream_one
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
-from atma_jax.models.retention import with_retention_cap
-from atma_jax.training.checkpointing import load_model
+from atma_jax.models.retention_cap import with_retention_cap
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, tuple: flags.DEFINE_multi_string}
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")

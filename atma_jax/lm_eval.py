@@ -11,7 +11,7 @@ import importlib.util
 import sys
 
 from atma_jax.cli import bad_input
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 
 
 def main() -> None:

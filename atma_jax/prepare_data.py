@@ -11,10 +11,10 @@ from __future__ import annotations
 from absl import flags
 
 from atma_jax import cli
-from atma_jax.config import UserError
 from atma_jax.data.manifest import Manifest
-from atma_jax.data.parallel import MOST_WORKERS
 from atma_jax.data.prepare import prepare
+from atma_jax.data.process_pool import MOST_WORKERS
+from atma_jax.errors import UserError
 
 _CONFIG = cli.define_config_flag()
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where to write; default is config.data.directory.")

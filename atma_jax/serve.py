@@ -13,14 +13,14 @@ import dataclasses
 from absl import flags, logging
 
 from atma_jax import cli
-from atma_jax.config import UserError
+from atma_jax.checkpoints.store import load_model
+from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
-from atma_jax.inference.memory import sizes_within
-from atma_jax.inference.openai_protocol import Limits
+from atma_jax.inference.footprint import sizes_within
 from atma_jax.models.cache import CACHE_DTYPES
-from atma_jax.models.retention import with_retention_cap
+from atma_jax.models.retention_cap import with_retention_cap
+from atma_jax.serving.protocol import Limits
 from atma_jax.sharding import make_mesh
-from atma_jax.training.checkpointing import load_model
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
@@ -52,7 +52,7 @@ def main() -> int:
     raise UserError("--checkpoint=DIR is required")
   limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})
   try:
-    from atma_jax.inference.server import CompletionServer, listen
+    from atma_jax.serving.http import CompletionServer, listen
     mesh = make_mesh(tensor=_TENSOR.value)
   except ImportError as error:
     raise UserError(f"{error}; the server needs more packages: pip install 'atma_jax[serve]'") from error

@@ -10,9 +10,9 @@ from __future__ import annotations
 from absl import flags
 
 from atma_jax import cli
-from atma_jax.config import UserError
+from atma_jax.compilation_cache import use_compilation_cache
 from atma_jax.distributed import DistributedFlags
-from atma_jax.training.compilation_cache import use_compilation_cache
+from atma_jax.errors import UserError
 from atma_jax.training.loop import PREEMPTED, train
 
 _CONFIG = cli.define_config_flag()

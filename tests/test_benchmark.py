@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from atma_jax.ops import tiles
+from atma_jax.ops.core import tiles
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from atma_jax.cli import load_recipe
-from atma_jax.config import Config, UserError
-from atma_jax.training.state import ModelDefinition
+from atma_jax.config import Config
+from atma_jax.errors import UserError
+from atma_jax.models.definition import ModelDefinition
 
 
 def test_stored_configuration_comes_back():

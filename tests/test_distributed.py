@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from atma_jax import distributed
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 ADDRESS = "10.0.0.1:1234"

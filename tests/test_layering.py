@@ -16,6 +16,8 @@ MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generat
 LAYERS = {
   "__init__": 0,
   "config": 0,
+  "errors": -1,
+  "compilation_cache": 1,
   "distributed": 1,
   "ops": 1,
   "progress": 1,
@@ -23,15 +25,18 @@ LAYERS = {
   "data": 2,
   "models": 2,
   "pytorch": 3,
-  "inference": 4,
-  "training": 4,
-  "evaluation": 5,
-  "ablation": 6,
-  "benchmarks": 6,
-  "cli": 7,
-  **dict.fromkeys(MAINS, 8),
+  "checkpoints": 4,
+  "inference": 5,
+  "training": 5,
+  "planning": 6,
+  "serving": 6,
+  "evaluation": 7,
+  "ablation": 8,
+  "benchmarks": 8,
+  "cli": 9,
+  **dict.fromkeys(MAINS, 10),
 }
-STANDARD_LIBRARY_ONLY = ("__init__", "config")
+STANDARD_LIBRARY_ONLY = ("__init__", "config", "errors")
 OPS_THIRD_PARTY = {"jax", "jaxlib", "numpy"}
 MAIN_LINES = 80
 FILE_LINES = 600

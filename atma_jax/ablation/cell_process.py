@@ -17,9 +17,10 @@ import jax
 
 from atma_jax.ablation.sweep import CellFolder, write_json
 from atma_jax.ablation.worker import PARENT_VARIABLE
-from atma_jax.config import DataConfig, UserError
+from atma_jax.config import DataConfig
 from atma_jax.data.manifest import MANIFEST
 from atma_jax.data.prepare import prepare
+from atma_jax.errors import UserError
 from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.runner import evaluate
 from atma_jax.models import count_parameters

@@ -16,7 +16,7 @@ import socket
 import time
 from typing import Any
 
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0

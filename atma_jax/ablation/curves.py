@@ -16,8 +16,8 @@ import numpy as np
 from atma_jax.ablation.contrasts import Setting
 from atma_jax.ablation.results import write_file
 from atma_jax.ablation.tables import MEASURES
-from atma_jax.evaluation.plots import GRAY, multiple_label, style_axes
-from atma_jax.evaluation.report_figures import PALETTE
+from atma_jax.evaluation.report.page_figures import PALETTE
+from atma_jax.evaluation.report.plots import GRAY, multiple_label, style_axes
 
 PANELS = ("document_loss", "stream_loss", "needle_accuracy")  # of `MEASURES`, those that have a length
 STYLES = tuple(zip(("-", "--", ":", "-.") * 2, "os^DvPX*", strict=True))

@@ -12,7 +12,8 @@ import itertools
 import re
 from typing import Any
 
-from atma_jax.config import REGULARIZERS, Config, UserError, unknown_name
+from atma_jax.config import REGULARIZERS, Config
+from atma_jax.errors import UserError, unknown_name
 
 # What an axis over a field is called in ids and tables; others by the last part of the field's name.
 NAMES = {"model.attention": "attention", "model.memory.enabled": "mem", "model.memory.max_half_life": "halflife",

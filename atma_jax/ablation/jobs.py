@@ -13,7 +13,7 @@ import shlex
 import subprocess
 
 from atma_jax.ablation.sweep import CellFolder
-from atma_jax.config import UserError, unknown_name
+from atma_jax.errors import UserError, unknown_name
 
 LAUNCHERS = {"slurm": ("launch/slurm.sh",), "xpk": ("launch/gke/xpk.sh", "run")}
 DEFAULTS = {"slurm": ("--nodes=1", "--gpus-per-node=1"), "xpk": ()}

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 
 from atma_jax.ablation.sweep import CellFolder
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 
 Row = dict[str, Any]
 COLUMNS = ("measure", "length", "multiple", "value", "n", "standard_error", "low", "high")

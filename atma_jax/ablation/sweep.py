@@ -21,8 +21,9 @@ import pathlib
 from typing import Any
 
 from atma_jax.ablation.grid import Cell
-from atma_jax.config import Config, UserError, unknown_name
+from atma_jax.config import Config
 from atma_jax.data.manifest import settings_of
+from atma_jax.errors import UserError, unknown_name
 from atma_jax.evaluation.options import Options
 
 SCHEMA = 1

@@ -1,4 +1,4 @@
-"""Times candidates for the block sizes of `atma_jax.ops.tiles` and prints the lines that belong into its tables.
+"""Times candidates for the block sizes of `atma_jax.ops.core.tiles` and prints the lines that belong into its tables.
 
 On a GPU or TPU the kernels of that platform are timed. On a CPU all of them are interpreted in tiny blocks: what comes out
 means nothing and says so, but every candidate went the whole way.
@@ -15,13 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from atma_jax.benchmarks.tables import delta_inputs, gradients, milliseconds, polar_inputs
-from atma_jax.config import Config, UserError
-from atma_jax.ops import dispatch, kernels, tiles
+from atma_jax.benchmarks.kernel_tables import delta_inputs, gradients, milliseconds, polar_inputs
+from atma_jax.config import Config
+from atma_jax.errors import UserError
+from atma_jax.ops.core import dispatch, tiles
+from atma_jax.ops.core import pallas as kernels
+from atma_jax.ops.core.tiles import Carry, Tile, Tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
-from atma_jax.ops.polar_attention import pallas_gpu, pallas_tpu
-from atma_jax.ops.tiles import Carry, Tile, Tiles
+from atma_jax.ops.polar_attention.gpu import pallas_gpu
+from atma_jax.ops.polar_attention.tpu import pallas_tpu
 
 KERNELS = {"gpu": (pallas_gpu.polar_attention, delta_gpu.gated_delta), "tpu": (pallas_tpu.polar_attention, delta_tpu.gated_delta)}
 TILES = {

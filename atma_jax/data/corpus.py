@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from absl import logging
 import numpy as np
 
-from atma_jax.config import DataConfig, UserError
+from atma_jax.config import DataConfig
 from atma_jax.data import sources
 from atma_jax.data.near_duplicates import EvaluationLines, text_digest
-from atma_jax.data.parallel import Pool
+from atma_jax.data.process_pool import Pool
 from atma_jax.data.shards import open_shard
 from atma_jax.data.tokenizers import Tokenizer, check_tokens
+from atma_jax.errors import UserError
 from atma_jax.progress import progress_bar
 
 _SCAN_BYTES = 1 << 20  # files handed to a worker at a time; a larger file goes by itself

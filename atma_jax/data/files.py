@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any, BinaryIO
 
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 
 
 def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], None]) -> None:

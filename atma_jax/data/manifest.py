@@ -8,11 +8,12 @@ import json
 import pathlib
 from typing import Any
 
-from atma_jax.config import DataConfig, UserError
+from atma_jax.config import DataConfig
 from atma_jax.data import sources
 from atma_jax.data.files import read_json
 from atma_jax.data.shards import Shard, TokenStream, open_shard
 from atma_jax.data.tokenizers import Tokenizer, load_tokenizer
+from atma_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"

@@ -11,8 +11,8 @@ import re
 
 import numpy as np
 
-from atma_jax.config import UserError
 from atma_jax.data.tokenizers import Tokenizer
+from atma_jax.errors import UserError
 
 CUE = " The access code for record {key} is"
 MAGIC_CUE = " The special magic {word} number is"

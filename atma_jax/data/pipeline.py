@@ -16,10 +16,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from atma_jax.config import DataConfig, UserError
+from atma_jax.config import DataConfig
 from atma_jax.data.manifest import check_settings, load_manifest, load_prepared_tokenizer, open_stream, settings_of
 from atma_jax.data.shards import TokenStream
 from atma_jax.data.tokenizers import check_tokens
+from atma_jax.errors import UserError
 
 _READ_THREADS = 2
 

@@ -30,15 +30,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from atma_jax.config import DataConfig, UserError
+from atma_jax.config import DataConfig
 from atma_jax.data import needles, sources, tokenizers
 from atma_jax.data.corpus import Entry, EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
 from atma_jax.data.files import read_json, write_json
 from atma_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, check_settings, load_manifest, settings_of
 from atma_jax.data.near_duplicates import EvaluationLines
-from atma_jax.data.parallel import Pool
+from atma_jax.data.process_pool import Pool
 from atma_jax.data.shards import token_dtype, write_shard
 from atma_jax.data.tokenizers import Tokenizer
+from atma_jax.errors import UserError
 from atma_jax.progress import progress_bar
 
 _BEGUN = "begun.json"

@@ -14,8 +14,8 @@ import pathlib
 
 import numpy as np
 
-from atma_jax.config import UserError
 from atma_jax.data.files import write_atomically
+from atma_jax.errors import UserError
 
 MAGIC = 20240520
 VERSION = 1

@@ -25,7 +25,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 
 PYTHON_SOURCE = "python-source"
 LEGAL_FILES = "UTF-8 text files, and .jsonl or .parquet rows with a string in field 'text'"

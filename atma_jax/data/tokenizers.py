@@ -19,7 +19,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from atma_jax.config import ModelConfig, UserError
+from atma_jax.config import ModelConfig
+from atma_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")

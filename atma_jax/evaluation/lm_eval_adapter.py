@@ -18,15 +18,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 import numpy as np
 
-from atma_jax.config import UserError, unknown_name
-from atma_jax.evaluation.babilong import chunk_for
+from atma_jax.checkpoints.store import load_model
+from atma_jax.errors import UserError, unknown_name
 from atma_jax.evaluation.runner import at_full_context
 from atma_jax.evaluation.scoring import Scorer
+from atma_jax.evaluation.suites.babilong import chunk_for
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.progress import progress_bar
 from atma_jax.sharding import make_mesh
-from atma_jax.training.checkpointing import load_model
 
 _SHORTEST_ROW, _FEWEST_POSITIONS = 32, 8
 _GENERATION = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_gen_toks",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from atma_jax.config import COUNT_LENGTHS, RetentionCap, UserError, retention_cap
+from atma_jax.config import COUNT_LENGTHS, RetentionCap, retention_cap
+from atma_jax.errors import UserError
 
 
 def _option(default: Any, description: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from absl import logging
 import jax
 
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 
 SCHEMA = 1
 # Fields that only some records have; without one means without it, not with any.

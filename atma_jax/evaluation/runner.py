@@ -13,27 +13,28 @@ from absl import logging
 import jax
 
 from atma_jax import distributed
-from atma_jax.config import COUNT_LENGTHS, UserError, unknown_name
+from atma_jax.checkpoints.store import load_model
+from atma_jax.config import COUNT_LENGTHS
 from atma_jax.data.pipeline import heldout_documents, validation_stream
-from atma_jax.evaluation import plots
-from atma_jax.evaluation.babilong import babilong_cells
-from atma_jax.evaluation.bits_per_byte import bits_per_byte_cells
+from atma_jax.errors import UserError, unknown_name
 from atma_jax.evaluation.cells import Cell, Inputs
-from atma_jax.evaluation.diagnostics import diagnostics_cells, diagnostics_table
-from atma_jax.evaluation.losses import loss_cells
-from atma_jax.evaluation.needle import needle_cells
 from atma_jax.evaluation.options import BabilongOptions, Options
 from atma_jax.evaluation.records import ResultsFile
+from atma_jax.evaluation.report import plots
 from atma_jax.evaluation.resources import OutOfMemory, code_version, hardware
-from atma_jax.evaluation.retention import retention_cells, retention_table
-from atma_jax.evaluation.retrieval import retrieval_cells
 from atma_jax.evaluation.scoring import Scorer
+from atma_jax.evaluation.suites.babilong import babilong_cells
+from atma_jax.evaluation.suites.bpb import bits_per_byte_cells
+from atma_jax.evaluation.suites.diagnostics import diagnostics_cells, diagnostics_table
+from atma_jax.evaluation.suites.loss import loss_cells
+from atma_jax.evaluation.suites.needle import needle_cells
+from atma_jax.evaluation.suites.retention import retention_cells, retention_table
+from atma_jax.evaluation.suites.retrieval import retrieval_cells
 from atma_jax.models import Atma
-from atma_jax.models.retention import capped_heads, with_retention_cap
+from atma_jax.models.definition import reconfigured
+from atma_jax.models.retention_cap import capped_heads, with_retention_cap
 from atma_jax.progress import progress_bar
 from atma_jax.sharding import make_mesh
-from atma_jax.training.checkpointing import load_model
-from atma_jax.training.state import reconfigured
 
 SUITES = {"loss": loss_cells, "needle": needle_cells, "retrieval": retrieval_cells, "bpb": bits_per_byte_cells,
           "babilong": babilong_cells, "retention": retention_cells, "diagnostics": diagnostics_cells}

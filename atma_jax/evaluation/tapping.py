@@ -10,10 +10,10 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 from atma_jax.evaluation.cells import Inputs
 from atma_jax.evaluation.resources import memory_errors
-from atma_jax.models.transformer import Tap
+from atma_jax.models.block import Tap
 from atma_jax.sharding import named_sharding
 
 _BATCH_TOKENS = 8192

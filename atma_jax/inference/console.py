@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 

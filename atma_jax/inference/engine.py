@@ -24,17 +24,18 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from atma_jax.config import ModelConfig, UserError
+from atma_jax.config import ModelConfig
 from atma_jax.data.tokenizers import Tokenizer
-from atma_jax.inference.memory import Pages, check_page
+from atma_jax.errors import UserError
+from atma_jax.inference.footprint import Pages, check_page
 from atma_jax.inference.programs import Drawn, cast, empty_rows, programs, rows_sharding
 from atma_jax.inference.sampling import Knobs, Sampling, narrows
 from atma_jax.inference.saved_state import load_state, save_state
 from atma_jax.inference.text import TextStream
 from atma_jax.models import Atma
 from atma_jax.models.cache import PAGE_LIMIT, Cache
-from atma_jax.ops import dispatch
-from atma_jax.ops.cached_attention.api import BLOCK, slots_for
+from atma_jax.ops.core import dispatch
+from atma_jax.ops.polar_attention.cached.api import BLOCK, slots_for
 from atma_jax.sharding import LOGICAL_AXES
 
 SMALLEST_CHUNK = 16

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 
 
 def _option(default: Any, description: str) -> Any:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atma_jax.config import Config, ModelConfig, UserError
+from atma_jax.config import Config, ModelConfig
+from atma_jax.errors import UserError
 from atma_jax.models.cache import Cache
 
 SCHEMA = 1

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from atma_jax.config import DTYPES, ModelConfig
 from atma_jax.models.parallel import short_conv as whole_short_conv
 from atma_jax.ops import short_conv
-from atma_jax.ops.cached_attention.api import BLOCK, append, quantise, slots_for
+from atma_jax.ops.polar_attention.cached.api import BLOCK, append, quantise, slots_for
 
 PAGE_LIMIT = BLOCK  # tokens of a page
 CACHE_DTYPES = ("int8", *DTYPES)  # of keys and values

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
-from atma_jax.ops import dispatch
+from atma_jax.ops.core import dispatch
 
 FEW_ROWS = 16  # rows of the smallest tile of a GPU's matrix units
 

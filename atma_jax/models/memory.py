@@ -12,7 +12,7 @@ from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.cache import Span, counted
 from atma_jax.models.parallel import gated_delta
-from atma_jax.ops.dispatch import fitting_implementation
+from atma_jax.ops.core.dispatch import fitting_implementation
 from atma_jax.ops.gated_delta.step import gated_delta_step
 
 

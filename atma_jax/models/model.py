@@ -12,13 +12,15 @@ import jax.numpy as jnp
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
+from atma_jax.models.block import NOTHING, Group, Summands, Tap, normed_sum
 from atma_jax.models.cache import Cache, GlobalPast, Past, Span
-from atma_jax.models.global_mixer import GlobalMixer
+from atma_jax.models.mixers.attention import GlobalMixer
 from atma_jax.models.parallel import check_length
-from atma_jax.models.transformer import NOTHING, Group, Summands, Tap, normed_sum
-from atma_jax.ops import dispatch, soft_cap, squared_gate
-from atma_jax.ops.cached_attention.api import skips_unused_slots
-from atma_jax.ops.dispatch import KERNEL_OUTPUTS
+from atma_jax.ops import soft_cap
+from atma_jax.ops.core import dispatch
+from atma_jax.ops.core.dispatch import KERNEL_OUTPUTS
+from atma_jax.ops.polar_attention.cached.api import skips_unused_slots
+from atma_jax.ops.squared_gate import api as squared_gate
 from atma_jax.sharding import active_mesh, constrain
 
 REMAT_POLICIES = {

@@ -17,9 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from atma_jax import ops
-from atma_jax.ops import context_parallel, dispatch
+from atma_jax.ops.context_parallel import api as context_parallel
+from atma_jax.ops.core import dispatch
 from atma_jax.ops.gated_delta.api import repeated
-from atma_jax.ops.squared_gate import RESULT, squared_gate, squared_gate_gradients
+from atma_jax.ops.squared_gate.api import RESULT, squared_gate, squared_gate_gradients
 from atma_jax.sharding import LOGICAL_AXES, active_mesh, parts, spec
 
 _CONTEXT, = LOGICAL_AXES["sequence"]

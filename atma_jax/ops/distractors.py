@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from atma_jax.ops import streaming
-from atma_jax.ops.streaming import Statistics
+from atma_jax.ops.core import streaming
+from atma_jax.ops.core.streaming import Statistics
 
 BLOCK = 128  # queries at a time
 

@@ -21,7 +21,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 
 STORAGE_DTYPES = {"FloatStorage": np.dtype(np.float32), "DoubleStorage": np.dtype(np.float64),
                   "HalfStorage": np.dtype(np.float16), "BFloat16Storage": np.dtype(ml_dtypes.bfloat16)}

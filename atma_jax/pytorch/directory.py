@@ -10,8 +10,9 @@ import os
 import pathlib
 import shutil
 
-from atma_jax.config import Config, DataConfig, UserError
+from atma_jax.config import Config, DataConfig
 from atma_jax.data.tokenizers import HuggingFaceTokenizer, NamedTokenizer, Tokenizer, load_tokenizer
+from atma_jax.errors import UserError
 from atma_jax.models import Atma
 from atma_jax.pytorch.archive import Tensors, open_safetensors, open_state_dict, write_safetensors, write_state_dict
 from atma_jax.pytorch.description import describe

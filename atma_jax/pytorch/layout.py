@@ -14,7 +14,8 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from atma_jax.config import Config, MemoryConfig, ModelConfig, UserError
+from atma_jax.config import Config, MemoryConfig, ModelConfig
+from atma_jax.errors import UserError
 from atma_jax.models import Atma
 from atma_jax.pytorch.archive import Shaped, Tensors
 

@@ -16,16 +16,18 @@ import numpy as np
 
 import atma_jax
 from atma_jax import distributed
-from atma_jax.config import Config, UserError
+from atma_jax.checkpoints.store import Checkpointer, absolute, is_remote
+from atma_jax.config import Config
 from atma_jax.data.manifest import load_manifest
 from atma_jax.data.pipeline import TrainingData
 from atma_jax.data.prepare import prepare
 from atma_jax.data.tokenizers import check_vocabulary
+from atma_jax.errors import UserError
+from atma_jax.models.definition import ModelDefinition
+from atma_jax.models.operations import peak_flops, training_flops_per_token
 from atma_jax.sharding import make_mesh, named_sharding
-from atma_jax.training.checkpointing import Checkpointer, absolute, is_remote
-from atma_jax.training.flops import peak_flops, training_flops_per_token
 from atma_jax.training.metrics import MetricWriter, log_progress
-from atma_jax.training.state import ModelDefinition, abstract_state, create_state, optimizer_for
+from atma_jax.training.state import abstract_state, create_state, optimizer_for
 from atma_jax.training.step import make_train_step
 from atma_jax.training.validation import make_validation
 

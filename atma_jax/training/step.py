@@ -11,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
 from atma_jax.config import Config
+from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.sharding import constrain, named_sharding
-from atma_jax.training.losses import auxiliary_loss, language_model_loss
+from atma_jax.training.objective import auxiliary_loss, language_model_loss
 from atma_jax.training.optimizer import learning_rates
-from atma_jax.training.state import ModelDefinition, Params, TrainState
+from atma_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 _AUXILIARY_STREAM = 0x617578  # folded into the seed: not the keys that the parameters are drawn from

@@ -13,9 +13,9 @@ import numpy as np
 
 from atma_jax.config import Config
 from atma_jax.data.pipeline import heldout_documents, validation_batches
+from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.ops import token_losses
 from atma_jax.sharding import named_sharding, parts
-from atma_jax.training.state import ModelDefinition, Params
 
 
 def make_validation(config: Config, definition: ModelDefinition, mesh: Mesh,

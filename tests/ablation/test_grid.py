@@ -9,7 +9,8 @@ import pytest
 from atma_jax import cli
 from atma_jax.ablation.grid import expand, make_axis, parse_axis, preset, seed_axis
 from atma_jax.cli import load_recipe
-from atma_jax.config import Config, UserError
+from atma_jax.config import Config
+from atma_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent.parent / "configs"
 

@@ -12,11 +12,12 @@ import pytest
 
 from atma_jax.ablation.contrasts import contrasts, interval, settings
 from atma_jax.ablation.curves import line_styles
+from atma_jax.ablation.dashboard import report
 from atma_jax.ablation.grid import expand, make_axis, seed_axis
-from atma_jax.ablation.report import report
 from atma_jax.ablation.results import gather
 from atma_jax.ablation.sweep import Evaluation, create, write_json
-from atma_jax.config import Config, UserError
+from atma_jax.config import Config
+from atma_jax.errors import UserError
 
 EFFECT = {"polar": 0.0, "nope": 0.2, "mem-0": 0.1, "mem-1": 0.0, "seed-0": 0.0, "seed-1": 0.01}
 

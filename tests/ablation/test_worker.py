@@ -20,7 +20,8 @@ from atma_jax.ablation.claims import Claims
 from atma_jax.ablation.grid import expand, make_axis
 from atma_jax.ablation.sweep import CellFolder, Evaluation, create, find
 from atma_jax.ablation.worker import FAILED, FINISHED, Worker, _eta
-from atma_jax.config import Config, UserError
+from atma_jax.config import Config
+from atma_jax.errors import UserError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 CELL = """

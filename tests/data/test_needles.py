@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tokenizers as huggingface
 
-from atma_jax.config import UserError
 from atma_jax.data.needles import draw_needle, induction_needle, needle_length, recall_document
 from atma_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, train_sentencepiece
+from atma_jax.errors import UserError
 from tests.data.conftest import make_text
 
 TEXT = make_text(0, 2000)

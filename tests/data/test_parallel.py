@@ -10,9 +10,9 @@ import types
 
 import pytest
 
-from atma_jax.config import UserError
-from atma_jax.data import parallel
 from atma_jax.data import prepare as prepare_module
+from atma_jax.data import process_pool as parallel
+from atma_jax.errors import UserError
 
 
 class Counted:
@@ -51,7 +51,7 @@ def test_by_default_workers_are_one_a_core_and_bounded(monkeypatch):
 
 
 def test_what_a_worker_imports_first_starts_no_threads():
-  command = "import sys, atma_jax.data.parallel; print(sorted(sys.modules.keys() & {'numpy', 'pyarrow', 'jax'}))"
+  command = "import sys, atma_jax.data.process_pool; print(sorted(sys.modules.keys() & {'numpy', 'pyarrow', 'jax'}))"
   result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
   assert result.stdout.strip() == "[]"
 

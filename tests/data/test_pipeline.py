@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from atma_jax.config import DataConfig, UserError
+from atma_jax.config import DataConfig
 from atma_jax.data.manifest import load_manifest, open_stream
 from atma_jax.data.pipeline import (
-    TokenWindows,
-    TrainingData,
-    heldout_documents,
-    validation_batches,
-    validation_stream,
+  TokenWindows,
+  TrainingData,
+  heldout_documents,
+  validation_batches,
+  validation_stream,
 )
 from atma_jax.data.prepare import prepare
 from atma_jax.data.shards import TokenStream, open_shard, token_dtype, write_shard
+from atma_jax.errors import UserError
 
 
 def stream_of(tmp_path, tokens) -> TokenStream:

@@ -10,13 +10,14 @@ import sysconfig
 import numpy as np
 import pytest
 
-from atma_jax.config import DataConfig, UserError
+from atma_jax.config import DataConfig
 from atma_jax.data import corpus as corpus_module
 from atma_jax.data import prepare as prepare_module
 from atma_jax.data.manifest import load_manifest, load_prepared_tokenizer, open_stream
 from atma_jax.data.prepare import prepare
 from atma_jax.data.shards import open_shard, token_dtype, write_shard
 from atma_jax.data.sources import SourceFile
+from atma_jax.errors import UserError
 from tests.data.conftest import make_text
 
 

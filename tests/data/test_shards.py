@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
-from atma_jax.config import UserError
 from atma_jax.data.files import write_atomically
 from atma_jax.data.shards import MAGIC, Shard, TokenStream, open_shard, token_dtype, write_shard
+from atma_jax.errors import UserError
 
 
 def raw_shard(tokens, bytes_per_token, *, magic=MAGIC, version=1, count=None) -> bytes:

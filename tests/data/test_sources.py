@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from atma_jax.config import UserError
 from atma_jax.data.sources import list_files, read_documents, split_source
+from atma_jax.errors import UserError
 
 TEXTS = ["first\n text  ", "zweites ä 🎉", "third\r\n\tline"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tokenizers as huggingface
 
-from atma_jax.config import ModelConfig, UserError
+from atma_jax.config import ModelConfig
 from atma_jax.data.tokenizers import (
   ByteTokenizer,
   HuggingFaceTokenizer,
@@ -21,6 +21,7 @@ from atma_jax.data.tokenizers import (
   tokenizer_from_dict,
   train_sentencepiece,
 )
+from atma_jax.errors import UserError
 
 SAMPLE = "def f(x):\n    return x + 12345  # a comment\n\n\tif x:\n\t\tpass\n" * 20
 HARD_TEXTS = ("", " ", "\n", "\t \n  x", "a  b   c ", "\r\n", "\x00", "▁", " ▁a▁ ", "é🎉漢字", "<|endoftext|>",

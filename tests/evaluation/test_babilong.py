@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from atma_jax.config import UserError
 from atma_jax.data.tokenizers import ByteTokenizer
-from atma_jax.evaluation import babilong
+from atma_jax.errors import UserError
 from atma_jax.evaluation.options import BabilongOptions
+from atma_jax.evaluation.suites import babilong
 
 TOKENIZER = ByteTokenizer()
 

@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig, RetentionCap, UserError
+from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig, RetentionCap
 from atma_jax.data.tokenizers import ByteTokenizer
-from atma_jax.evaluation import diagnostics
+from atma_jax.errors import UserError
 from atma_jax.evaluation.cells import Inputs
-from atma_jax.evaluation.diagnostics import diagnostics_cells, diagnostics_table
 from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.records import Measurement, ResultsFile
-from atma_jax.evaluation.retention import outliers, retention_cells, retention_table
 from atma_jax.evaluation.scoring import Scorer
+from atma_jax.evaluation.suites import diagnostics
+from atma_jax.evaluation.suites.diagnostics import diagnostics_cells, diagnostics_table
+from atma_jax.evaluation.suites.retention import outliers, retention_cells, retention_table
 from atma_jax.evaluation.tapping import document_rows
 from atma_jax.models import Atma
-from atma_jax.models.retention import with_retention_cap
+from atma_jax.models.retention_cap import with_retention_cap
 from atma_jax.ops import polar_statistics
 from atma_jax.sharding import make_mesh
 

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from atma_jax.config import Config, DataConfig, UserError
+from atma_jax.config import Config, DataConfig
 from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.errors import UserError
 
 pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed: pip install 'atma_jax[eval]'")
 

@@ -10,16 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from atma_jax.config import UserError
 from atma_jax.data import needles
 from atma_jax.data.tokenizers import ByteTokenizer
-from atma_jax.evaluation import retrieval
-from atma_jax.evaluation.bits_per_byte import bits_per_byte_cells, span_bytes, whole_span
+from atma_jax.errors import UserError
 from atma_jax.evaluation.cells import Cell
 from atma_jax.evaluation.records import Measurement, ResultsFile
 from atma_jax.evaluation.resources import OutOfMemory, code_version, memory_errors
 from atma_jax.evaluation.runner import run_cells
 from atma_jax.evaluation.statistics import wilson_interval
+from atma_jax.evaluation.suites import retrieval
+from atma_jax.evaluation.suites.bpb import bits_per_byte_cells, span_bytes, whole_span
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs. " for i in range(30))
 

@@ -10,9 +10,10 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from atma_jax.config import Config, UserError
+from atma_jax.config import Config
+from atma_jax.errors import UserError
 from atma_jax.evaluation.records import ResultsFile
-from atma_jax.evaluation.report import group, render, write_report
+from atma_jax.evaluation.report.page_tables import group, render, write_report
 
 LENGTHS = (256, 512, 1024)
 

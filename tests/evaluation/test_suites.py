@@ -10,19 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from atma_jax.config import UserError
 from atma_jax.data.needles import draw_needle
 from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.errors import UserError
 from atma_jax.evaluation.cells import Inputs
-from atma_jax.evaluation.losses import loss_cells
-from atma_jax.evaluation.needle import needle_cells
 from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.records import VARIANTS, ResultsFile
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.evaluation.statistics import mean_and_error, wilson_interval
+from atma_jax.evaluation.suites.loss import loss_cells
+from atma_jax.evaluation.suites.needle import needle_cells
 from atma_jax.models import Atma
+from atma_jax.models.definition import with_counts
 from atma_jax.sharding import make_mesh
-from atma_jax.training.state import with_counts
 
 LENGTHS = (16, 32, 64)
 TEXT = "The quick brown fox jumps over the lazy dog number {}. "
@@ -71,7 +71,7 @@ def test_needle_is_the_teacher_forced_prediction(lively, losses_of):
     assert measured.n == 3 and 0 <= found["needle_accuracy", length].value <= 1
     assert found["needle_accuracy", length].interval[0] <= found["needle_accuracy", length].value
   # The cell's own rows, scored from all logits.
-  from atma_jax.evaluation.needle import _rows
+  from atma_jax.evaluation.suites.needle import _rows
   text = np.concatenate([part for d in inputs.documents for part in (d, [inputs.tokenizer.eot_id])]).astype(np.int32)
   tokens, positions = _rows(inputs, text, [draw_needle(t, 0) for t in range(3)], 32, 32 + filler_free)
   decoded = inputs.tokenizer.decode(tokens[0][1:])

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atma_jax.checkpoints.store import Checkpointer
 from atma_jax.config import Config, DataConfig, ModelConfig
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.models import Atma
-from atma_jax.training.checkpointing import Checkpointer
-from atma_jax.training.state import TrainState, params_of
+from atma_jax.models.definition import params_of
+from atma_jax.training.state import TrainState
 
 CONFIG = ModelConfig(vocab_size=272, num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32,
                      block_pattern=("local", "global"), activation_dtype="float32")

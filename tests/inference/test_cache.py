@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import MemoryConfig, ModelConfig, UserError
+from atma_jax.config import MemoryConfig, ModelConfig
+from atma_jax.errors import UserError
 from atma_jax.inference.saved_state import load_state, save_state
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache, nbytes
-from atma_jax.ops import streaming
-from atma_jax.ops.cached_attention import api as cached_attention
+from atma_jax.ops.core import streaming
 from atma_jax.ops.gated_delta import reference
 from atma_jax.ops.gated_delta.step import gated_delta_step
+from atma_jax.ops.polar_attention.cached import api as cached_attention
 from atma_jax.pytorch import from_state_dict, model_config, read_state_dict
 
 TINY = ModelConfig(vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48,

@@ -15,11 +15,12 @@ from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models.cache import Cache
-from atma_jax.ops import dispatch, kernels
-from atma_jax.ops.cached_attention import pallas_gpu as attention_kernel
-from atma_jax.ops.cached_attention import pallas_tpu as tpu_kernels
+from atma_jax.ops.core import dispatch
+from atma_jax.ops.core import pallas as kernels
 from atma_jax.ops.gated_delta import pallas_gpu as delta_kernel
-from atma_jax.ops.gated_delta import step_pallas_gpu as step_kernel
+from atma_jax.ops.gated_delta import step_gpu as step_kernel
+from atma_jax.ops.polar_attention.cached import pallas_gpu as attention_kernel
+from atma_jax.ops.polar_attention.cached import pallas_tpu as tpu_kernels
 
 BASE = ModelConfig(vocab_size=272, num_layers=5, width=32, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=32,
                    block_pattern=("local", "global"), activation_dtype="float32")

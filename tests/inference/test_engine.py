@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from atma_jax.config import UserError
 from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.errors import UserError
 from atma_jax.inference.engine import Completion, Engine
-from atma_jax.inference.memory import rows_within
+from atma_jax.inference.footprint import rows_within
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache, nbytes

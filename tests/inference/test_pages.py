@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import MemoryConfig, ModelConfig, UserError
+from atma_jax.config import MemoryConfig, ModelConfig
 from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
-from atma_jax.inference.memory import Pages, pages_within, sizes_within
+from atma_jax.inference.footprint import Pages, pages_within, sizes_within
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models.cache import Cache, nbytes
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import UserError
 from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.errors import UserError
 from atma_jax.inference.sampling import Knobs, Sampling, sample
 from atma_jax.inference.text import TextStream
 

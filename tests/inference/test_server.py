@@ -24,12 +24,12 @@ import numpy as np
 import openai
 import pytest
 
-from atma_jax.config import UserError
 from atma_jax.data.tokenizers import END_OF_TEXT, ByteTokenizer
+from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
-from atma_jax.inference.openai_protocol import Limits
 from atma_jax.inference.sampling import Sampling
-from atma_jax.inference.server import CompletionServer, compilations, listen
+from atma_jax.serving.http import CompletionServer, compilations, listen
+from atma_jax.serving.protocol import Limits
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 CAPACITY = 192

@@ -13,8 +13,11 @@ import pytest
 
 from atma_jax.config import AuxiliaryConfig, ModelConfig
 from atma_jax.models import Atma, parallel
-from atma_jax.ops import rms_norm, rms_norm_pallas_gpu, squared_gate, squared_gate_pallas_gpu
-from atma_jax.training.losses import auxiliary_loss
+from atma_jax.ops.rms_norm import api as rms_norm
+from atma_jax.ops.rms_norm import pallas_gpu as rms_norm_pallas_gpu
+from atma_jax.ops.squared_gate import api as squared_gate
+from atma_jax.ops.squared_gate import pallas_gpu as squared_gate_pallas_gpu
+from atma_jax.training.objective import auxiliary_loss
 
 # Heads and a vocabulary of sizes for which a GPU has no other kernel.
 CONFIG = ModelConfig(vocab_size=61, num_layers=3, block_pattern=("global", "local"), width=32, num_heads=4, num_kv_heads=2,

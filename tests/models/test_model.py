@@ -13,8 +13,8 @@ import pytest
 
 from atma_jax.config import MemoryConfig, ModelConfig
 from atma_jax.models import Atma, count_parameters, parameter_metadata
-from atma_jax.models.global_mixer import GlobalMixer
 from atma_jax.models.layers import head_norm
+from atma_jax.models.mixers.attention import GlobalMixer
 from atma_jax.ops import cross_entropy, short_conv
 
 TINY = ModelConfig(vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48,

@@ -13,10 +13,11 @@ import optax
 import pytest
 
 from atma_jax.cli import load_recipe
-from atma_jax.config import ModelConfig, OptimizerConfig, RavenConfig, UserError
+from atma_jax.config import ModelConfig, OptimizerConfig, RavenConfig
+from atma_jax.errors import UserError
 from atma_jax.models import Atma, count_parameters
 from atma_jax.models.cache import Cache
-from atma_jax.models.raven import RavenMixer
+from atma_jax.models.mixers.raven import RavenMixer
 from atma_jax.training.optimizer import learning_rates, make_optimizer
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent.parent / "configs"

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import Config, MemoryConfig, ModelConfig, RetentionCap, UserError
+from atma_jax.config import Config, MemoryConfig, ModelConfig, RetentionCap
 from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache
 from atma_jax.models.memory import Memory
-from atma_jax.models.retention import capped_heads, half_life, with_retention_cap, zero_input_half_lives
+from atma_jax.models.retention_cap import capped_heads, half_life, with_retention_cap, zero_input_half_lives
 
 TINY = ModelConfig(vocab_size=257, num_layers=6, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=24,
                    block_pattern=("global", "local"), activation_dtype="float32")  # 3 groups; memories in 0, 2, 4

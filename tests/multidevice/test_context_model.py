@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import MemoryConfig, ModelConfig, UserError
+from atma_jax.config import MemoryConfig, ModelConfig
+from atma_jax.errors import UserError
 from atma_jax.evaluation.runner import Options, evaluate
 from atma_jax.evaluation.scoring import Scorer
+from atma_jax.models.definition import ModelDefinition
 from atma_jax.sharding import make_mesh, named_sharding
-from atma_jax.training.losses import language_model_loss
-from atma_jax.training.state import ModelDefinition
+from atma_jax.training.objective import language_model_loss
 
 T, B, WIDTH = 80, 2, 16  # no weight has a dimension of T or B T
 BASE = {"vocab_size": 64, "num_layers": 2, "width": WIDTH, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_width": 32,

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from atma_jax import ops
-from atma_jax.ops import context_parallel, dispatch
+from atma_jax.ops.context_parallel import api as context_parallel
+from atma_jax.ops.core import dispatch
+from atma_jax.ops.core.tiles import Tile, Tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
-from atma_jax.ops.polar_attention import ring_gpu, ring_tpu
-from atma_jax.ops.tiles import Tile, Tiles
+from atma_jax.ops.polar_attention.gpu import ring_gpu
+from atma_jax.ops.polar_attention.tpu import ring_tpu
 from atma_jax.sharding import make_mesh
 
 INTERPRETED = {

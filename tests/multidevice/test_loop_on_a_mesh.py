@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from atma_jax.checkpoints.store import load_model
+from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from atma_jax.errors import UserError
+from atma_jax.models.definition import params_of
 from atma_jax.sharding import make_mesh
 from atma_jax.training import loop
-from atma_jax.training.checkpointing import load_model
 from atma_jax.training.loop import DONE, train
-from atma_jax.training.state import params_of
 
 
 @pytest.fixture(scope="module")

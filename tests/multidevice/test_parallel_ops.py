@@ -13,16 +13,19 @@ import pytest
 from atma_jax import ops
 from atma_jax.config import ModelConfig
 from atma_jax.models import parallel
-from atma_jax.ops import rms_norm, rms_norm_pallas_gpu, short_conv_pallas_gpu, squared_gate_pallas_gpu
+from atma_jax.models.definition import ModelDefinition
 from atma_jax.ops.gated_delta import api as delta_api
 from atma_jax.ops.gated_delta import pallas_gpu as delta_kernels
 from atma_jax.ops.polar_attention import api as polar_api
-from atma_jax.ops.polar_attention import pallas_gpu as polar_kernels
-from atma_jax.ops.polar_attention.pallas_gpu import Tile, Tiles
-from atma_jax.ops.short_conv import GATED
-from atma_jax.ops.squared_gate import GRADIENTS, squared_gate
+from atma_jax.ops.polar_attention.gpu import pallas_gpu as polar_kernels
+from atma_jax.ops.polar_attention.gpu.pallas_gpu import Tile, Tiles
+from atma_jax.ops.rms_norm import api as rms_norm
+from atma_jax.ops.rms_norm import pallas_gpu as rms_norm_pallas_gpu
+from atma_jax.ops.short_conv import pallas_gpu as short_conv_pallas_gpu
+from atma_jax.ops.short_conv.api import GATED
+from atma_jax.ops.squared_gate import pallas_gpu as squared_gate_pallas_gpu
+from atma_jax.ops.squared_gate.api import GRADIENTS, squared_gate
 from atma_jax.sharding import make_mesh, named_sharding, spec
-from atma_jax.training.state import ModelDefinition
 
 TILES = Tiles(*[Tile(16, 16, 4, 2)] * 3)
 B, T, D = 4, 16, 64

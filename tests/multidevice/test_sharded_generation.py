@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import ModelConfig, UserError
+from atma_jax.config import ModelConfig
 from atma_jax.data.tokenizers import ByteTokenizer
+from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
+from atma_jax.models.definition import ModelDefinition, params_of
 from atma_jax.sharding import make_mesh
-from atma_jax.training.state import ModelDefinition, params_of
 
 CONFIG = ModelConfig(vocab_size=272, num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32,
                      block_pattern=("local", "global"), activation_dtype="float32")

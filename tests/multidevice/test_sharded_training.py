@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from atma_jax.errors import UserError
+from atma_jax.models.definition import ModelDefinition
 from atma_jax.sharding import make_mesh, named_sharding
 from atma_jax.training.loop import _check_divides
-from atma_jax.training.losses import language_model_loss
-from atma_jax.training.state import ModelDefinition, abstract_state, create_state, optimizer_for
+from atma_jax.training.objective import language_model_loss
+from atma_jax.training.state import abstract_state, create_state, optimizer_for
 from atma_jax.training.step import make_train_step
 
 STEPS = 5

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.ops.cached_attention import api, chunk_pallas_gpu, pallas_gpu, pallas_tpu, xla
-from atma_jax.ops.gated_delta import reference, step, step_pallas_gpu
-from atma_jax.ops.streaming import Statistics
-from atma_jax.ops.tiles import Tile, Tiles
+from atma_jax.ops.core.streaming import Statistics
+from atma_jax.ops.core.tiles import Tile, Tiles
+from atma_jax.ops.gated_delta import reference, step
+from atma_jax.ops.gated_delta import step_gpu as step_pallas_gpu
+from atma_jax.ops.polar_attention.cached import api, pallas_gpu, pallas_tpu, xla
+from atma_jax.ops.polar_attention.cached import chunk_gpu as chunk_pallas_gpu
 
 QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of these tests' time
 

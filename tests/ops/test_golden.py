@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from atma_jax.ops import gated_delta, polar_attention, polar_statistics
+from atma_jax.ops.core.tiles import Tile, Tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
-from atma_jax.ops.polar_attention import pallas_gpu, pallas_tpu
-from atma_jax.ops.tiles import Tile, Tiles
+from atma_jax.ops.polar_attention.gpu import pallas_gpu
+from atma_jax.ops.polar_attention.tpu import pallas_tpu
 
 IMPLEMENTATIONS = ["reference", "xla"]
 POLAR_KERNELS = {  # interpreted, in blocks that make several of the files

@@ -11,12 +11,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
 from atma_jax.models import parallel
-from atma_jax.ops import context_parallel, cross_entropy, gated_short_conv, sum_and_norm
-from atma_jax.ops.cached_attention import api as cached
-from atma_jax.ops.cached_attention import chunk_pallas_gpu
+from atma_jax.ops import cross_entropy, gated_short_conv, sum_and_norm
+from atma_jax.ops.context_parallel import api as context_parallel
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta.step import gated_delta_step
-from atma_jax.ops.polar_attention import pallas_gpu
+from atma_jax.ops.polar_attention.cached import api as cached
+from atma_jax.ops.polar_attention.cached import chunk_gpu as chunk_pallas_gpu
+from atma_jax.ops.polar_attention.gpu import pallas_gpu
 
 DEVICE = AbstractDevice("NVIDIA H200", 132, "gpu")
 HOPPER = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=DEVICE)

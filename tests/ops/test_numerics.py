@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from atma_jax.ops import gated_delta, polar_attention
+from atma_jax.ops.core.tiles import Tile, Tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
 from atma_jax.ops.gated_delta.api import repeated
-from atma_jax.ops.polar_attention import formula, pallas_gpu, pallas_tpu
-from atma_jax.ops.tiles import Tile, Tiles
+from atma_jax.ops.polar_attention import formula
+from atma_jax.ops.polar_attention.gpu import pallas_gpu
+from atma_jax.ops.polar_attention.tpu import pallas_tpu
 
 SMALL = {"gpu": Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)), "tpu": Tiles(*(Tile(256, 128),) * 3)}
 POLAR = {

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.ops import rms_norm_pallas_gpu
-from atma_jax.ops.rms_norm import OP, formula, sum_and_norm
+from atma_jax.ops.rms_norm import pallas_gpu as rms_norm_pallas_gpu
+from atma_jax.ops.rms_norm.api import OP, formula, sum_and_norm
 
 KERNELS = functools.partial(rms_norm_pallas_gpu.sum_and_norm, interpret=True)
 IMPLEMENTATIONS = {"xla": formula, "pallas_gpu": KERNELS}

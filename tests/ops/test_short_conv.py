@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.ops import gated_short_conv, short_conv, short_conv_pallas_gpu
-from atma_jax.ops.short_conv import shifted_products
+from atma_jax.ops import gated_short_conv, short_conv
+from atma_jax.ops.short_conv import pallas_gpu as short_conv_pallas_gpu
+from atma_jax.ops.short_conv.api import shifted_products
 
 GATED = {"xla": shifted_products, "pallas_gpu": functools.partial(short_conv_pallas_gpu.gated_short_conv, interpret=True)}
 every = pytest.mark.parametrize("implementation", GATED)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.ops.slot_memory import chunked, reference, slot_memory
+from atma_jax.ops.slot_memory.api import chunked, reference, slot_memory
 
 B, H, D, M = 2, 3, 4, 5
 

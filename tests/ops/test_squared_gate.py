@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from atma_jax.models import parallel
-from atma_jax.ops import squared_gate_pallas_gpu
-from atma_jax.ops.squared_gate import GRADIENTS, RESULT, divided, squared_gate, squared_gate_gradients
+from atma_jax.ops.squared_gate import pallas_gpu as squared_gate_pallas_gpu
+from atma_jax.ops.squared_gate.api import GRADIENTS, RESULT, divided, squared_gate, squared_gate_gradients
 
 KERNEL = functools.partial(squared_gate_pallas_gpu.squared_gate_gradients, interpret=True)
 IMPLEMENTATIONS = {"xla": divided, "pallas_gpu": KERNEL}

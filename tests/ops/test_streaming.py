@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.ops import (
-  cross_entropy,
-  cross_entropy_pallas_gpu,
-  gated_delta,
-  soft_cap,
-  softmax_attention,
-  streaming,
-  token_losses,
-)
-from atma_jax.ops.cross_entropy import log_partition, logit_gradients
-from atma_jax.ops.gated_delta import chunked
+from atma_jax.ops import cross_entropy, gated_delta, soft_cap, softmax_attention, token_losses
+from atma_jax.ops.core import streaming
+from atma_jax.ops.cross_entropy import pallas_gpu as cross_entropy_pallas_gpu
+from atma_jax.ops.cross_entropy.api import log_partition, logit_gradients
+from atma_jax.ops.gated_delta import xla as chunked
 from atma_jax.ops.polar_attention import xla
 
 

@@ -10,11 +10,12 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 import pytest
 
-from atma_jax.ops import dispatch, gated_delta, polar_attention, tiles
-from atma_jax.ops.cached_attention import api as cached
+from atma_jax.ops import gated_delta, polar_attention
+from atma_jax.ops.core import dispatch, tiles
+from atma_jax.ops.polar_attention.cached import api as cached
+from atma_jax.planning.ahead import ENVIRONMENT
+from atma_jax.planning.hlo import traffic
 from atma_jax.sharding import make_mesh
-from atma_jax.training.ahead import ENVIRONMENT
-from atma_jax.training.hlo import traffic
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                                 reason="needs libtpu's compiler: install atma_jax[dev]")

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig, UserError
+from atma_jax.checkpoints.store import load_model, save_model
+from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig
 from atma_jax.data.tokenizers import ByteTokenizer, NamedTokenizer, tokenizer_from_dict
+from atma_jax.errors import UserError
 from atma_jax.models import Atma
 from atma_jax.pytorch import (
   FORMATS,
@@ -35,7 +37,6 @@ from atma_jax.pytorch import (
   write_published,
 )
 from atma_jax.pytorch.archive import write_safetensors, write_state_dict
-from atma_jax.training.checkpointing import load_model, save_model
 
 GOLDEN = ["polar_mem1_win0", "polar_mem0_win0", "nope_mem1_win0", "rope_mem1_win0"]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import UserError
+from atma_jax.errors import UserError
 from atma_jax.models import Atma
 from atma_jax.pytorch import from_state_dict, load_pytorch, model_config, read_state_dict
 

@@ -17,11 +17,12 @@ from atma_jax.config import (
   ModelConfig,
   OptimizerConfig,
   TrainConfig,
-  UserError,
 )
+from atma_jax.errors import UserError
+from atma_jax.models.definition import ModelDefinition
 from atma_jax.sharding import make_mesh
-from atma_jax.training.losses import auxiliary_loss
-from atma_jax.training.state import ModelDefinition, create_state, optimizer_for
+from atma_jax.training.objective import auxiliary_loss
+from atma_jax.training.state import create_state, optimizer_for
 from atma_jax.training.step import make_train_step
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype(np.int32)

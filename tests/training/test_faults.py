@@ -16,13 +16,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from atma_jax.config import Config, RunError, UserError
+from atma_jax.checkpoints import store as checkpointing
+from atma_jax.checkpoints.store import load_model
+from atma_jax.config import Config
+from atma_jax.errors import RunError, UserError
+from atma_jax.models.definition import ModelDefinition, params_of
 from atma_jax.sharding import make_mesh
-from atma_jax.training import checkpointing, loop
+from atma_jax.training import loop
 from atma_jax.training import step as step_module
-from atma_jax.training.checkpointing import load_model
 from atma_jax.training.loop import DONE, train
-from atma_jax.training.state import ModelDefinition, create_state, optimizer_for, params_of
+from atma_jax.training.state import create_state, optimizer_for
 
 STEPS, EVERY = 24, 4
 RECIPE = """

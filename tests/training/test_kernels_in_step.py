@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import pytest
 
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from atma_jax.models.block import Group
+from atma_jax.models.definition import ModelDefinition
 from atma_jax.models.model import REMAT_POLICIES
-from atma_jax.models.transformer import Group
-from atma_jax.ops import dispatch
+from atma_jax.ops.core import dispatch
+from atma_jax.planning import ahead
 from atma_jax.sharding import make_mesh
-from atma_jax.training import ahead
-from atma_jax.training.losses import language_model_loss
-from atma_jax.training.state import ModelDefinition
+from atma_jax.training.objective import language_model_loss
 
 FORWARD = {
   "pallas_gpu": ("polar_attention", "gated_delta_within", "gated_delta_carry", "gated_delta_read"),

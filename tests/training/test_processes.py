@@ -19,11 +19,11 @@ import jax
 import numpy as np
 import pytest
 
+from atma_jax.checkpoints.store import load_model
 from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.runner import evaluate
+from atma_jax.models.definition import params_of
 from atma_jax.sharding import make_mesh
-from atma_jax.training.checkpointing import load_model
-from atma_jax.training.state import params_of
 
 SPLIT = ("--config.mesh.data=1", "--config.mesh.fsdp=2")
 HEARTBEAT = 5  # seconds; what a machine under load still manages

@@ -12,7 +12,8 @@ import sys
 
 import pytest
 
-from atma_jax.config import Config, UserError
+from atma_jax.config import Config
+from atma_jax.errors import UserError
 from atma_jax.training.loop import train
 
 RECIPE = """

@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
+from atma_jax.ops.core import dispatch
 
 _PACKAGE = "atma_jax.ops.gated_delta"
 OP = dispatch.Op("gated_delta", {
   "pallas_gpu": dispatch.Implementation(f"{_PACKAGE}.pallas_gpu:gated_delta", platforms=("gpu",), supports="supports"),
   "pallas_tpu": dispatch.Implementation(f"{_PACKAGE}.pallas_tpu:gated_delta", platforms=("tpu",), supports="supports"),
-  "xla": dispatch.Implementation(f"{_PACKAGE}.chunked:gated_delta"),
+  "xla": dispatch.Implementation(f"{_PACKAGE}.xla:gated_delta"),
   "reference": dispatch.Implementation(f"{_PACKAGE}.reference:gated_delta", platforms=()),
 })
 

@@ -1,6 +1,6 @@
 """The gated delta rule as GPU kernels: Pallas through Triton, in chunks, forward and backward, no atomics.
 
-`atma_jax.ops.gated_delta.chunked` says what a chunk computes. Here the state is kept transposed, ``S = M^T`` (D, Dv), and
+`atma_jax.ops.gated_delta.xla` says what a chunk computes. Here the state is kept transposed, ``S = M^T`` (D, Dv), and
 the work is cut into kernels that see all chunks at once and kernels that carry the state from chunk to chunk, which do
 as little as they can. With a chunk's ``g_p`` the product of its decays up to step p, ``r_ps = g_p / g_s`` for s <= p,
 ``d_s = g_n / g_s``, and X the inverse of ``I + L``, ``L = beta_p r_ps k_p.k_s`` for s < p:
@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from atma_jax.ops import kernels
-from atma_jax.ops import tiles as table
+from atma_jax.ops.core import pallas as kernels
+from atma_jax.ops.core import tiles as table
 
 CHUNK = 64
 CHUNK_WARPS = 4  # one warpgroup: tiles have 64 rows
@@ -50,7 +50,7 @@ def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Arra
 
 def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, carry: table.Carry | None = None,
                interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.gated_delta.chunked.transition`; `carry` and `interpret` as above."""
+  """See `atma_jax.ops.gated_delta.xla.transition`; `carry` and `interpret` as above."""
   (B, T, H, D), Dv = k.shape, v.shape[-1]
   k, v, log_g, beta = _pad(k), _pad(v), _log_g(log_gamma), _rows(beta)
   call = _Call(k, v, carry or table.delta(k.dtype.itemsize, D, T), interpret)

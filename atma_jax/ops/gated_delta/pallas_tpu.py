@@ -1,6 +1,6 @@
 """The gated delta rule as TPU kernels: Pallas through Mosaic, in chunks, one kernel forward and one backward.
 
-`atma_jax.ops.gated_delta.chunked` says what a chunk computes. A program owns some heads of one sequence and meets their chunks
+`atma_jax.ops.gated_delta.xla` says what a chunk computes. A program owns some heads of one sequence and meets their chunks
 in turn, forwards or backwards, on the grid's last axis; the state stays in on-chip memory, kept transposed, ``S = M^T``
 (D, Dv). Heads are a batch axis of every matrix product: their chains are independent and hide each other's latency. With
 ``g_p`` the product of a chunk's decays up to step p, ``r_ps = g_p / g_s`` for s <= p, ``d_s = g_n / g_s``, and X the inverse
@@ -27,8 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from atma_jax.ops import kernels
-from atma_jax.ops import tiles as table
+from atma_jax.ops.core import pallas as kernels
+from atma_jax.ops.core import tiles as table
 
 CHUNK = 128  # a matrix unit's edge
 
@@ -50,7 +50,7 @@ def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Arra
 
 def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, carry: table.Carry | None = None,
                interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.gated_delta.chunked.transition`; `carry` and `interpret` as above."""
+  """See `atma_jax.ops.gated_delta.xla.transition`; `carry` and `interpret` as above."""
   (B, _, H, D), Dv = k.shape, v.shape[-1]
   identity = jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (B, H, D, D))
   inputs = *map(_head_first, (k, v)), jnp.cumsum(_rows(log_gamma), axis=-1), _rows(beta), identity

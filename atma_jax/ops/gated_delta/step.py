@@ -10,11 +10,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from atma_jax.ops import dispatch
+from atma_jax.ops.core import dispatch
 
 _PACKAGE = "atma_jax.ops.gated_delta"
 OP = dispatch.Op("gated_delta_step", {
-  "pallas_gpu": dispatch.Implementation(f"{_PACKAGE}.step_pallas_gpu:gated_delta_step", platforms=("gpu",),
+  "pallas_gpu": dispatch.Implementation(f"{_PACKAGE}.step_gpu:gated_delta_step", platforms=("gpu",),
                                         supports="supports"),
   "xla": dispatch.Implementation(f"{_PACKAGE}.step:step"),
 })

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax
 
-from atma_jax.ops import dispatch
+from atma_jax.ops.core import dispatch
 
 _PACKAGE = "atma_jax.ops.polar_attention"
 ATTENTION = dispatch.Op("polar_attention", {
-  "pallas_gpu": dispatch.Implementation(f"{_PACKAGE}.pallas_gpu:polar_attention", platforms=("gpu",),
+  "pallas_gpu": dispatch.Implementation(f"{_PACKAGE}.gpu.pallas_gpu:polar_attention", platforms=("gpu",),
                                         supports="supports"),
-  "pallas_tpu": dispatch.Implementation(f"{_PACKAGE}.pallas_tpu:polar_attention", platforms=("tpu",),
+  "pallas_tpu": dispatch.Implementation(f"{_PACKAGE}.tpu.pallas_tpu:polar_attention", platforms=("tpu",),
                                         supports="supports"),
   "xla": dispatch.Implementation(f"{_PACKAGE}.xla:polar_attention"),
   "reference": dispatch.Implementation(f"{_PACKAGE}.reference:polar_attention", platforms=()),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from atma_jax.ops.streaming import Statistics
+from atma_jax.ops.core.streaming import Statistics
 
 NORM_FLOOR = 1e-6  # of the attended vector, below which the direction shrinks with it
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from atma_jax.ops import streaming
+from atma_jax.ops.core import streaming
 from atma_jax.ops.polar_attention import formula
 
 

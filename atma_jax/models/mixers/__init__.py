@@ -1,0 +1,1 @@
+"""Mixers, one file each: module, layer cache, operation count and start."""

@@ -1,0 +1,1 @@
+"""Ops over a sequence that is split over devices."""

@@ -1,0 +1,137 @@
+"""Cached attention in XLA: key blocks streamed, or taken at once by a single query.
+
+`atma_jax.ops.polar_attention.cached.api` says what it computes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from atma_jax.ops.core import streaming
+from atma_jax.ops.core.streaming import Statistics
+from atma_jax.ops.polar_attention.cached.api import BLOCK, Scales, slots_for
+
+NOWHERE = jnp.iinfo(jnp.int32).max  # position of a slot that holds nothing: after every query, so never visible
+
+
+def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
+                      scale: jax.Array, *, window: int | None, scales: Scales, reach: int | None,
+                      layer: int | None, table: jax.Array | None = None) -> Statistics:
+  """See `atma_jax.ops.polar_attention.cached.api`.
+
+  Several queries stream over key blocks, as far as the longest row reaches; a single one (decoding) takes all blocks
+  at once and merges them. A block without a visible key contributes exact zeros.
+  """
+  if layer is not None:
+    keys, values, scales = jax.tree.map(lambda x: x[layer], (keys, values, scales))
+  if table is not None:
+    return _paged(q, k, v, keys, values, lengths, scale, window, scales, reach, table)
+  R = keys.shape[2]
+  return _statistics(q, k, v, keys, values, lengths, scale, window, scales, R if reach is None else min(reach, R), R)
+
+
+def _statistics(q, k, v, keys, values, lengths, scale, window, scales, reach, R) -> Statistics:
+  """Over the first `reach` slots of rings of R, of which no more need be there."""
+  (B, T, H, _), K = q.shape, k.shape[2]
+  positions = lengths[:, None] + jnp.arange(T)
+
+  def group(x: jax.Array) -> jax.Array:  # (B, T, H, ...) -> (B, K, G, T, ...)
+    return jnp.moveaxis(x.reshape(B, T, K, H // K, *x.shape[3:]), 1, 3)
+
+  def ungroup(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x, 3, 1).reshape(B, T, H, *x.shape[4:])
+
+  gather = functools.partial(_gather, group(q), group(scale), positions, NOWHERE if window is None else window)
+  block = min(BLOCK, slots_for(T)) if T > 1 else 1
+  pad = -T % block
+  new = [jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v)]
+  new_positions = jnp.pad(positions, ((0, 0), (0, pad)), constant_values=NOWHERE)
+  own = gather(*new, new_positions, block, jnp.int32((T + pad) // block))
+  held = jnp.minimum(jnp.max(lengths, initial=0), reach)
+  block = min(BLOCK, reach)
+  keys, values, *scales = (x[:, :, :reach] for x in (keys, values, *(scales or ())))
+  past = gather(keys, values, slot_positions(lengths, R)[:, :reach], block, (held + block - 1) // block, scales)
+  return jax.tree.map(ungroup, streaming.merge(past, own))
+
+
+def _paged(q, k, v, keys, values, lengths, scale, window, scales, reach, table) -> Statistics:
+  """`cached_statistics` of rings gathered from their pages, as far as `reach`."""
+  R = keys.shape[2] * table.shape[1]
+  reach = R if reach is None else min(reach, R)
+  table = table[:, : -(-reach // keys.shape[2])]
+
+  def gather(pool: jax.Array) -> jax.Array:  # (P, K, page, ...) -> (B, K, slots, ...)
+    rings = jnp.moveaxis(pool.at[table].get(mode="fill", fill_value=0), 2, 1)
+    return rings.reshape(*rings.shape[:2], -1, *rings.shape[4:])
+
+  keys, values, scales = jax.tree.map(gather, (keys, values, scales))
+  return _statistics(q, k, v, keys, values, lengths, scale, window, scales, reach, R)
+
+
+def append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts: jax.Array, table: jax.Array | None) -> jax.Array:
+  """See `atma_jax.ops.polar_attention.cached.api`."""
+  (_, rings, _, length), T = ring.shape[:4], new.shape[3]
+  slots = length if table is None else length * table.shape[1]
+  index = jnp.arange(T)
+  written = (index < counts[:, None]) & (index >= counts[:, None] - slots)
+  slot = jnp.where(written, (lengths[:, None] + index) % slots, slots + index)  # past the end: dropped
+  row = jnp.arange(slot.shape[0])[:, None]
+  if table is not None:  # the page, and the slot in it; pages past the end, each another, for what is not written
+    taken = jnp.take_along_axis(table, slot // length, axis=1, mode="fill", fill_value=rings)
+    row, slot = jnp.where(written, taken, rings + row), jnp.where(written, slot % length, index)
+  new = jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype)  # (B, T, L, K, ...)
+  return ring.at[:, row, :, slot].set(new, mode="drop", unique_indices=True)
+
+
+def slot_positions(lengths: jax.Array, slots: int) -> jax.Array:
+  """(B, slots) position that each slot of a ring holds after `lengths` (B,) tokens; `NOWHERE` for an empty one."""
+  last = lengths[:, None] - 1
+  position = last - (last - jnp.arange(slots)) % slots
+  return jnp.where(position >= 0, position, NOWHERE)
+
+
+def _gather(q, scale, positions, window, keys, values, key_positions, block, count, scales=()) -> Statistics:
+  """Statistics of q (B, K, G, T, D) over the first `count` blocks of keys (B, K, S, D) at positions (B, S)."""
+  B, K, G, T, D = q.shape
+  S, dtype = keys.shape[2], scale.dtype
+
+  def blocks(keys: jax.Array, values: jax.Array, key_positions: jax.Array, *scales: jax.Array) -> Statistics:
+    """Of N blocks, each by itself: (B, K, N, G, T) and (B, K, N, G, T, D)."""
+    scales = [x.reshape(B, K, -1, 1, 1, block).astype(dtype) for x in scales]
+    keys, values = (x.reshape(B, K, -1, block, D).astype(q.dtype) for x in (keys, values))
+    scores = jnp.einsum("bkgtd,bknsd->bkngts", q, keys, preferred_element_type=dtype)
+    if scales:
+      scores = scores * scales[0]
+    distance = positions[:, None, :, None] - key_positions.reshape(B, -1, 1, block)  # (B, N, T, block)
+    visible = ((distance >= 0) & (distance < window))[:, None, :, None]
+    logits = jnp.where(visible, scale[:, :, None, ..., None] * scores, -jnp.inf)
+    M = jnp.maximum(jnp.max(logits, -1), jnp.finfo(dtype).min)  # finite: exp(M - M) is a number for an empty block
+    p = jnp.exp(logits - M[..., None])
+    weights = p * scales[1] if scales else p
+    found = jnp.einsum("bkngts,bknsd->bkngtd", weights.astype(q.dtype), values, preferred_element_type=dtype)
+    return Statistics(M, jnp.sum(p, -1), jnp.sum(p * p, -1), found)
+
+  def fold(i: jax.Array, statistics: Statistics) -> Statistics:
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * block, slice_size=block)
+    return streaming.merge(statistics, blocks(take(keys, axis=2), take(values, axis=2), take(key_positions, axis=1),
+                                              *(take(x, axis=2) for x in scales)))
+
+  if T == 1 or block == S:
+    parts = _merge_all(blocks(keys, values, key_positions, *scales))
+  else:
+    zeros = jnp.zeros((B, K, 1, G, T), dtype)
+    lowest = jnp.full_like(zeros, jnp.finfo(dtype).min)
+    nothing = Statistics(lowest, zeros, zeros, jnp.zeros((*zeros.shape, D), dtype))
+    parts = jax.lax.fori_loop(0, count, fold, nothing)
+  return jax.tree.map(lambda x: x[:, :, 0], parts)
+
+
+def _merge_all(parts: Statistics) -> Statistics:
+  """Merges over axis 2 down to one part, at once: what `streaming.merge` gives in any order."""
+  M = jnp.max(parts.M, axis=2, keepdims=True)
+  w = jnp.exp(parts.M - M)
+  L, Q, S = (jnp.sum(x, axis=2, keepdims=True) for x in (w * parts.L, w * w * parts.Q, w[..., None] * parts.S))
+  return Statistics(M, L, Q, S)

@@ -1,0 +1,1 @@
+"""Polar attention as Pallas kernels for TPUs."""

@@ -1,0 +1,309 @@
+"""Polar attention as TPU kernels: Pallas through Mosaic, forward and backward, O(T) residuals.
+
+The notation and the residuals are those of `atma_jax.ops.polar_attention.gpu.pallas_gpu`: base-2 log-sum-exp over real keys,
+crowding ``sum p^2``, and one number delta a query. What differs is how the work is laid out:
+
+* A program owns the query heads of one key/value head for a block of queries, stacked as ``rows = G * block_q`` of one matrix
+  product: keys and values are read once a group. The last grid axis walks the other operand's blocks, only those that the
+  causal order and the window leave; the pipeline brings the next one while the current one is used.
+* Scores are kept transposed, (keys, rows): what there is one of a query lies along lanes, so that sums over keys run over
+  sublanes and nothing has to be turned before the end of a block.
+* Arrays are (B, K, G, T, D): a program's rows lie together, and XLA lets their makers write that order. (Compiled for v5e,
+  forward and backward of 8 x 2048 with H=8, K=2, D=128 then move 0.37 GB; taking slices of (B, T, H * D) they moved 1.79.)
+
+Keys after a query are masked by causality, so sequences are padded at their end to whole blocks and no other mask is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from atma_jax.ops.core import pallas as kernels
+from atma_jax.ops.core import tiles as table
+from atma_jax.ops.core.pallas import LOG2_E, MASKED, dot
+from atma_jax.ops.core.tiles import Tile, Tiles
+from atma_jax.ops.polar_attention import formula
+from atma_jax.ops.polar_attention.tpu.tpu_grid import Call, Starts, line, stack, steps_of
+
+
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
+  """Why the kernels cannot serve this call, or None if they can."""
+  del parameters
+  return kernels.refusal("tpu", q, k, v)
+
+
+def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
+                    null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
+                    null_length: int | None = None, count_length: int | None = None, tiles: Tiles | None = None,
+                    interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+  """See `atma_jax.ops.polar_attention`; `tiles` overrides the table, `interpret` runs the kernels without a TPU."""
+  (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+  tiles = tiles or table.polar("tpu", q.dtype.itemsize, D, T)
+  temp, null, rate = formula.per_query(null_base, null_slope, len_gain, mag_beta, queries=T, keys=S, window=window,
+                                       null_length=null_length, count_length=count_length)
+  window = S if window is None else min(window, S)
+  call = Call(B, T, S, K, H // K, D, window, window < S, tiles, interpret)
+  direction, lse, crowding = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32),
+                                     v_null.astype(jnp.float32), call)
+  return direction, formula.magnitude(1 / crowding, jax.nn.sigmoid(lse - null), rate)
+
+
+def _starts(call: Call) -> Starts:
+  """The queries are the last of the keys' positions."""
+  return Starts((call.keys - call.queries,), (0,))
+
+
+def _pairs(call: Call) -> int:
+  pairs = call.window * (call.keys - call.window) + call.window * (call.window + 1) // 2
+  return min(pairs, call.queries * call.keys)
+
+
+def _longest(ranges: Callable[..., list[tuple[int, int]]], count: int, tile: Tile, starts: Starts) -> int:
+  """The longest walk of all `count` blocks, which is the size of the grid's last axis."""
+  return max(steps_of(ranges(index, tile, starts)) for index in range(count))
+
+
+def when_visible(call: Call, tile: Tile, starts: Starts, active: Any, i: Any, j: Any,
+                 body: Callable[[jax.Array | None], None]) -> None:
+  """Runs ``body(mask)`` on a pair of blocks that meet; the mask is None where every query sees every key."""
+  whole = call.whole(i, j, tile, starts)
+  pl.when(active & whole)(lambda: body(None))
+  pl.when(active & jnp.logical_not(whole))(lambda: body(call.mask(i, j, tile, starts)))
+
+
+# What a pair of blocks adds to the sums of each kernel. References to sums are called by what they hold; all are transposed.
+
+
+def fold(mask, k, v, rows, scale, m_ref, L_ref, Q_ref, S_ref):
+  """Statistics (1, rows) and S (D, rows), with m the largest logit in base 2."""
+  m = m_ref[...]
+  scores = dot(k, rows, (1, 1))
+  if mask is not None:
+    scores = jnp.where(mask, scores, MASKED)
+  m_next = jnp.maximum(m, jnp.max(scores, axis=0, keepdims=True) * scale)  # the scale is positive
+  p, shrink = jnp.exp2(scores * scale - m_next), jnp.exp2(m - m_next)
+  m_ref[...] = m_next
+  L_ref[...] = L_ref[...] * shrink + jnp.sum(p, axis=0, keepdims=True)
+  Q_ref[...] = Q_ref[...] * (shrink * shrink) + jnp.sum(p * p, axis=0, keepdims=True)
+  S_ref[...] = S_ref[...] * shrink + dot(v, p.astype(v.dtype), (0, 0))
+
+
+def add_dq(mask, k, v, q, go, scale, lse, twice, delta, dq_ref, total_ref):
+  """dq (D, rows) and the sum of a query's dlogit, times its scale (1, rows)."""
+  p = jnp.exp2(dot(k, q, (1, 1)) * scale - lse)
+  if mask is not None:
+    p = jnp.where(mask, p, 0)
+  dp = dot(v, go, (1, 1))
+  ds = (p * (dp * (scale / LOG2_E) + (p * twice - delta))).astype(k.dtype)
+  total_ref[...] += jnp.sum(ds.astype(jnp.float32), axis=0, keepdims=True)
+  dq_ref[...] += dot(k, ds, (0, 0))
+
+
+def add_dkv(mask, k, v, q, go, scale, lse, twice, delta, dk_ref, dv_ref):
+  """dk and dv (keys, D)."""
+  p = jnp.exp2(dot(k, q, (1, 1)) * scale - lse)
+  if mask is not None:
+    p = jnp.where(mask, p, 0)
+  dv_ref[...] += dot(p.astype(go.dtype), go, (1, 0))
+  dp = dot(v, go, (1, 1))
+  ds = p * (dp * (scale / LOG2_E) + (p * twice - delta))
+  dk_ref[...] += dot(ds.astype(q.dtype), q, (1, 0))
+
+
+# Forward.
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, scale_ref, null_ref, v_null_ref, direction_ref, lse_ref, crowding_ref, norm_ref,
+                    rows_ref, scales_ref, m_ref, L_ref, Q_ref, S_ref, *, call: Call, steps: int):
+  tile, starts, i, step = call.tiles.forward, _starts(call), pl.program_id(2), pl.program_id(3)
+  j, active = call.key_block(i, step, tile, starts)
+
+  @pl.when(step == 0)
+  def _():
+    rows_ref[...], scales_ref[...] = stack(q_ref), line(scale_ref)
+    m_ref[...] = jnp.full(m_ref.shape, -jnp.inf, jnp.float32)
+    for ref in (L_ref, Q_ref, S_ref):
+      ref[...] = jnp.zeros(ref.shape, jnp.float32)
+
+  def body(mask):
+    fold(mask, k_ref[0], v_ref[0], rows_ref[...], scales_ref[...], m_ref, L_ref, Q_ref, S_ref)
+
+  when_visible(call, tile, starts, active, i, j, body)
+
+  @pl.when(step == steps - 1)
+  def _():
+    L, null = L_ref[...], line(null_ref)
+    lse = m_ref[...] + jnp.log2(L)
+    w_key, w_null = 1 / (1 + jnp.exp2(null - lse)), 1 / (1 + jnp.exp2(lse - null))
+    share, crowding = w_key / L, Q_ref[...] / (L * L)
+    block = lse_ref.shape[1]
+    for g in range(call.members):
+      at = slice(g * block, (g + 1) * block)
+      attended = share[:, at] * S_ref[:, at] + w_null[:, at] * v_null_ref[:, g : g + 1]
+      norm = jnp.sqrt(jnp.sum(attended * attended, axis=0, keepdims=True))
+      direction = (attended / jnp.maximum(norm, formula.NORM_FLOOR)).T
+      direction_ref[g] = direction.astype(direction_ref.dtype)
+      lse_ref[g : g + 1, :], crowding_ref[g : g + 1, :], norm_ref[g : g + 1, :] = lse[:, at], crowding[:, at], norm
+
+
+def _forward(q, k, v, temp, null, v_null, call: Call):
+  """Direction (B, T, H, D); lse in base 2, crowding, norm of the attended vector (B, T, H)."""
+  tile, K, G, D = call.tiles.forward, call.groups, call.members, call.dim
+  (block_q, block_k), (count_q, _), H = call.blocks(tile), call.counts(tile), K * G
+  starts = _starts(call)
+  steps = _longest(call.key_blocks, count_q, tile, starts)
+
+  def own(i, s):
+    return i
+
+  def other(i, s):
+    return call.key_block(i, s, tile, starts)[0]
+
+  rows, length = G * block_q, count_q * block_q
+  line = pltpu.VMEM((1, rows), jnp.float32)
+  scalars = jax.ShapeDtypeStruct((call.batch, K, G, length), jnp.float32)
+  direction, *statistics = call.run(
+    "polar_attention", functools.partial(_forward_kernel, call=call, steps=steps), (call.batch, K, count_q, steps),
+    [(call.array(q, block_q), call.spec(H, block_q, own)), (call.array(k, block_k), call.spec(K, block_k, other)),
+     (call.array(v, block_k), call.spec(K, block_k, other)),
+     (call.rows(temp * (LOG2_E * D**-0.5), block_q), call.row_spec(block_q, own, False)),
+     (call.rows(null * LOG2_E, block_q), call.row_spec(block_q, own, False)),
+     (jnp.swapaxes(v_null.reshape(K, G, D), 1, 2), pl.BlockSpec((None, D, G), lambda b, h, i, s: (h, 0, 0)))],
+    [(jax.ShapeDtypeStruct(call.shape(H, length), q.dtype), call.spec(H, block_q, own)),
+     *[(scalars, call.row_spec(block_q, own, True))] * 3],
+    [pltpu.VMEM((rows, D), q.dtype), line, line, line, line, pltpu.VMEM((D, rows), jnp.float32)], products=2,
+    pairs=_pairs(call))
+  return call.unarray(direction, H, call.queries), *map(call.unrows, statistics)
+
+
+# Backward: one kernel for dq, one for dk and dv, each recomputing p.
+
+
+def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, q_dq_ref,
+               total_ref, q_rows_ref, go_rows_ref, sum_ref, totals_ref, *, call: Call, steps: int):
+  tile, starts, i, step = call.tiles.dq, _starts(call), pl.program_id(2), pl.program_id(3)
+  j, active = call.key_block(i, step, tile, starts)
+
+  @pl.when(step == 0)
+  def _():
+    q_rows_ref[...], go_rows_ref[...] = stack(q_ref), stack(go_ref)
+    sum_ref[...], totals_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32), jnp.zeros(totals_ref.shape, jnp.float32)
+
+  def body(mask):
+    add_dq(mask, k_ref[0], v_ref[0], q_rows_ref[...], go_rows_ref[...], line(scale_ref), line(lse_ref), line(twice_ref),
+           line(delta_ref), sum_ref, totals_ref)
+
+  when_visible(call, tile, starts, active, i, j, body)
+
+  @pl.when(step == steps - 1)
+  def _():
+    block = q_dq_ref.shape[1]
+    for g in range(call.members):
+      at = slice(g * block, (g + 1) * block)
+      dq = sum_ref[:, at]
+      q = q_ref[g].astype(jnp.float32).T
+      q_dq_ref[g : g + 1, :], total_ref[g : g + 1, :] = jnp.sum(dq * q, axis=0, keepdims=True), totals_ref[:, at]
+      dq_ref[g] = dq.T.astype(dq_ref.dtype)
+
+
+def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dk_ref, dv_ref, dk_sum_ref,
+                dv_sum_ref, *, call: Call, steps: int):
+  tile, starts, j, step = call.tiles.dkv, _starts(call), pl.program_id(2), pl.program_id(3)
+  i, active = call.query_block(j, step, tile, starts)
+
+  @pl.when(step == 0)
+  def _():
+    for ref in (dk_sum_ref, dv_sum_ref):
+      ref[...] = jnp.zeros(ref.shape, jnp.float32)
+
+  def body(mask):
+    add_dkv(mask, k_ref[0], v_ref[0], stack(q_ref), stack(go_ref), line(scale_ref), line(lse_ref), line(twice_ref),
+            line(delta_ref), dk_sum_ref, dv_sum_ref)
+
+  when_visible(call, tile, starts, active, i, j, body)
+
+  @pl.when(step == steps - 1)
+  def _():
+    dk_ref[0], dv_ref[0] = dk_sum_ref[...].astype(dk_ref.dtype), dv_sum_ref[...].astype(dv_ref.dtype)
+
+
+def _backward(q, k, v, go, temp, lse, twice, delta, call: Call):
+  """Gradients of q, k, v; ``q.dq`` and the sum of a query's dlogit (B, T, H); from `go` (B, T, H, D) and (B, T, H) scalars."""
+  K, G, D = call.groups, call.members, call.dim
+  H, natural, starts = K * G, temp * D**-0.5, _starts(call)
+
+  def own(i, s):
+    return i
+
+  def inputs(tile, queries, keys):
+    block_q, block_k = call.blocks(tile)
+    key, row = call.spec(K, block_k, keys), call.row_spec(block_q, queries, True)
+    query = call.spec(H, block_q, queries)
+    return [
+      (call.array(q, block_q), query), (call.array(k, block_k), key), (call.array(v, block_k), key),
+      (call.array(go, block_q), query), (call.rows(natural * LOG2_E, block_q), call.row_spec(block_q, queries, False)),
+      *((call.rows(x, block_q), row) for x in (lse, twice * natural, delta * natural)),
+    ]
+
+  tile = call.tiles.dq
+  (block_q, _), (count_q, _) = call.blocks(tile), call.counts(tile)
+  steps, rows = _longest(call.key_blocks, count_q, tile, starts), G * block_q
+
+  def key_block(i, s):
+    return call.key_block(i, s, tile, starts)[0]
+
+  scalars = jax.ShapeDtypeStruct((call.batch, K, G, count_q * block_q), jnp.float32)
+  dq, *sums = call.run(
+    "polar_attention_dq", functools.partial(_dq_kernel, call=call, steps=steps), (call.batch, K, count_q, steps),
+    inputs(tile, own, key_block),
+    [(jax.ShapeDtypeStruct(call.shape(H, count_q * block_q), q.dtype), call.spec(H, block_q, own)),
+     *[(scalars, call.row_spec(block_q, own, True))] * 2],
+    [pltpu.VMEM((rows, D), q.dtype), pltpu.VMEM((rows, D), q.dtype), pltpu.VMEM((D, rows), jnp.float32),
+     pltpu.VMEM((1, rows), jnp.float32)], products=3, pairs=_pairs(call))
+
+  tile_kv = call.tiles.dkv
+  (_, block_k), (_, count_k) = call.blocks(tile_kv), call.counts(tile_kv)
+  steps = _longest(call.query_blocks, count_k, tile_kv, starts)
+
+  def query_block(j, s):
+    return call.query_block(j, s, tile_kv, starts)[0]
+
+  shape, spec = call.shape(K, count_k * block_k), call.spec(K, block_k, own)
+  dk, dv = call.run(
+    "polar_attention_dkv", functools.partial(_dkv_kernel, call=call, steps=steps), (call.batch, K, count_k, steps),
+    inputs(tile_kv, query_block, own),
+    [(jax.ShapeDtypeStruct(shape, k.dtype), spec), (jax.ShapeDtypeStruct(shape, v.dtype), spec)],
+    [pltpu.VMEM((block_k, D), jnp.float32)] * 2, products=4, pairs=_pairs(call))
+  dk, dv = (call.unarray(x, K, call.keys) for x in (dk, dv))
+  q_dq, total = map(call.unrows, sums)
+  return call.unarray(dq, H, call.queries), dk, dv, q_dq, total / natural
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, k, v, temp, null, v_null, call: Call):
+  """Direction (B, T, H, D), and natural log-sum-exp and crowding (B, T, H), from temp and null (T, H)."""
+  return _attend_forward(q, k, v, temp, null, v_null, call)[0]
+
+
+def _attend_forward(q, k, v, temp, null, v_null, call: Call):
+  direction, lse, crowding, norm = checkpoint_name(_forward(q, k, v, temp, null, v_null, call), "polar_attention")
+  return (direction, lse / LOG2_E, crowding), (q, k, v, temp, null, v_null, direction, lse, crowding, norm)
+
+
+def _attend_backward(call: Call, residuals, cotangents):
+  q, k, v, temp, null, v_null, direction, lse, crowding, norm = residuals
+  through = formula.through_null(cotangents, direction, lse / LOG2_E - null, crowding, norm, v_null)
+  dq, dk, dv, q_dq, total = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, through.twice, through.delta, call)
+  dtemp = formula.temperature_gradient(q_dq, total, through.d_lse, lse / LOG2_E, crowding, temp)
+  return dq, dk, dv, jnp.sum(dtemp, axis=0), through.d_null, through.d_v_null
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

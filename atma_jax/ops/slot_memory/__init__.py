@@ -1,0 +1,1 @@
+"""The slot memory of the Raven baseline."""

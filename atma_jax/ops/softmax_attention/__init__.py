@@ -1,0 +1,1 @@
+"""Causal softmax attention, the matched baseline. Callers want `atma_jax.ops.softmax_attention`."""

@@ -1,0 +1,1 @@
+"""The gate of the MLP, ``g * relu(u)^2``."""

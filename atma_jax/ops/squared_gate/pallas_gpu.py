@@ -1,0 +1,76 @@
+"""Gradients of the MLP's gate as a GPU kernel: Pallas through Triton, one pass over the arrays, no atomics.
+
+A program takes some columns of some steps, goes from step to step and keeps the columns' sums, which are the biases'
+gradients, in registers; XLA adds up those of all programs. It writes the gradients of u and g side by side, so that one
+product makes those of what both are projected from.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+from atma_jax.ops.core import pallas as kernels
+
+COLUMNS = 512  # of a program, at most
+THREAD_COLUMNS = 4
+STEPS = 128  # of a program
+UNROLLED = 4  # steps whose loads are under way together
+
+
+def supports(u: jax.Array, h: jax.Array, dh: jax.Array, bias: jax.Array) -> str | None:
+  """Why the kernel cannot serve this call, or None if it can."""
+  dtypes = {z.dtype.name for z in (u, h, dh)}
+  if dtypes not in ({"bfloat16"}, {"float32"}):
+    return f"takes u, h and dh all in bfloat16 or all in float32, not {', '.join(sorted(dtypes))}"
+  if bias.dtype == jnp.float64:
+    return "takes no float64"
+  if u.shape[-1] % 64:
+    return f"takes multiples of 64 columns, not {u.shape[-1]}"
+  return kernels.elsewhere("gpu")
+
+
+def squared_gate_gradients(u: jax.Array, h: jax.Array, dh: jax.Array, bias: jax.Array, *,
+                           interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+  """See `atma_jax.ops.squared_gate.api.squared_gate_gradients`; `interpret` runs the kernel without a GPU."""
+  B, T, F = u.shape
+  columns = kernels.columns_of(F, COLUMNS)
+  grid = F // columns, pl.cdiv(T, STEPS), B
+  row = pl.BlockSpec((None, T, F), lambda c, t, b: (b, 0, 0))
+  return pl.pallas_call(
+    functools.partial(_kernel, columns=columns), name="squared_gate_gradients", grid=grid,
+    in_specs=[row, row, row, pl.BlockSpec((columns,), lambda c, t, b: (c,))],
+    out_shape=[jax.ShapeDtypeStruct((B, T, 2 * F), u.dtype), jax.ShapeDtypeStruct((B, grid[1], 2, F), jnp.float32)],
+    out_specs=[pl.BlockSpec((None, T, 2 * F), lambda c, t, b: (b, 0, 0)),
+               pl.BlockSpec((None, None, 2, columns), lambda c, t, b: (b, t, 0, c))],
+    interpret=interpret,
+    compiler_params=plgpu.CompilerParams(num_warps=max(1, columns // (32 * THREAD_COLUMNS)), num_stages=1),
+  )(u, h, dh, bias.astype(jnp.float32))
+
+
+def _kernel(u_ref, h_ref, dh_ref, bias_ref, gradients_ref, sums_ref, *, columns: int):
+  T, F = u_ref.shape
+  bias, first = bias_ref[...], pl.program_id(1) * STEPS
+  of_u, of_g = (pl.ds(start + pl.program_id(0) * columns, columns) for start in (0, F))
+
+  def some_steps(i, sums):
+    times = [first + i * UNROLLED + j for j in range(UNROLLED)]
+    inside = [jnp.broadcast_to(t < T, (columns,)) for t in times]
+    loaded = [[plgpu.load(ref.at[t, of_u], mask=mask, other=0).astype(jnp.float32) for ref in (u_ref, h_ref, dh_ref)]
+              for t, mask in zip(times, inside, strict=True)]
+    for t, mask, (u, h, dh) in zip(times, inside, loaded, strict=True):
+      a = jnp.maximum(u + bias, 0)
+      gradients = jnp.where(a > 0, 2 * dh * h / jnp.where(a > 0, a, 1), 0), dh * a * a
+      for of, gradient in zip((of_u, of_g), gradients, strict=True):
+        plgpu.store(gradients_ref.at[t, of], gradient.astype(gradients_ref.dtype), mask=mask)
+      sums = tuple(map(jnp.add, sums, gradients))
+    return sums
+
+  iterations = kernels.cdiv(jnp.minimum(T - first, STEPS), UNROLLED)
+  for i, total in enumerate(lax.fori_loop(0, iterations, some_steps, (jnp.zeros((columns,), jnp.float32),) * 2)):
+    sums_ref[i, :] = total

@@ -1,0 +1,1 @@
+"""What a program will cost, from its compiled form: operations, memory, traffic."""

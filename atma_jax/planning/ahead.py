@@ -1,0 +1,244 @@
+"""Compiles the real training or evaluation step for a TPU that is not there, and says what it would take.
+
+Needs only libtpu's compiler (extra ``[tpu]``). Memory is what the compiler reports for one device; operations that it
+really runs (rematerialisation, optimizer and what every device repeats included), bytes through memory and collectives are
+read from the program it made (`atma_jax.planning.hlo`); the useful operations, those of MFU, are counted by
+`atma_jax.models.operations`. The step time is a roofline: the longest of arithmetic, memory, links and the network
+between slices at their full rates, all overlapping. No real step is faster; many are slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import time
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from atma_jax.config import Config
+from atma_jax.errors import UserError
+from atma_jax.models.definition import ModelDefinition
+from atma_jax.models.operations import training_flops_per_token
+from atma_jax.ops import token_losses
+from atma_jax.planning.hlo import Traffic, traffic
+from atma_jax.sharding import make_mesh, named_sharding, parts
+from atma_jax.training.state import TrainState, abstract_state, optimizer_for
+from atma_jax.training.step import make_train_step
+
+MODES = ("train", "evaluate")
+GIB = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One TPU chip. Rates from its page of cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); gigabytes are 1e9."""
+
+  tflops: float  # dense bfloat16
+  memory_gib: float  # what a program may use of the HBM, as the compiler enforces it
+  memory_gbps: float
+  link_gbps: float  # into the chip over all of its inter-chip links: half the bidirectional rate of the datasheet
+  network_gbps: float  # a chip's share of the data-centre network, between slices
+
+
+CHIPS = {
+  "v4": Chip(275, 30.75, 1228, 150, 3.1),  # 300 GB/s of links; 25 Gbit/s a chip between slices
+  "v5e": Chip(197, 15.75, 819, 200, 3.1),  # 400 GB/s of links; 6.4 Tbit/s a pod of 256
+  "v5p": Chip(459, 95.73, 2765, 600, 6.2),  # 1200 GB/s of links; 50 Gbit/s a chip
+  "v6e": Chip(918, 31.24, 1638, 400, 12.5),  # 800 GB/s of links; 25.6 Tbit/s a pod of 256
+}
+ENVIRONMENT = {  # libtpu looks for a TPU machine around it, in vain: no metadata server, no other workers, no chip to lock
+  "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What compiling said; memory in bytes of one device, `flops` of all devices together in one step."""
+
+  topology: str
+  devices: int
+  mesh: dict[str, int]
+  mode: str
+  tokens: int
+  compile_seconds: float
+  parameter_bytes: int
+  optimizer_bytes: int
+  batch_bytes: int
+  temporary_bytes: int
+  output_bytes: int
+  peak_bytes: int
+  flops: float
+  traffic: Traffic
+  chip: Chip
+
+  @property
+  def seconds(self) -> dict[str, float]:
+    """Time of each part at the chip's full rate."""
+    links = sum(moved for _, moved in self.traffic.collectives.values())
+    ran = max(self.traffic.flops, self.flops / self.devices)  # more, where loops are counted as one round
+    return {"arithmetic": ran / (self.chip.tflops * 1e12),
+            "memory": self.traffic.memory_bytes / (self.chip.memory_gbps * 1e9),
+            "links": links / (self.chip.link_gbps * 1e9),
+            "network": self.traffic.network_bytes / (self.chip.network_gbps * 1e9)}
+
+  @property
+  def step_seconds(self) -> float:
+    """The roofline: the longest part."""
+    return max(self.seconds.values())
+
+  @property
+  def mfu(self) -> float:
+    """Useful operations over what all devices could have done in a step."""
+    return self.flops / self.devices / (self.chip.tflops * 1e12) / self.step_seconds
+
+  def lines(self) -> list[str]:
+    """The plan as lines of text."""
+    seconds = self.seconds
+    mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "one device"
+    ran = self.traffic.flops * self.devices
+    lines = [
+      f"{self.mode} on {self.topology}: {self.devices} devices, {mesh}; {self.tokens:,} tokens a step; compiled in "
+      f"{self.compile_seconds:.0f} s",
+      f"memory of a device   parameters {_gib(self.parameter_bytes)}, optimizer {_gib(self.optimizer_bytes)}, batch "
+      f"{_gib(self.batch_bytes)}, activations and temporaries {_gib(self.temporary_bytes)}; peak {_gib(self.peak_bytes)} of "
+      f"{self.chip.memory_gib:.2f} GiB: fits",
+      f"useful operations    {self.flops:.3e} a step, {self.flops / self.tokens:.3e} a token",
+      f"operations run       {ran:.3e} a step, {ran / self.flops:.2f} times the useful ones",
+      "roofline             " + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items() if value)
+      + f"; limit: {max(seconds, key=seconds.get)}",
+      f"estimate             step {1e3 * self.step_seconds:.1f} ms or more, {self.tokens / self.step_seconds:,.0f} tokens/s or "
+      f"less, MFU {100 * self.mfu:.0f} % or less",
+    ]
+    if self.traffic.kernels:
+      lines.append(f"Pallas kernels       {self.traffic.kernels} a step")
+    for kind, (count, moved) in sorted(self.traffic.collectives.items(), key=lambda item: -item[1][1]):
+      lines.append(f"{kind:<20} {count:>6} a step, {moved / 2**20:,.1f} MiB a device")
+    if self.traffic.network_bytes:
+      lines.append(f"between slices       {self.traffic.network_bytes / 2**20:,.1f} MiB sent a device")
+    if self.traffic.unknown_loops:
+      lines.append(f"note                 {self.traffic.unknown_loops} loops of a length known only at run time are counted as "
+                   "one round")
+    return lines
+
+
+def plan(config: Config, topology: str, *, slices: int = 1, mode: str = "train", length: int | None = None,
+         batch: int | None = None) -> Plan:
+  """Compiles `config` for `topology`, such as ``v5e:16x16``, times `slices` of them joined by the data-centre network.
+
+  Args:
+    config: a validated recipe; ``config.mesh`` is laid over the topology.
+    mode: ``train``, the step of `atma_jax.training.step`; or ``evaluate``, the losses of (batch, length) tokens.
+    length: tokens of a sequence in mode ``evaluate``; the training length where None.
+    batch: sequences in mode ``evaluate``; one for each part of the batch axes where None.
+
+  Raises:
+    UserError: no such topology, no libtpu, sizes that do not divide, or a program that does not fit the memory.
+  """
+  if mode not in MODES:
+    raise UserError(f"--mode={mode}: must be one of {', '.join(MODES)}")
+  chip = CHIPS.get(topology.partition(":")[0])
+  if chip is None:
+    raise UserError(f"--topology={topology}: must be one of {', '.join(CHIPS)} and a shape, such as v5e:16x16 or v5p:4x4x8")
+  mesh = _mesh(config, topology, slices)
+  definition = ModelDefinition(config.model)
+  started = time.perf_counter()
+  with jax.set_mesh(mesh):
+    if mode == "train":
+      lowered, state, tokens, rows = _lower_training(config, definition, mesh)
+    else:
+      lowered, state, tokens, rows = _lower_evaluation(config, definition, mesh, length, batch)
+    compiled = _compile(lowered, topology, chip)
+  seconds = time.perf_counter() - started
+  memory = compiled.memory_analysis()
+  flops = training_flops_per_token(definition, rows.shape[1] - 1) * tokens
+  parameters = _bytes(state.params)
+  return Plan(
+    topology=topology if slices == 1 else f"{slices} x {topology}", devices=mesh.size, mesh=dict(mesh.shape), mode=mode,
+    tokens=tokens, compile_seconds=seconds, parameter_bytes=parameters, optimizer_bytes=_bytes(state.opt_state),
+    batch_bytes=_bytes(rows), temporary_bytes=memory.temp_size_in_bytes, output_bytes=memory.output_size_in_bytes,
+    peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
+    flops=flops if mode == "train" else flops / 3, traffic=traffic(compiled.as_text()), chip=chip)
+
+
+def _mesh(config: Config, topology: str, slices: int) -> Mesh:
+  for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  try:
+    options = {"num_slices": slices} if slices > 1 else {}
+    if set(re.findall(r"\d+", topology.partition(":")[2])) == {"1"}:
+      options["chips_per_host_bounds"] = (1, 1, 1)  # a host has several chips unless one is asked for
+    description = topologies.get_topology_desc(topology, "tpu", **options)
+  except Exception as error:  # libtpu raises plain RuntimeErrors and ValueErrors of its own for either cause
+    reason = re.sub(r"\s+", " ", str(error))[:160]
+    if "libtpu" in reason or "Unable to initialize backend" in reason:
+      raise UserError(f"--topology={topology}: needs libtpu, install atma_jax[tpu] or [dev]: {reason}") from error
+    raise UserError(f"--topology={topology}: not a shape this libtpu knows, such as v5e:16x16, v5p:4x4x8 or v6e:8x8: "
+                    f"{reason}") from error
+  try:
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context, description.devices)
+  except ValueError as error:
+    raise UserError(f"config.mesh on {topology}: {error}") from error
+
+
+def _lower_training(config: Config, definition: ModelDefinition, mesh: Mesh):
+  optimizer = optimizer_for(config, definition)
+  state = abstract_state(config, definition, optimizer, mesh)
+  rows = _rows(config.data.batch_size, config.data.sequence_length, mesh, "config.data.batch_size")
+  step = make_train_step(config, definition, optimizer, mesh, state)
+  return step.lower(state, rows), state, config.data.batch_size * config.data.sequence_length, rows
+
+
+def _lower_evaluation(config: Config, definition: ModelDefinition, mesh: Mesh, length: int | None, batch: int | None):
+  params = definition.abstract_params(mesh)
+  length = length or config.data.sequence_length
+  rows = _rows(batch or mesh.shape["data"] * mesh.shape["fsdp"], length, mesh, "--batch")
+  context = mesh.shape["context"]
+  if context > 1 and length % (2 * context):
+    raise UserError(f"--length={length}: must be a multiple of twice config.mesh.context={context}")
+
+  def losses(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+    model = definition.merge(params)
+    return token_losses(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
+                        cap=config.model.logit_cap, chunk=config.train.loss_chunk, parts=parts("sequence"))
+
+  lowered = jax.jit(losses, out_shardings=named_sharding(mesh, ("batch", "sequence"))).lower(params, rows)
+  return lowered, TrainState(None, params, None, {}, None, None), rows.shape[0] * length, rows
+
+
+def _rows(batch: int, length: int, mesh: Mesh, name: str) -> jax.ShapeDtypeStruct:
+  try:
+    sharding = named_sharding(mesh, ("batch", None), (batch, length + 1))
+  except ValueError as error:
+    raise UserError(f"{name}={batch}: {error}") from error
+  return jax.ShapeDtypeStruct((batch, length + 1), jnp.int32, sharding=sharding)
+
+
+def _compile(lowered: jax.stages.Lowered, topology: str, chip: Chip) -> jax.stages.Compiled:
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    text = re.sub(r"\s+", " ", str(error))
+    used = (re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", text)
+            or re.search(r"required for [\w ]+ \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", text))
+    if used is None and "RESOURCE_EXHAUSTED" not in text:
+      raise
+    what = f"needs {used[1]} of {used[2]}" if used else text[:200]
+    raise UserError(f"--topology={topology}: the step does not fit the {chip.memory_gib} GiB of a device: {what}; shard more "
+                    "(config.mesh.fsdp, config.mesh.context), accumulate (config.train.accumulation) or recompute "
+                    "(config.model.remat=block)") from error
+
+
+def _bytes(tree) -> int:
+  """Bytes that one device holds of a tree of shapes with shardings."""
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _gib(size: float) -> str:
+  return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
