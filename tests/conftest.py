@@ -161,6 +161,21 @@ class Forking:
     assert self._process.wait(timeout=60) == 0
 
 
+class Golden:
+  """Reads a golden file by name: numbers in float64 that the public PyTorch code gave.
+
+  Attributes:
+    folder: where the files are; checkpoints are folders of their own in it.
+  """
+
+  folder = REPOSITORY / "tests" / "golden"
+
+  def __call__(self, name: str) -> dict[str, np.ndarray]:
+    """The arrays of ``tests/golden/NAME`` by name. Raises FileNotFoundError where there is no such file: no test skips."""
+    with np.load(self.folder / name) as file:
+      return {key: file[key] for key in file.files}
+
+
 @pytest.fixture(scope="session")
 def forking(tmp_path_factory):
   """Starts mains; see `Forking`."""
@@ -176,18 +191,9 @@ def main(forking):
 
 
 @pytest.fixture(scope="session")
-def golden():
-  """Loads a golden file by name as a dict of arrays; skips where the golden folder is absent."""
-  folder = pathlib.Path(os.environ.get("ATMA_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
-  if not folder.is_dir():
-    pytest.skip(f"no golden files: set ATMA_GOLDEN (looked in {folder})")
-
-  def load(name: str) -> dict[str, np.ndarray]:
-    with np.load(folder / name) as file:
-      return {key: file[key] for key in file.files}
-
-  load.folder = folder
-  return load
+def golden() -> Golden:
+  """Reads the golden files of tests/golden."""
+  return Golden()
 
 
 @pytest.fixture
