@@ -23,7 +23,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from atma_jax.config import COUNT_LENGTHS, Config, RetentionCap, retention_cap
+from atma_jax.checkpoints.overrides import OVERRIDES, RETENTION_HEADS_HELP, Override
+from atma_jax.config import Config, RetentionCap
 from atma_jax.errors import RunError, UserError, unknown_name
 
 EXIT_FAILED = 1
@@ -69,17 +70,38 @@ def define_config_flag(default: str | None = None) -> ConfigFlag:
   return ConfigFlag(default)
 
 
-def define_retention_flags() -> Callable[[], RetentionCap | None]:
-  """Defines ``--retention_cap`` and ``--retention_heads`` for a main; what is returned gives the cap they ask for."""
-  tokens = flags.DEFINE_float("retention_cap", None, "Half-life in tokens that the memory is held to; default is none.")
-  heads = flags.DEFINE_string("retention_heads", "all", "Heads held to it: all, worst, or LAYER:HEAD pairs such as 6:3,10:1.")
-  return lambda: retention_cap(tokens.value, heads.value)
+class OverrideFlags:
+  """A flag for every field of `OVERRIDES`, and ``--retention_heads``."""
+
+  def __init__(self) -> None:
+    self._flags = {
+      name: flags.DEFINE_float(name, None, override.help) if name == "retention_cap"
+      else flags.DEFINE(_OverrideParser(override), name, None, override.help, serializer=flags.ArgumentSerializer())
+      for name, override in OVERRIDES.items()}
+    self._heads = flags.DEFINE_string("retention_heads", "all", RETENTION_HEADS_HELP)
+
+  @property
+  def heads(self) -> str:
+    """The value of ``--retention_heads``."""
+    return self._heads.value
+
+  def values(self, *, heads_alone: bool = False) -> dict[str, Any]:
+    """The overrides that were given, as `atma_jax.checkpoints.load.load_model` takes them.
+
+    Args:
+      heads_alone: allow ``--retention_heads`` without ``--retention_cap``, because other caps are given.
+    """
+    given = {name: flag.value for name, flag in self._flags.items() if flag.present}
+    if given.get("retention_cap") is not None:
+      given["retention_cap"] = RetentionCap(given["retention_cap"], self.heads)
+    elif self.heads != "all" and not heads_alone:
+      raise UserError(f"--retention_heads={self.heads}: says which heads --retention_cap=TOKENS holds; it is missing")
+    return given
 
 
-def define_count_flags() -> Callable[[], dict[str, int | None]]:
-  """Defines ``--null_length`` and ``--count_length`` for a main; what is returned gives them as `load_model` takes them."""
-  holders = [flags.DEFINE_integer(name, None, description, lower_bound=0) for name, description in COUNT_LENGTHS.items()]
-  return lambda: {holder.name: holder.value for holder in holders}
+def define_override_flags() -> OverrideFlags:
+  """Defines ``--window``, ``--null_length``, ``--count_length``, ``--retention_cap`` and ``--retention_heads`` for a main."""
+  return OverrideFlags()
 
 
 def load_recipe(path: str) -> Config:
@@ -188,6 +210,24 @@ class _FieldParser(flags.ArgumentParser):
     if self._hint is bool:
       return "true or false"
     return f"of type {self._hint.__name__ if type(self._hint) is type else self._hint}"
+
+
+class _OverrideParser(flags.ArgumentParser):
+  """Text to a value of an override: a whole number or none."""
+
+  def __init__(self, override: Override):
+    self._override = override
+
+  def parse(self, argument: Any) -> Any:
+    value = int(argument) if str(argument).lstrip("-").isdigit() else argument
+    try:
+      self._override.parse(value)
+    except UserError as error:
+      raise ValueError(f"must be {self.flag_type()}") from error
+    return value
+
+  def flag_type(self) -> str:
+    return "a number of keys, or 0 for no end"
 
 
 def _parse_as(text: str, hint: Any) -> Any:

@@ -24,12 +24,6 @@ INITS = ("default", "published", "mimetic")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMATS = ("none", "dots", "block")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
-COUNT_LENGTHS = {  # fields of a model that a checkpoint may be read with other values of, and the help of their flags
-  "null_length": "Visible keys at which polar attention's null stops growing, such as the training length; 0 is never; default "
-                 "is the model's own.",
-  "count_length": "Visible keys past which polar attention's null and magnitude are told the count relative to it, such as the "
-                  "training length; 0 is never; default is the model's own.",
-}
 CLIP_BASES = ("sum", "mean")
 MUON_VARIANTS = ("published", "quintic5")
 OPTIMIZERS = ("muon", "adamw")
@@ -235,13 +229,6 @@ class RetentionCap:
     return f"{self.tokens:g} ({self.heads})"
 
 
-def retention_cap(tokens: float | None, heads: str) -> RetentionCap | None:
-  """The cap that ``--retention_cap`` and ``--retention_heads`` ask for; None for no tokens."""
-  if tokens is None and heads != "all":
-    raise UserError(f"--retention_heads={heads}: says which heads --retention_cap=TOKENS holds; it is missing")
-  return None if tokens is None else RetentionCap(tokens, heads)
-
-
 def _require(condition: bool, field: str, value: Any, legal: str) -> None:
   if not condition:
     raise UserError(f"config.{field}={value!r}: must be {legal}")
@@ -275,8 +262,7 @@ def _validate_model(m: ModelConfig) -> None:
   _require(m.raven.top_k <= m.raven.slots, "model.raven.top_k", m.raven.top_k, f"at most model.raven.slots={m.raven.slots}")
   _require(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", m.num_kv_heads,
            f"a divisor of model.num_heads={m.num_heads}")
-  _require(m.window is None or m.window > 0, "model.window", m.window, "None or at least 1")
-  for name in COUNT_LENGTHS:
+  for name in ("window", "null_length", "count_length"):
     length = getattr(m, name)
     _require(length is None or length > 0, f"model.{name}", length, "None or at least 1")
   _require(0 < m.direction_scale < math.inf, "model.direction_scale", m.direction_scale, "greater than 0")

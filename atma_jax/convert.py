@@ -14,7 +14,8 @@ import time
 from absl import flags, logging
 
 from atma_jax import cli
-from atma_jax.checkpoints.store import load_model, save_model
+from atma_jax.checkpoints.load import load_model
+from atma_jax.checkpoints.store import save_model
 from atma_jax.errors import UserError
 from atma_jax.pytorch import FORMATS, is_published, read_published, write_published
 

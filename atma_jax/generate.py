@@ -16,14 +16,13 @@ import jax
 import numpy as np
 
 from atma_jax import cli
-from atma_jax.checkpoints.store import load_model
+from atma_jax.checkpoints.load import load_model
 from atma_jax.errors import UserError
 from atma_jax.inference.console import complete_all, read_lines, read_text, stream_one
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
-from atma_jax.models.retention_cap import with_retention_cap
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, tuple: flags.DEFINE_multi_string}
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
@@ -40,7 +39,7 @@ _ROWS = flags.DEFINE_integer("rows", 8, "Prompts of a file decoded at once.", lo
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
 _FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.")
 _STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at the text.", lower_bound=1)
-_CAP, _COUNTS = cli.define_retention_flags(), cli.define_count_flags()
+_OVERRIDES = cli.define_override_flags()
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Of keys and values; default is the model's.")
 
 
@@ -56,11 +55,11 @@ def main() -> None:
   sampling = Sampling(**{name: tuple(flag.value) if name == "stop" else flag.value for name, flag in _SAMPLING.items()})
   prompts = [_PROMPT.value] if given[0] is _PROMPT else [read_text("prompt_file", _PROMPT_FILE.value)] if (
     given[0] is _PROMPT_FILE) else read_lines("prompts_file", _PROMPTS_FILE.value)
-  config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, **_COUNTS())
+  config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, overrides=_OVERRIDES.values())
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
   capacity = 1 << (len(before) + max(len(tokenizer.encode(p)) for p in prompts) + sampling.max_tokens).bit_length()
   rows = -(-min(_ROWS.value, len(prompts)) // jax.device_count()) * jax.device_count()  # split over all devices
-  engine = Engine(with_retention_cap(model, _CAP()), tokenizer, rows=rows, capacity=capacity, chunk=_CHUNK.value, prefixes=1,
+  engine = Engine(model, tokenizer, rows=rows, capacity=capacity, chunk=_CHUNK.value, prefixes=1,
                   first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value, cache_dtype=_CACHE_DTYPE.value)
   if _LOAD_STATE.value:
     engine.load(_LOAD_STATE.value)

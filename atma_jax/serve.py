@@ -13,12 +13,11 @@ import dataclasses
 from absl import flags, logging
 
 from atma_jax import cli
-from atma_jax.checkpoints.store import load_model
+from atma_jax.checkpoints.load import load_model
 from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.footprint import sizes_within
 from atma_jax.models.cache import CACHE_DTYPES
-from atma_jax.models.retention_cap import with_retention_cap
 from atma_jax.serving.protocol import Limits
 from atma_jax.sharding import make_mesh
 
@@ -40,7 +39,7 @@ _STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at
 _PREFIXES = flags.DEFINE_integer("prefixes", 4, "Prompts whose state is kept for those that go on from them.", lower_bound=0)
 _LOGPROBS = flags.DEFINE_integer("max_logprobs", 5, "Likeliest tokens a request may ask for.", lower_bound=0)
 _PROMPT_LOGPROBS = flags.DEFINE_boolean("prompt_logprobs", True, "Serve echo with logprobs, which scores prompts.")
-_CAP, _COUNTS = cli.define_retention_flags(), cli.define_count_flags()
+_OVERRIDES = cli.define_override_flags()
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share a copy of the model; the others split the rows.", lower_bound=1)
 _LIMITS = {field.name: _DEFINE[type(field.default)](field.name, field.default, field.metadata["help"])
            for field in dataclasses.fields(Limits)}
@@ -59,8 +58,7 @@ def main() -> int:
   except ValueError as error:
     raise UserError(f"--tensor={_TENSOR.value}: {error}") from error
   listener = listen(_HOST.value, _PORT.value)
-  config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh, ema=_EMA.value, **_COUNTS())
-  model = with_retention_cap(model, _CAP())
+  config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh, ema=_EMA.value, overrides=_OVERRIDES.values())
   options = {"capacity": _CAPACITY.value, "prefixes": _PREFIXES.value, "cache_dtype": _CACHE_DTYPE.value}
   sizes = sizes_within(config.model, _CACHE_GIB.value, rows=_ROWS.value, page=_PAGE.value, parts=mesh.shape["data"], **options)
   engine = Engine(model, tokenizer, **sizes, chunk=_CHUNK.value, first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value,

@@ -18,9 +18,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 import numpy as np
 
-from atma_jax.checkpoints.store import load_model
+from atma_jax.checkpoints.load import load_model, overridden
+from atma_jax.checkpoints.overrides import OVERRIDES, checked_overrides
 from atma_jax.errors import UserError, unknown_name
-from atma_jax.evaluation.runner import at_full_context
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.evaluation.suites.babilong import chunk_for
 from atma_jax.inference.engine import Engine
@@ -51,8 +51,7 @@ class AtmaLM(TemplateLM):
     fsdp, tensor: devices along these axes of the mesh; the others take rows.
     ema: the moving average of the weights (config.train.ema_decay) instead of the weights.
     keep_window: keep the attention window of training; else every token is seen.
-    null_length: visible keys at which polar attention's null stops growing; 0 is never, None as the model has it.
-    count_length: visible keys past which its null and magnitude are told the count relative to it; likewise.
+    overrides: fields of the model that `atma_jax.checkpoints.load.load_model` can override: ``null_length`` and others.
     tokenizer: not read here: tasks that make their own text to a length (RULER) take the name of a tokenizer from it.
     device, max_batch_size: passed by the harness, which has PyTorch in mind; jax takes the devices that it sees.
   """
@@ -60,13 +59,14 @@ class AtmaLM(TemplateLM):
   def __init__(self, checkpoint: str | None = None, step: int | None = None, batch_size: int | str = 1,
                max_length: int | None = None, max_gen_toks: int = 256, batch_tokens: int = 8192, chunk: int = 512,
                prefill_chunk: int = 65_536, fsdp: int = 1, tensor: int = 1, keep_window: bool = False, ema: bool = False,
-               null_length: int | None = None, count_length: int | None = None, tokenizer: str | None = None,
-               device: str | None = None, max_batch_size: int | None = None, **unknown: Any):
+               tokenizer: str | None = None, device: str | None = None, max_batch_size: int | None = None,
+               **overrides: Any):
     super().__init__()
     legal = ("checkpoint", "step", "max_length", "max_gen_toks", "batch_tokens", "chunk", "prefill_chunk", "fsdp", "tensor",
-             "keep_window", "ema", "null_length", "count_length", "tokenizer")
-    for name in unknown:
-      raise UserError(unknown_name("--model_args field", name, legal))
+             "keep_window", "ema", *OVERRIDES, "tokenizer")
+    for name in overrides:
+      if name not in OVERRIDES:
+        raise UserError(unknown_name("--model_args field", name, legal))
     if not checkpoint:
       raise UserError("--model_args: checkpoint=DIR is required")
     del device, max_batch_size, tokenizer
@@ -75,16 +75,15 @@ class AtmaLM(TemplateLM):
                         ("chunk", chunk), ("prefill_chunk", prefill_chunk), ("fsdp", fsdp), ("tensor", tensor)):
       if value is not None and (not isinstance(value, int) or value < 1):
         raise UserError(f"--model_args {name}={value}: must be a whole number of at least 1")
-    counts = {"null_length": null_length, "count_length": count_length}
-    for name, length in counts.items():
-      if length is not None and (not isinstance(length, int) or length < 0):
-        raise UserError(f"--model_args {name}={length}: must be a number of keys, or 0 for no end")
+    checked_overrides(overrides, "--model_args ")
+    if keep_window and "window" in overrides:
+      raise UserError("--model_args keep_window, window: only one of them can be given")
     try:
       self._mesh = make_mesh(fsdp=fsdp, tensor=tensor)
     except ValueError as error:
       raise UserError(f"--model_args fsdp={fsdp},tensor={tensor}: {error}") from error
-    config, model, self._tokenizer, self.step = load_model(checkpoint, step, self._mesh, ema=ema, **counts)
-    self._model = model if keep_window else at_full_context(model)
+    config, model, self._tokenizer, self.step = load_model(checkpoint, step, self._mesh, ema=ema, overrides=overrides)
+    self._model = model if keep_window or "window" in overrides else overridden(model, {"window": None})
     self._limit, self._default_new_tokens, self._batch_tokens = max_length, max_gen_toks, batch_tokens
     self.scorer = Scorer(self._model, self._mesh, cap=config.model.logit_cap, batch_tokens=batch_tokens, chunk=chunk,
                          prefill_chunk=prefill_chunk)

@@ -13,8 +13,8 @@ from absl import logging
 import jax
 
 from atma_jax import distributed
-from atma_jax.checkpoints.store import load_model
-from atma_jax.config import COUNT_LENGTHS
+from atma_jax.checkpoints.load import load_model, overridden
+from atma_jax.checkpoints.overrides import in_effect
 from atma_jax.data.pipeline import heldout_documents, validation_stream
 from atma_jax.errors import UserError, unknown_name
 from atma_jax.evaluation.cells import Cell, Inputs
@@ -30,8 +30,6 @@ from atma_jax.evaluation.suites.loss import loss_cells
 from atma_jax.evaluation.suites.needle import needle_cells
 from atma_jax.evaluation.suites.retention import retention_cells, retention_table
 from atma_jax.evaluation.suites.retrieval import retrieval_cells
-from atma_jax.models import Atma
-from atma_jax.models.definition import reconfigured
 from atma_jax.models.retention_cap import capped_heads, with_retention_cap
 from atma_jax.progress import progress_bar
 from atma_jax.sharding import make_mesh
@@ -61,7 +59,7 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
     raise UserError(f"--context={options.context}: {error}") from error
   config, model, tokenizer, step = load_model(checkpoint, options.step, mesh, ema=options.ema,
                                               null_length=options.null_length, count_length=options.count_length)
-  model = model if options.keep_window else at_full_context(model)
+  model = model if options.keep_window else overridden(model, {"window": None})
   directory = pathlib.Path(options.data or config.data.directory)
   if not (directory / "manifest.json").is_file():
     raise UserError(f"--data={directory}: holds no prepared data (manifest.json); name the directory the model was trained on")
@@ -79,9 +77,7 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
   common = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": step, "name": config.name}
   if options.ema:
     common["ema"] = True
-  if model.config.window is not None:
-    common["window"] = model.config.window
-  common |= {name: getattr(model.config, name) for name in COUNT_LENGTHS if getattr(model.config, name) is not None}
+  common |= in_effect(model.config)
   extra = {"training_length": length, "config": config.to_dict(), "jax": jax.__version__, "code": code_version(),
            "hardware": hardware(), "limits": {"batch_tokens": options.batch_tokens, "chunk": options.chunk,
                                               "prefill_chunk": options.prefill_chunk, "memory_gib": options.memory_gib}}
@@ -105,11 +101,6 @@ def evaluate(checkpoint: str, output: str, options: Options, babilong: BabilongO
       print("\n" + sweep_table(found))
     _plot(found[0][1], pathlib.Path(output), f"{config.name}, step {step}", length)
   return [record for _, records in found for record in records]
-
-
-def at_full_context(model: Atma) -> Atma:
-  """The same parameters without an attention window, which is a matter of training."""
-  return reconfigured(model, window=None)
 
 
 def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, common: dict[str, Any], extra: dict[str, Any],

@@ -63,22 +63,6 @@ def reconfigured(model: Atma, **changes: Any) -> Atma:
   return model if config == model.config else ModelDefinition(config).merge(params_of(model))
 
 
-def with_counts(model: Atma, *, null_length: int | None = None, count_length: int | None = None) -> Atma:
-  """The model with another null_length and count_length: 0 is without end, None leaves it as the checkpoint has it.
-
-  Raises:
-    UserError: the model has no polar attention.
-  """
-  lengths = {"null_length": null_length, "count_length": count_length}
-  given = {name: length for name, length in lengths.items() if length is not None}
-  for name, length in given.items():
-    if "global" not in model.config.block_pattern:
-      raise UserError(f"--{name}={length}: only polar attention counts its keys, and the model has no attention")
-    if model.config.attention != "polar":
-      raise UserError(f"--{name}={length}: only polar attention counts its keys, and the model's is {model.config.attention}")
-  return reconfigured(model, **{name: length or None for name, length in given.items()})
-
-
 def _name(path: tuple[Any, ...]) -> str:
   return ".".join(map(str, path))
 

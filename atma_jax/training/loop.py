@@ -16,7 +16,8 @@ import numpy as np
 
 import atma_jax
 from atma_jax import distributed
-from atma_jax.checkpoints.store import Checkpointer, absolute, is_remote
+from atma_jax.checkpoints.steps import absolute, is_remote
+from atma_jax.checkpoints.store import Checkpointer
 from atma_jax.config import Config
 from atma_jax.data.manifest import load_manifest
 from atma_jax.data.pipeline import TrainingData

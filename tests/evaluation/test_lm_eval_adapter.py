@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from atma_jax.checkpoints.load import LoadedModel
 from atma_jax.config import Config, DataConfig
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
@@ -35,7 +36,7 @@ def model(lively):
     patch = pytest.MonkeyPatch()
     config = Config(model=lively.config, data=DataConfig(sequence_length=32))
     patch.setattr(lm_eval_adapter, "load_model",
-                  lambda directory, step, mesh, ema, null_length, count_length: (config, lively, TOKENIZER, 7))
+                  lambda directory, step, mesh, ema, overrides: LoadedModel(config, lively, TOKENIZER, 7))
     with patch.context():
       made = get_model("atma_jax").create_from_arg_obj({"checkpoint": "DIR", **arguments}, {"batch_size": None})
     patch.undo()

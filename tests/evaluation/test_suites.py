@@ -10,18 +10,18 @@ import jax
 import numpy as np
 import pytest
 
+from atma_jax.checkpoints.load import overridden
+from atma_jax.checkpoints.overrides import checked_overrides
 from atma_jax.data.needles import draw_needle
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
 from atma_jax.evaluation.cells import Inputs
-from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.records import VARIANTS, ResultsFile
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.evaluation.statistics import mean_and_error, wilson_interval
 from atma_jax.evaluation.suites.loss import loss_cells
 from atma_jax.evaluation.suites.needle import needle_cells
 from atma_jax.models import Atma
-from atma_jax.models.definition import with_counts
 from atma_jax.sharding import make_mesh
 
 LENGTHS = (16, 32, 64)
@@ -129,7 +129,7 @@ def test_variants_of_a_checkpoint_are_kept_apart(tmp_path):
 @pytest.mark.parametrize("name", ["null_length", "count_length"])
 @pytest.mark.parametrize("length, found", [(None, None), (8, 8), (0, None)])
 def test_counts_of_a_model(lively, name, length, found):
-  changed = with_counts(lively, **{name: length})
+  changed = overridden(lively, {} if length is None else {name: length})
   assert getattr(changed.config, name) == found
   tokens = np.random.default_rng(0).integers(1, 257, (1, 24))
   before, after = (np.asarray(model(tokens)) for model in (lively, changed))
@@ -141,12 +141,12 @@ def test_counts_of_a_model(lively, name, length, found):
 def test_counts_of_a_model_that_does_not_count(lively, name):
   config = dataclasses.replace(lively.config, attention="nope")
   with pytest.raises(UserError, match=f"{name}=8: only polar attention counts its keys, and the model's is nope"):
-    with_counts(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), **{name: 8})
+    overridden(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), {name: 8})
   config = dataclasses.replace(lively.config, block_pattern=("raven",))
   with pytest.raises(UserError, match=f"{name}=8: only polar attention counts its keys, and the model has no attention"):
-    with_counts(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), **{name: 8})
+    overridden(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), {name: 8})
   with pytest.raises(UserError, match=f"{name}=-1: must be a number of keys, or 0"):
-    Options(**{name: -1})
+    checked_overrides({name: -1})
 
 
 def test_statistics_against_known_values():

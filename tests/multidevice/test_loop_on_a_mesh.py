@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from atma_jax.checkpoints.store import load_model
+from atma_jax.checkpoints.load import load_model
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from atma_jax.errors import UserError
 from atma_jax.models.definition import params_of

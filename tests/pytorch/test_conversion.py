@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from atma_jax.checkpoints.store import load_model, save_model
+from atma_jax.checkpoints.load import load_model
+from atma_jax.checkpoints.store import save_model
 from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig
 from atma_jax.data.tokenizers import ByteTokenizer, NamedTokenizer, tokenizer_from_dict
 from atma_jax.errors import UserError

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from atma_jax.checkpoints import store as checkpointing
-from atma_jax.checkpoints.store import load_model
+from atma_jax.checkpoints.load import load_model
 from atma_jax.config import Config
 from atma_jax.errors import RunError, UserError
 from atma_jax.models.definition import ModelDefinition, params_of

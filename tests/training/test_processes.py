@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from atma_jax.checkpoints.store import load_model
+from atma_jax.checkpoints.load import load_model
 from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.runner import evaluate
 from atma_jax.models.definition import params_of

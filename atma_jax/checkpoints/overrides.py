@@ -1,0 +1,109 @@
+"""Fields that a trained model can be loaded with other values of, although its weights were trained with one of them.
+
+`OVERRIDES` is the only list of these fields. `load_model` checks its argument `overrides` against it, every main that loads
+a checkpoint makes its flags from it (`atma_jax.cli.define_override_flags`), and an evaluation records the values in effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+from atma_jax.config import ModelConfig, RetentionCap
+from atma_jax.errors import UserError, unknown_name
+
+WITHOUT = ("none", "None")  # how a command line spells None
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+  """One overridable field.
+
+  Attributes:
+    name: the key in `overrides`, and the flag.
+    help: what its flag says.
+    label: how a report tells a model apart that was loaded with a value, or "" where the settings of a result do.
+    refusal: ``(model configuration, value) -> reason`` why such a model cannot take the value, or "".
+  """
+
+  name: str
+  help: str
+  label: str = ""
+  refusal: Callable[[ModelConfig, Any], str] = lambda config, value: ""
+
+  def parse(self, value: Any, prefix: str = "--") -> Any:
+    """A value as it is applied: None stands for "without", which may also be written 0 or "none".
+
+    Raises:
+      UserError: not a legal value; the message begins with `prefix` and the field's name.
+    """
+    if value is None or (isinstance(value, str) and value in WITHOUT):
+      return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+      raise UserError(f"{prefix}{self.name}={value}: must be a number of keys, or 0 for no end")
+    return value or None
+
+
+class _RetentionCapOverride(Override):
+  """A number of tokens holds every head; a `RetentionCap` says which."""
+
+  def parse(self, value: Any, prefix: str = "--") -> RetentionCap | None:
+    if value is None or (isinstance(value, str) and value in WITHOUT):
+      return None
+    if isinstance(value, RetentionCap):
+      return value
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+      raise UserError(f"{prefix}{self.name}={value}: must be a half-life in tokens, greater than 0")
+    return RetentionCap(value)
+
+
+def _counts_no_keys(config: ModelConfig, value: Any) -> str:
+  if "global" not in config.block_pattern:
+    return "only polar attention counts its keys, and the model has no attention"
+  if config.attention != "polar":
+    return f"only polar attention counts its keys, and the model's is {config.attention}"
+  return ""
+
+
+def _has_no_attention(config: ModelConfig, value: Any) -> str:
+  if value is not None and "global" not in config.block_pattern:
+    return "only attention has a window, and the model has no attention"
+  return ""
+
+
+OVERRIDES: dict[str, Override] = {override.name: override for override in (
+  Override("window", "Keys that each query may see, the latest ones; 0 is all of them; default is the model's own.",
+           "window {}", _has_no_attention),
+  Override("null_length", "Visible keys at which polar attention's null stops growing, such as the training length; 0 is never; "
+           "default is the model's own.", "null to {}", _counts_no_keys),
+  Override("count_length", "Visible keys past which polar attention's null and magnitude are told the count relative to it, such "
+           "as the training length; 0 is never; default is the model's own.", "counts to {}", _counts_no_keys),
+  _RetentionCapOverride("retention_cap", "Half-life in tokens that the memory is held to; default is none."),
+)}
+RETENTION_HEADS_HELP = "Heads held to --retention_cap: all, worst, or LAYER:HEAD pairs such as 6:3,10:1."
+RECORDED = tuple(name for name, override in OVERRIDES.items() if override.label)  # fields of a model's configuration
+
+
+def checked_overrides(overrides: Mapping[str, Any], prefix: str = "--") -> dict[str, Any]:
+  """`overrides` with every value as it is applied (see `Override.parse`), before any model is known.
+
+  Raises:
+    UserError: a name that is not in `OVERRIDES`, or a value that is not legal.
+  """
+  for name in overrides:
+    if name not in OVERRIDES:
+      raise UserError(unknown_name("override", name, OVERRIDES))
+  return {name: OVERRIDES[name].parse(value, prefix) for name, value in overrides.items()}
+
+
+def refuse_unfitting(config: ModelConfig, overrides: Mapping[str, Any], checked: Mapping[str, Any]) -> None:
+  """Raises `UserError` for the first of the `checked` overrides that a model of this configuration has no use for."""
+  for name, value in checked.items():
+    if reason := OVERRIDES[name].refusal(config, value):
+      raise UserError(f"--{name}={overrides[name]}: {reason}")
+
+
+def in_effect(config: ModelConfig) -> dict[str, int]:
+  """The overridable fields that are set in a model's configuration, by name: what a result of that model is labelled with."""
+  return {name: getattr(config, name) for name in RECORDED if getattr(config, name) is not None}
