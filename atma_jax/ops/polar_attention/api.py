@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
 from atma_jax.ops.core import dispatch
+from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 
 _PACKAGE = "atma_jax.ops.polar_attention"
 ATTENTION = dispatch.Op("polar_attention", {
@@ -73,6 +76,20 @@ def polar_statistics(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Ar
   check(q, k, v, window, null_length, count_length)
   return STATISTICS(implementation, q, k, v, v_null=v_null, null_base=null_base, null_slope=null_slope,
                     len_gain=len_gain, mag_beta=mag_beta, window=window, null_length=null_length, count_length=count_length)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, params: PolarParams, spec: AttentionSpec, *,
+           implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
+  """`polar_attention` with its parameters and its specification as one argument each."""
+  raw = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+  return polar_attention(q, k, v, **raw, **dataclasses.asdict(spec), implementation=implementation)
+
+
+def attention_statistics(q: jax.Array, k: jax.Array, v: jax.Array, params: PolarParams, spec: AttentionSpec, *,
+                         implementation: str = "auto") -> dict[str, jax.Array]:
+  """`polar_statistics` with its parameters and its specification as one argument each."""
+  raw = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+  return polar_statistics(q, k, v, **raw, **dataclasses.asdict(spec), implementation=implementation)
 
 
 def check(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, null_length: int | None,

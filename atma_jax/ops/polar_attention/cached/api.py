@@ -12,6 +12,9 @@ most 1/254 of the largest of its vector.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +22,7 @@ from atma_jax.ops.core import dispatch
 from atma_jax.ops.core import pallas as kernels
 from atma_jax.ops.core.streaming import Statistics
 from atma_jax.ops.polar_attention import formula
+from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 
 _PACKAGE = "atma_jax.ops.polar_attention.cached"
 OP = dispatch.Op("cached_attention", {
@@ -41,11 +45,10 @@ def slots_for(capacity: int) -> int:
 
 
 def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array,
-                           lengths: jax.Array, *, v_null: jax.Array, null_base: jax.Array, null_slope: jax.Array,
-                           len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                           null_length: int | None = None, count_length: int | None = None, scales: Scales = None,
-                           reach: int | None = None, layer: int | None = None, table: jax.Array | None = None,
-                           implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
+                           lengths: jax.Array, params: PolarParams | None = None, spec: AttentionSpec | None = None, *,
+                           scales: Scales = None, cache_slots: int | None = None, layer: int | None = None,
+                           table: jax.Array | None = None, implementation: str = "auto", reach: int | None = None,
+                           **flat: Any) -> tuple[jax.Array, jax.Array]:
   """`polar_attention` of T new tokens that follow the `lengths` cached ones.
 
   Args:
@@ -59,6 +62,13 @@ def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.A
   Returns:
     direction (B, T, H, D) in q's dtype and magnitude (B, T, H), float32 or wider.
   """
+  if params is None:  # the form of before: goes as soon as nothing calls it
+    lengths_of = {f.name: flat.pop(f.name, None) for f in dataclasses.fields(AttentionSpec)}
+    params, spec = PolarParams(**flat), AttentionSpec(**lengths_of)
+  reach = cache_slots if reach is None else reach
+  null_base, null_slope, len_gain, mag_beta, v_null = (
+    params.null_base, params.null_slope, params.len_gain, params.mag_beta, params.v_null)
+  window, null_length, count_length = spec.window, spec.null_length, spec.count_length
   visible = lengths[:, None] + 1 + jnp.arange(q.shape[1])
   if window is not None:
     visible = jnp.minimum(visible, window)
@@ -72,10 +82,12 @@ def cached_polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.A
 
 
 def cached_softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array,
-                             lengths: jax.Array, *, scale: float, window: int | None = None, scales: Scales = None,
-                             reach: int | None = None, layer: int | None = None, table: jax.Array | None = None,
-                             implementation: str = "auto") -> jax.Array:
+                             lengths: jax.Array, *, scale: float, spec: AttentionSpec = AttentionSpec(),  # noqa: B008
+                             scales: Scales = None, cache_slots: int | None = None, layer: int | None = None,
+                             table: jax.Array | None = None, implementation: str = "auto", window: int | None = None,
+                             reach: int | None = None) -> jax.Array:
   """`softmax_attention` of T new tokens, (B, T, H, D) in q's dtype; arguments as for `cached_polar_attention`."""
+  window, reach = window or spec.window, cache_slots if reach is None else reach
   factors = jnp.full(q.shape[:3], scale, formula.accumulator(q))
   statistics = cached_statistics(q, k, v, keys, values, lengths, factors, window=window, scales=scales, reach=reach,
                                  layer=layer, table=table, implementation=implementation)
