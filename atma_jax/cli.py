@@ -9,7 +9,7 @@ Exit codes: 0 done, 1 something outside failed, 2 bad input (both one line, no t
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import importlib.machinery
 import importlib.util
@@ -24,7 +24,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from atma_jax.checkpoints.overrides import OVERRIDES, RETENTION_HEADS_HELP, Override
-from atma_jax.config import Config, RetentionCap
+from atma_jax.config import Config, RetentionCap, leaves
 from atma_jax.errors import RunError, UserError, unknown_name
 
 EXIT_FAILED = 1
@@ -40,10 +40,9 @@ class ConfigFlag:
   def __init__(self, default: str | None):
     self._recipe = flags.DEFINE_string("config", default, "Recipe, e.g. configs/quickstart.py.")
     self._fields = {}
-    for name, hint, value in _leaves(Config(), "config"):
-      parser = _FieldParser(hint)
-      self._fields[name] = flags.DEFINE(parser, name, None, f"Overrides the recipe; {value!r} without one.",
-                                        serializer=flags.ArgumentSerializer())
+    for leaf in leaves(Config()):
+      self._fields[leaf.name] = flags.DEFINE(_FieldParser(leaf.hint), leaf.name, None, f"{leaf.help} Default: {leaf.value!r}.",
+                                             serializer=flags.ArgumentSerializer())
 
   @property
   def given(self) -> bool:
@@ -170,7 +169,7 @@ def _unknown_field(name: str) -> str:
     if part not in legal:
       return unknown_name(f"--{name}: {path} field", part, legal)
     owner, path = getattr(owner, part), f"{path}.{part}"
-  return f"--{path}: a group of options; legal: " + ", ".join(f"--{leaf}" for leaf, _, _ in _leaves(owner, path))
+  return f"--{path}: a group of options; legal: " + ", ".join(f"--{leaf.name}" for leaf in leaves(owner, path))
 
 
 def bad_input(error: Exception | str) -> typing.NoReturn:
@@ -181,17 +180,6 @@ def bad_input(error: Exception | str) -> typing.NoReturn:
 def _end(error: Exception | str, code: int) -> typing.NoReturn:
   print("error:", " ".join(str(error).split()), file=sys.stderr)
   sys.exit(code)
-
-
-def _leaves(owner: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-  """Dotted name, type and default of every field below a dataclass."""
-  hints = typing.get_type_hints(type(owner))
-  for field in dataclasses.fields(owner):
-    value = getattr(owner, field.name)
-    if dataclasses.is_dataclass(value):
-      yield from _leaves(value, f"{path}.{field.name}")
-    else:
-      yield f"{path}.{field.name}", hints[field.name], value
 
 
 class _FieldParser(flags.ArgumentParser):
@@ -251,7 +239,7 @@ def _parse_as(text: str, hint: Any) -> Any:
 def parse_field(field: str, text: str) -> Any:
   """The value of ``config.FIELD`` written as `text`, as its flag would take it."""
   name = f"config.{field}"
-  hints = {leaf: hint for leaf, hint, _ in _leaves(Config(), "config")}
+  hints = {leaf.name: leaf.hint for leaf in leaves(Config())}
   if name not in hints:
     raise UserError(_unknown_field(name))
   try:

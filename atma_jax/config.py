@@ -1,4 +1,4 @@
-"""Every option of atma_jax, with its one default, as plain dataclasses.
+"""Every option of atma_jax with its default, its help and its legal values, as plain dataclasses.
 
 Layer 0: standard library only. A recipe in ``configs/`` returns a `Config`; flags override its fields
 (``--config.model.attention=nope``); `Config.validate` is called once, before anything is built, and from then on
@@ -10,6 +10,7 @@ D head size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import math
 import types
@@ -31,150 +32,193 @@ SCHEDULES = ("linear", "cosine")
 REGULARIZERS = ("baseline", "weak", "strong", "discrete", "zipfian")
 
 
-@dataclasses.dataclass(unsafe_hash=True)  # modules keep it as a static attribute
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Which values of a field are legal, and how an error message says so; None is legal wherever the type allows it."""
+
+  legal: str
+  allows: Callable[[Any], bool]
+
+
+def one_of(*names: str) -> Rule:
+  """The rule of a field that takes one of some names."""
+  return Rule("one of " + ", ".join(names), lambda value: value in names)
+
+
+POSITIVE = Rule("greater than 0", lambda value: value > 0)
+FINITE_POSITIVE = Rule("greater than 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Rule("at least 0", lambda value: value >= 0)
+AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
+FRACTION = Rule("in [0, 1]", lambda value: 0 <= value <= 1)
+FRACTION_BELOW_1 = Rule("in [0, 1)", lambda value: 0 <= value < 1)
+PROPER_FRACTION = Rule("in (0, 1)", lambda value: 0 < value < 1)
+NOT_EMPTY = Rule("a non-empty tuple", lambda value: len(value) > 0)
+MESH_SIZE = Rule("-1 (what is left) or at least 1", lambda value: value == -1 or value >= 1)
+
+
+def option(default: Any, help: str, rule: Rule | None = None) -> Any:
+  """A dataclass field with its default, what its flag says about it, and the rule that `Config.validate` checks."""
+  return dataclasses.field(default=default, metadata={"help": help, "rule": rule})
+
+
+@dataclasses.dataclass(unsafe_hash=True)  # hashable, because modules keep it as a static attribute
 class MemoryConfig:
   """Gated-delta memory."""
 
-  enabled: bool = True
-  gamma_bias: float = 3.9  # added to the decay gate's logit
-  beta_bias: float = 0.0  # added to the write gate's logit
-  max_half_life: float | None = None  # tokens no head's half-life can exceed, in training too; None is no bound
+  enabled: bool = option(True, "Give the mixers that can have one a memory.")
+  gamma_bias: float = option(3.9, "Added to the logit of the decay gate.")
+  beta_bias: float = option(0.0, "Added to the logit of the write gate.")
+  max_half_life: float | None = option(None, "Tokens that no head's half-life can exceed, in training too; None is no bound.",
+                                       FINITE_POSITIVE)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RavenConfig:
   """Slots of a Raven mixer; heads, head size and memory are the model's."""
 
-  slots: int = 256
-  top_k: int = 32  # slots that a token writes to
+  slots: int = option(256, "Slots per head.", POSITIVE)
+  top_k: int = option(32, "Slots that a token writes to.", POSITIVE)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
   """The network. Defaults are the published 378M size."""
 
-  vocab_size: int = 50304
-  num_layers: int = 16
-  width: int = 1024  # C
-  num_heads: int = 8  # H
-  num_kv_heads: int = 2  # K
-  head_dim: int = 128  # D
-  mlp_width: int = 4096  # hidden units of the gated MLP, 4 C as published
-  block_pattern: tuple[str, ...] = ("local", "local", "global", "local")  # repeated over the depth
-  attention: str = "polar"
-  window: int | None = None  # keys each query may see; None is full causal attention
-  null_length: int | None = None  # visible keys at which polar attention's null logit stops growing; None is never, as published
-  count_length: int | None = None  # visible keys past which null and magnitude are told the count relative to it; None is never
-  direction_scale: float = 1.0  # length of polar attention's direction; 1 as published, sqrt(head_dim) gives unit mean square
+  vocab_size: int = option(50304, "Tokens that the embedding and the head know, V.", POSITIVE)
+  num_layers: int = option(16, "Blocks.", POSITIVE)
+  width: int = option(1024, "Width of the residual stream, C.", POSITIVE)
+  num_heads: int = option(8, "Query heads, H.", POSITIVE)
+  num_kv_heads: int = option(2, "Key/value heads, K; a divisor of num_heads.", POSITIVE)
+  head_dim: int = option(128, "Size of a head, D.", POSITIVE)
+  mlp_width: int = option(4096, "Hidden units of the gated MLP; 4 C as published.", POSITIVE)
+  block_pattern: tuple[str, ...] = option(("local", "local", "global", "local"), "Mixers of the blocks, repeated over the depth.",
+                                          NOT_EMPTY)
+  attention: str = option("polar", "Core of the attention in global blocks.", one_of(*ATTENTIONS))
+  window: int | None = option(None, "Keys that each query may see; None is full causal attention.", AT_LEAST_1)
+  null_length: int | None = option(None, "Visible keys at which polar attention's null logit stops growing; None is never, as "
+                                   "published.", AT_LEAST_1)
+  count_length: int | None = option(None, "Visible keys past which polar attention's null and magnitude are told the count "
+                                    "relative to it; None is never.", AT_LEAST_1)
+  direction_scale: float = option(1.0, "Length of polar attention's direction; 1 as published, sqrt(head_dim) gives it unit mean "
+                                  "square.", FINITE_POSITIVE)
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
   raven: RavenConfig = dataclasses.field(default_factory=RavenConfig)
-  conv_taps: int = 3  # gated short convolution
-  canon_taps: int = 4  # convolutions on q, k, v of the polar and nope cores
-  logit_cap: float = 15.0
-  norm_eps: float = 1e-6
-  init: str = "default"
-  activation_dtype: str = "bfloat16"
-  param_dtype: str = "float32"
-  remat: str = "none"  # recompute in the backward pass: nothing | all but matmul outputs | whole blocks
-  scan: bool = True  # compile one repetition of the pattern for all depths; false inlines them: faster, longer to compile
-  implementation: str = "auto"  # of the polar and gated-delta ops
+  conv_taps: int = option(3, "Taps of the gated short convolution.", POSITIVE)
+  canon_taps: int = option(4, "Taps of the convolutions on q, k and v of the polar and nope cores.", POSITIVE)
+  logit_cap: float = option(15.0, "Bound c on the logits: z becomes c z / sqrt(z^2 + c^2).", POSITIVE)
+  norm_eps: float = option(1e-6, "Added to the mean square in every RMS norm.", POSITIVE)
+  init: str = option("default", "Distribution of the initial parameters.", one_of(*INITS))
+  activation_dtype: str = option("bfloat16", "Dtype of activations and matrix products.", one_of(*DTYPES))
+  param_dtype: str = option("float32", "Dtype of the parameters.", one_of(*DTYPES))
+  remat: str = option("none", "What the backward pass computes again: nothing, all but matmul outputs (dots), or whole blocks "
+                      "(block).", one_of(*REMATS))
+  scan: bool = option(True, "Compile one repetition of the pattern for all depths; false unrolls them: faster, but longer to "
+                      "compile.")
+  implementation: str = option("auto", "Implementation of the model's operations.", one_of(*IMPLEMENTATIONS))
 
 
 @dataclasses.dataclass
 class DataConfig:
   """Where tokens come from. A source is ``python-source``, ``recall:SOURCE``, ``text:GLOB`` or ``bin:GLOB``."""
 
-  directory: str = ""  # of the prepared shards; "" means WORKDIR/data
-  sources: tuple[str, ...] = ("python-source",)
-  weights: tuple[float, ...] = (1.0,)
-  tokenizer: str = "sentencepiece"  # "sentencepiece" trains one; "bytes"; or a path to a .model or tokenizer.json
-  tokenizer_vocab_size: int = 8192  # of a tokenizer trained here
-  tokenizer_train_mib: int = 32  # text sampled to train it
-  max_mib: int | None = None  # text taken from each text source; None takes all of it
-  recall_max_mib: int = 32  # text that recall material is written over; it grows to about five times the tokens
-  validation_documents: int = 64
-  heldout_documents: int = 24  # the longest ones, kept whole for evaluation past the training length
-  shard_tokens: int = 16_777_216
-  sequence_length: int = 2048  # T
-  batch_size: int = 256  # sequences a step, over all devices and microbatches
-  shuffle_seed: int = 0
-  prefetch: int = 16  # batches read ahead by threads
+  directory: str = option("", "Directory of the prepared shards; empty is WORKDIR/data.")
+  sources: tuple[str, ...] = option(("python-source",), "Any of python-source, recall:SOURCE, text:GLOB and bin:GLOB.", NOT_EMPTY)
+  weights: tuple[float, ...] = option((1.0,), "Share of the sequences that each source gives.", Rule(
+    "positive numbers", lambda value: all(w > 0 and math.isfinite(w) for w in value)))
+  tokenizer: str = option("sentencepiece", "sentencepiece trains one, bytes needs none; or a path to a .model or tokenizer.json.")
+  tokenizer_vocab_size: int = option(8192, "Vocabulary of a tokenizer trained here.", POSITIVE)
+  tokenizer_train_mib: int = option(32, "MiB of text sampled to train the tokenizer.", POSITIVE)
+  max_mib: int | None = option(None, "MiB of text taken from each text source; None takes all of it.", POSITIVE)
+  recall_max_mib: int = option(32, "MiB of text that recall material is written over; it grows to about five times the tokens.",
+                               POSITIVE)
+  validation_documents: int = option(64, "Documents of the validation stream.", NOT_NEGATIVE)
+  heldout_documents: int = option(24, "Longest documents kept whole for evaluation past the training length.", NOT_NEGATIVE)
+  shard_tokens: int = option(16_777_216, "Tokens in a shard.", POSITIVE)
+  sequence_length: int = option(2048, "Tokens of a training sequence, T.", POSITIVE)
+  batch_size: int = option(256, "Sequences in a step, over all devices and microbatches.", POSITIVE)
+  shuffle_seed: int = option(0, "Seed of the order of the sequences.")
+  prefetch: int = option(16, "Batches that threads read ahead.", NOT_NEGATIVE)
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
-  """Muon for matrices inside blocks, AdamW for the rest; or AdamW for everything."""
+  """Muon for matrices inside blocks and AdamW for the rest, or AdamW for everything."""
 
-  kind: str = "muon"  # "adamw": one rate and decay for every parameter
-  adamw_learning_rate: float = 3e-4  # of kind "adamw"
-  adamw_weight_decay: float = 0.1  # times the learning rate, of kind "adamw"
-  schedule: str = "linear"  # constant, then linear to zero; "cosine": from the warmup's end to a floor
-  cosine_floor: float = 0.1  # share of the rate at the end of "cosine"
-  muon_learning_rate: float = 0.02
-  muon_weight_decay: float = 0.01  # times the learning rate
-  muon_momentum: float = 0.95
-  muon_variant: str = "published"  # 12 cubic-quintic steps; "quintic5" is the usual 5 faster ones
-  embedding_learning_rate: float = 0.3
-  head_learning_rate: float = 1 / 320
-  vector_learning_rate: float = 0.01  # everything one-dimensional
-  adam_b1: float = 0.8
-  adam_b2: float = 0.95
-  adam_eps: float = 1e-10
-  warmup_steps: int = 0
-  decay_fraction: float = 0.7  # last share of the steps, linear to zero
-  clip_norm: float | None = 1.0
-  clip_basis: str = "sum"  # norm of the gradient of the summed ("sum", as published) or the mean token loss
+  kind: str = option("muon", "muon, or adamw for every parameter at one learning rate and weight decay.", one_of(*OPTIMIZERS))
+  adamw_learning_rate: float = option(3e-4, "Learning rate of kind adamw.", POSITIVE)
+  adamw_weight_decay: float = option(0.1, "Weight decay of kind adamw, times the learning rate.", NOT_NEGATIVE)
+  schedule: str = option("linear", "linear is constant, then linear to zero; cosine falls from the warmup's end to cosine_floor.",
+                         one_of(*SCHEDULES))
+  cosine_floor: float = option(0.1, "Share of the learning rate at the end of schedule cosine.", FRACTION)
+  muon_learning_rate: float = option(0.02, "Learning rate of Muon.", POSITIVE)
+  muon_weight_decay: float = option(0.01, "Weight decay of Muon, times the learning rate.", NOT_NEGATIVE)
+  muon_momentum: float = option(0.95, "Nesterov momentum of Muon.", FRACTION_BELOW_1)
+  muon_variant: str = option("published", "Newton-Schulz iteration: 12 steps that converge (published), or the usual 5 fast ones "
+                             "(quintic5).", one_of(*MUON_VARIANTS))
+  embedding_learning_rate: float = option(0.3, "Learning rate of the embedding (AdamW).", POSITIVE)
+  head_learning_rate: float = option(1 / 320, "Learning rate of the head (AdamW).", POSITIVE)
+  vector_learning_rate: float = option(0.01, "Learning rate of everything one-dimensional (AdamW).", POSITIVE)
+  adam_b1: float = option(0.8, "Decay of Adam's first moment.", FRACTION_BELOW_1)
+  adam_b2: float = option(0.95, "Decay of Adam's second moment.", FRACTION_BELOW_1)
+  adam_eps: float = option(1e-10, "Added to Adam's denominator.", POSITIVE)
+  warmup_steps: int = option(0, "Steps of linear warmup.", NOT_NEGATIVE)
+  decay_fraction: float = option(0.7, "Last share of the steps, over which schedule linear falls to zero.", FRACTION)
+  clip_norm: float | None = option(1.0, "Largest global norm of the gradient; None does not clip.", POSITIVE)
+  clip_basis: str = option("sum", "Gradient whose norm is clipped: of the summed token loss (sum, as published) or of its mean.",
+                           one_of(*CLIP_BASES))
 
 
 @dataclasses.dataclass
 class AuxiliaryConfig:
   """Auxiliary objectives: ``L = (1 - a) L_lm + a L_reg + d L_distractor``; what is off costs nothing."""
 
-  regularizer: str = "baseline"  # of every block's output; "baseline" is none
-  regularizer_weight: float = 0.01  # a
-  sketch: int = 64  # random directions that a regulariser looks at
-  distractors: int = 0  # R, random keys a query should not find; 0 is off, the sequence length is published
-  distractor_weight: float = 0.01  # d
+  regularizer: str = option("baseline", "Regulariser of every block's output; baseline is none.", one_of(*REGULARIZERS))
+  regularizer_weight: float = option(0.01, "Weight a of the regulariser.", FRACTION)
+  sketch: int = option(64, "Random directions that a regulariser looks at.", POSITIVE)
+  distractors: int = option(0, "Random keys R that a query should not find; 0 is off, the sequence length is published.",
+                            NOT_NEGATIVE)
+  distractor_weight: float = option(0.01, "Weight d of the distractor loss.", NOT_NEGATIVE)
 
 
 @dataclasses.dataclass
 class TrainConfig:
-  """The loop."""
+  """The training loop."""
 
-  steps: int = 18_722
-  seed: int = 0
-  accumulation: int = 1  # microbatches a step
-  z_loss: float = 0.0
+  steps: int = option(18_722, "Optimizer steps.", POSITIVE)
+  seed: int = option(0, "Seed of the initial parameters and of the auxiliary objectives.")
+  accumulation: int = option(1, "Microbatches in a step.", POSITIVE)
+  z_loss: float = option(0.0, "Weight of the squared log-partition function in the loss.", NOT_NEGATIVE)
   auxiliary: AuxiliaryConfig = dataclasses.field(default_factory=AuxiliaryConfig)
-  ema_decay: float | None = None
-  loss_chunk: int = 512  # time steps whose logits exist at once, per sequence
-  max_bad_steps: int = 20  # consecutive non-finite steps before the run stops
-  log_every: int = 10
-  checkpoint_every: int = 500
-  checkpoint_keep: int = 3
-  validate_every: int = 500  # 0 is never
-  validation_batches: int = 8
-  validation_lengths: tuple[int, ...] = (1, 2, 4, 8)  # multiples of the training length, on held-out documents
-  peak_tflops: float | None = None  # per device, for MFU; None looks the device up
-  profile_start: int | None = None
-  profile_steps: int = 5
+  ema_decay: float | None = option(None, "Decay of the moving average of the parameters; None keeps none.", PROPER_FRACTION)
+  loss_chunk: int = option(512, "Time steps of a sequence whose logits exist at once.", POSITIVE)
+  max_bad_steps: int = option(20, "Consecutive non-finite steps after which the run stops.", POSITIVE)
+  log_every: int = option(10, "Steps between two records of the metrics.", POSITIVE)
+  checkpoint_every: int = option(500, "Steps between two checkpoints.", POSITIVE)
+  checkpoint_keep: int = option(3, "Checkpoints that are kept, the newest ones.", POSITIVE)
+  validate_every: int = option(500, "Steps between two validations; 0 is never.")
+  validation_batches: int = option(8, "Batches of the validation stream in a validation.", POSITIVE)
+  validation_lengths: tuple[int, ...] = option((1, 2, 4, 8), "Lengths at which held-out documents are validated.", Rule(
+    "multiples of the training length, each at least 1", lambda value: all(n >= 1 for n in value)))
+  peak_tflops: float | None = option(None, "Peak TFLOP/s of a device, for MFU; None looks the device up.")
+  profile_start: int | None = option(None, "Steps after the first one at which a profile starts; None takes none.", NOT_NEGATIVE)
+  profile_steps: int = option(5, "Steps in a profile.", POSITIVE)
 
 
 @dataclasses.dataclass
 class MeshConfig:
-  """Devices along each named axis; -1 takes what is left. The product must be the number of devices."""
+  """Devices along each mesh axis; the product must be the number of devices."""
 
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
-  context: int = 1
+  data: int = option(-1, "Devices that split the batch and replicate the parameters; -1 is what is left.", MESH_SIZE)
+  fsdp: int = option(1, "Devices that split the batch and the parameters; -1 is what is left.", MESH_SIZE)
+  tensor: int = option(1, "Devices that split heads, hidden units and vocabulary; -1 is what is left.", MESH_SIZE)
+  context: int = option(1, "Devices that split time; -1 is what is left.", MESH_SIZE)
 
 
 @dataclasses.dataclass
 class Config:
   """One experiment."""
 
-  name: str = "atma"
+  name: str = option("atma", "Name of the run and of the model it trains.")
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -182,42 +226,99 @@ class Config:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def validate(self) -> Config:
-    """Checks every field; raises `UserError` naming the first wrong one. Returns self."""
-    _check_types(self, "config")
+    """Checks every field and what fields ask of each other.
+
+    Returns:
+      The configuration itself.
+
+    Raises:
+      UserError: a field is of the wrong type or not legal; the message names it.
+    """
+    for leaf in leaves(self):
+      leaf.check()
     _validate_model(self.model)
-    _validate_data(self.data)
-    _validate_optimizer(self.optimizer)
+    _require(len(self.data.weights) == len(self.data.sources), "data.weights", self.data.weights,
+             f"{len(self.data.sources)} numbers, one per source")
     _validate_train(self)
     return self
 
   def to_dict(self) -> dict[str, Any]:
-    """Nested plain values, JSON-ready."""
+    """Nested plain values, ready for JSON."""
     return dataclasses.asdict(self)
 
   @classmethod
-  def from_dict(cls, values: dict[str, Any]) -> Config:
-    """Inverse of `to_dict`. Unknown fields raise `UserError`; one that an older version had not yet gets its default,
-    which is why the default of every new field must be what was done before it existed."""
+  def from_dict(cls, values: Mapping[str, Any]) -> Config:
+    """Inverse of `to_dict`.
+
+    A field that the dictionary lacks, because an older version wrote it, gets its default. The default of every new field
+    must therefore be what was done before the field existed.
+
+    Raises:
+      UserError: a field that does not exist.
+    """
     return _from_dict(cls, values, "config")
 
 
 @dataclasses.dataclass(frozen=True)
-class RetentionCap:
-  """A bound of `tokens` on the half-lives of `heads` at inference (`models.retention`); no part of a model's configuration.
+class Leaf:
+  """One option of a configuration.
 
-  `heads` is "all", "worst" (the head with the longest zero-input half-life) or ``LAYER:HEAD,...``, counted from 0.
+  Attributes:
+    name: dotted, such as ``config.model.width``.
+    hint: the annotated type.
+    value: the value it has.
+    help: what its flag says.
+    rule: its legal values, if not every value of the type is.
+  """
+
+  name: str
+  hint: Any
+  value: Any
+  help: str
+  rule: Rule | None
+
+  def check(self) -> None:
+    """Raises `UserError` for a value of the wrong type, or one that the rule does not allow."""
+    if not _matches(self.value, self.hint):
+      kind = self.hint.__name__ if isinstance(self.hint, type) and not typing.get_args(self.hint) else str(self.hint)
+      raise UserError(f"{self.name}={self.value!r}: must be of type {kind}")
+    if self.rule is not None and self.value is not None and not self.rule.allows(self.value):
+      optional = "None or " if isinstance(self.hint, types.UnionType) else ""
+      raise UserError(f"{self.name}={self.value!r}: must be {optional}{self.rule.legal}")
+
+
+def leaves(owner: Any, path: str = "config") -> Iterator[Leaf]:
+  """Every option below a dataclass of options, in order; `path` is the dotted name of the dataclass itself."""
+  hints = typing.get_type_hints(type(owner))
+  for field in dataclasses.fields(owner):
+    value, hint, name = getattr(owner, field.name), hints[field.name], f"{path}.{field.name}"
+    if not dataclasses.is_dataclass(hint):
+      yield Leaf(name, hint, value, field.metadata["help"], field.metadata["rule"])
+    elif isinstance(value, typing.cast(type, hint)):
+      yield from leaves(value, name)
+    else:
+      raise UserError(f"{name}={value!r}: must be of type {typing.cast(type, hint).__name__}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RetentionCap:
+  """A bound on the half-lives of the memory at inference (`atma_jax.models.retention_cap`); no part of a configuration.
+
+  Attributes:
+    tokens: the longest half-life.
+    heads: "all", "worst" (the head with the longest zero-input half-life) or ``LAYER:HEAD,...``, counted from 0.
   """
 
   tokens: float
   heads: str = "all"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 < self.tokens < math.inf:
       raise UserError(f"--retention_cap={self.tokens}: must be a half-life in tokens, greater than 0")
     self.pairs()
 
   def pairs(self) -> tuple[tuple[int, int], ...] | None:
-    """The (layer, head) pairs of a list of heads, or None where `heads` is a word."""
+    """The (layer, head) pairs of a list of heads, or None if `heads` is a word."""
     if self.heads in ("all", "worst"):
       return None
     try:
@@ -229,110 +330,53 @@ class RetentionCap:
     return f"{self.tokens:g} ({self.heads})"
 
 
+def check_context_divides(name: str, length: int, context: int) -> None:
+  """Checks that the devices of the context axis can share a sequence.
+
+  Causal attention gives every device two chunks, one from either half, so that all have the same work.
+
+  Args:
+    name: the option that holds the length, as the message names it.
+    length: tokens of a sequence.
+    context: devices along the context axis.
+
+  Raises:
+    UserError: more than one device, and the length is no multiple of twice their number.
+  """
+  if context > 1 and length % (2 * context):
+    raise UserError(f"{name}={length}: must be a multiple of twice config.mesh.context={context}: causal attention gives every "
+                    "device two chunks")
+
+
 def _require(condition: bool, field: str, value: Any, legal: str) -> None:
   if not condition:
     raise UserError(f"config.{field}={value!r}: must be {legal}")
 
 
-def _one_of(field: str, value: str, legal: tuple[str, ...]) -> None:
-  _require(value in legal, field, value, "one of " + ", ".join(legal))
-
-
-def _positive(owner: Any, prefix: str, *names: str) -> None:
-  for name in names:
-    value = getattr(owner, name)
-    _require(value > 0, f"{prefix}.{name}", value, "greater than 0")
-
-
 def _validate_model(m: ModelConfig) -> None:
-  _positive(m, "model", "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
-  _positive(m, "model", "conv_taps", "canon_taps", "logit_cap", "norm_eps")
-  _one_of("model.attention", m.attention, ATTENTIONS)
-  _one_of("model.init", m.init, INITS)
-  _one_of("model.activation_dtype", m.activation_dtype, DTYPES)
-  _one_of("model.param_dtype", m.param_dtype, DTYPES)
-  _one_of("model.remat", m.remat, REMATS)
-  _one_of("model.implementation", m.implementation, IMPLEMENTATIONS)
-  _require(len(m.block_pattern) > 0, "model.block_pattern", m.block_pattern, "a non-empty tuple")
   for kind in m.block_pattern:
-    _one_of("model.block_pattern", kind, MIXERS)
-  half_life = m.memory.max_half_life
-  _require(half_life is None or 0 < half_life < math.inf, "model.memory.max_half_life", half_life, "None or greater than 0")
-  _positive(m.raven, "model.raven", "slots", "top_k")
+    _require(kind in MIXERS, "model.block_pattern", kind, "one of " + ", ".join(MIXERS))
   _require(m.raven.top_k <= m.raven.slots, "model.raven.top_k", m.raven.top_k, f"at most model.raven.slots={m.raven.slots}")
   _require(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", m.num_kv_heads,
            f"a divisor of model.num_heads={m.num_heads}")
-  for name in ("window", "null_length", "count_length"):
-    length = getattr(m, name)
-    _require(length is None or length > 0, f"model.{name}", length, "None or at least 1")
-  _require(0 < m.direction_scale < math.inf, "model.direction_scale", m.direction_scale, "greater than 0")
   _require(m.attention != "rope" or m.head_dim % 4 == 0, "model.head_dim", m.head_dim,
            "a multiple of 4 when model.attention='rope'")
 
 
-def _validate_data(d: DataConfig) -> None:
-  _positive(d, "data", "sequence_length", "batch_size", "shard_tokens", "tokenizer_vocab_size", "tokenizer_train_mib",
-            "recall_max_mib")
-  _require(len(d.sources) > 0, "data.sources", d.sources, "a non-empty tuple")
-  _require(len(d.weights) == len(d.sources), "data.weights", d.weights, f"{len(d.sources)} numbers, one a source")
-  _require(all(w > 0 and math.isfinite(w) for w in d.weights), "data.weights", d.weights, "positive numbers")
-  for name in ("validation_documents", "heldout_documents", "prefetch"):
-    _require(getattr(d, name) >= 0, f"data.{name}", getattr(d, name), "at least 0")
-  _require(d.max_mib is None or d.max_mib > 0, "data.max_mib", d.max_mib, "None or greater than 0")
-
-
-def _validate_optimizer(o: OptimizerConfig) -> None:
-  _one_of("optimizer.clip_basis", o.clip_basis, CLIP_BASES)
-  _one_of("optimizer.muon_variant", o.muon_variant, MUON_VARIANTS)
-  _one_of("optimizer.kind", o.kind, OPTIMIZERS)
-  _one_of("optimizer.schedule", o.schedule, SCHEDULES)
-  _require(0 <= o.cosine_floor <= 1, "optimizer.cosine_floor", o.cosine_floor, "in [0, 1]")
-  _require(o.adamw_weight_decay >= 0, "optimizer.adamw_weight_decay", o.adamw_weight_decay, "at least 0")
-  _positive(o, "optimizer", "muon_learning_rate", "embedding_learning_rate", "head_learning_rate",
-            "vector_learning_rate", "adamw_learning_rate", "adam_eps")
-  for name in ("muon_momentum", "adam_b1", "adam_b2"):
-    _require(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "in [0, 1)")
-  _require(0 <= o.decay_fraction <= 1, "optimizer.decay_fraction", o.decay_fraction, "in [0, 1]")
-  _require(o.warmup_steps >= 0, "optimizer.warmup_steps", o.warmup_steps, "at least 0")
-  _require(o.muon_weight_decay >= 0, "optimizer.muon_weight_decay", o.muon_weight_decay, "at least 0")
-  _require(o.clip_norm is None or o.clip_norm > 0, "optimizer.clip_norm", o.clip_norm, "None or greater than 0")
-
-
-def _validate_auxiliary(a: AuxiliaryConfig, m: ModelConfig) -> None:
-  _one_of("train.auxiliary.regularizer", a.regularizer, REGULARIZERS)
-  _positive(a, "train.auxiliary", "sketch")
-  _require(0 <= a.regularizer_weight <= 1, "train.auxiliary.regularizer_weight", a.regularizer_weight, "in [0, 1]")
-  _require(a.distractors >= 0, "train.auxiliary.distractors", a.distractors, "at least 0")
-  _require(a.distractors == 0 or "global" in m.block_pattern[:m.num_layers], "train.auxiliary.distractors", a.distractors,
-           "0 in a model without global blocks")
-  _require(a.distractor_weight >= 0, "train.auxiliary.distractor_weight", a.distractor_weight, "at least 0")
-
-
 def _validate_train(c: Config) -> None:
-  t = c.train
-  _validate_auxiliary(t.auxiliary, c.model)
-  _positive(t, "train", "steps", "accumulation", "loss_chunk", "max_bad_steps", "log_every", "checkpoint_every",
-            "checkpoint_keep", "validation_batches", "profile_steps")
-  _require(c.data.batch_size % t.accumulation == 0, "train.accumulation", t.accumulation,
+  distractors = c.train.auxiliary.distractors
+  _require(distractors == 0 or "global" in c.model.block_pattern[:c.model.num_layers], "train.auxiliary.distractors", distractors,
+           "0 in a model without global blocks")
+  _require(c.data.batch_size % c.train.accumulation == 0, "train.accumulation", c.train.accumulation,
            f"a divisor of data.batch_size={c.data.batch_size}")
-  _require(t.z_loss >= 0, "train.z_loss", t.z_loss, "at least 0")
-  _require(t.profile_start is None or t.profile_start >= 0, "train.profile_start", t.profile_start, "None or at least 0")
-  _require(t.ema_decay is None or 0 < t.ema_decay < 1, "train.ema_decay", t.ema_decay, "None or in (0, 1)")
-  _require(all(n >= 1 for n in t.validation_lengths), "train.validation_lengths", t.validation_lengths,
-           "multiples of the training length, each at least 1")
-  for axis in dataclasses.fields(c.mesh):
-    size = getattr(c.mesh, axis.name)
-    _require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "-1 (what is left) or at least 1")
-  free = [a.name for a in dataclasses.fields(c.mesh) if getattr(c.mesh, a.name) == -1]
-  _require(len(free) <= 1, "mesh", {a: -1 for a in free}, "-1 on one axis at most")
-  pieces = 2 * c.mesh.context if c.mesh.context > 1 else 1
-  _require(c.data.sequence_length % pieces == 0, "data.sequence_length", c.data.sequence_length,
-           f"a multiple of twice mesh.context={c.mesh.context}: causal attention deals out two pieces to every device")
+  free = [axis.name for axis in dataclasses.fields(c.mesh) if getattr(c.mesh, axis.name) == -1]
+  _require(len(free) <= 1, "mesh", dict.fromkeys(free, -1), "-1 on one axis at most")
+  check_context_divides("config.data.sequence_length", c.data.sequence_length, c.mesh.context)
 
 
 def _matches(value: Any, annotation: Any) -> bool:
   if isinstance(annotation, types.UnionType):
-    return any(_matches(value, option) for option in typing.get_args(annotation))
+    return any(_matches(value, choice) for choice in typing.get_args(annotation))
   if typing.get_origin(annotation) is tuple:
     item = typing.get_args(annotation)[0]
     return isinstance(value, (tuple, list)) and all(_matches(v, item) for v in value)
@@ -345,18 +389,7 @@ def _matches(value: Any, annotation: Any) -> bool:
   return isinstance(value, annotation)
 
 
-def _check_types(owner: Any, path: str) -> None:
-  hints = typing.get_type_hints(type(owner))
-  for field in dataclasses.fields(owner):
-    value, hint = getattr(owner, field.name), hints[field.name]
-    if not _matches(value, hint):
-      name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-      raise UserError(f"{path}.{field.name}={value!r}: must be of type {name}")
-    if dataclasses.is_dataclass(value):
-      _check_types(value, f"{path}.{field.name}")
-
-
-def _from_dict(cls: type, values: dict[str, Any], path: str) -> Any:
+def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
   hints = typing.get_type_hints(cls)
   for name in values:
     if name not in hints:
@@ -367,7 +400,7 @@ def _from_dict(cls: type, values: dict[str, Any], path: str) -> Any:
       continue
     value = values[name]
     if dataclasses.is_dataclass(hint):
-      value = _from_dict(hint, value, f"{path}.{name}")
+      value = _from_dict(typing.cast(type, hint), value, f"{path}.{name}")
     elif typing.get_origin(hint) is tuple:
       value = tuple(value)
     arguments[name] = value

@@ -37,7 +37,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Reads jobs, one JSON line each; answers "PID" when one has started and "PID EXIT_CODE" when it has ended.
 FORKING = """
 import gc, json, os, runpy, signal, sys
-import absl.app, flax.nnx, grain, jax, matplotlib.pyplot, ml_collections, optax, orbax.checkpoint, pyarrow.parquet
+import absl.app, flax.nnx, grain, jax, matplotlib.pyplot, optax, orbax.checkpoint, pyarrow.parquet
 
 def reap(*_):
   while True:

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from atma_jax.config import Config
+from atma_jax.config import Config, check_context_divides
 from atma_jax.errors import UserError
 from atma_jax.models.definition import ModelDefinition
 from atma_jax.models.operations import training_flops_per_token
@@ -199,9 +199,7 @@ def _lower_evaluation(config: Config, definition: ModelDefinition, mesh: Mesh, l
   params = definition.abstract_params(mesh)
   length = length or config.data.sequence_length
   rows = _rows(batch or mesh.shape["data"] * mesh.shape["fsdp"], length, mesh, "--batch")
-  context = mesh.shape["context"]
-  if context > 1 and length % (2 * context):
-    raise UserError(f"--length={length}: must be a multiple of twice config.mesh.context={context}")
+  check_context_divides("--length", length, mesh.shape["context"])
 
   def losses(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
     model = definition.merge(params)
