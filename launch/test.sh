@@ -7,12 +7,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 usage() {
   cat <<'USAGE'
-usage: launch/test.sh [--dry-run] [PATH ...] [PYTEST OPTION ...]
+usage: launch/test.sh [--dry-run] [--quick] [PATH ...] [PYTEST OPTION ...]
   --dry-run       print the commands, run none
+  --quick         leave out the tests that are marked slow: three minutes on two cores
   PATH            test files, folders or file::test, relative to the repository; without any, all of them
   PYTEST OPTION   passed on, e.g. -x, -k NAME, -n 0 (one process; the default is one a core, four at most)
-environment variables: ATMA_VENV (directory of the environment, .venv-test), PYTHON (interpreter it is made with),
-  ATMA_GOLDEN (folder of the golden files, ../shared/golden)
+environment variables: ATMA_VENV (directory of the environment, .venv-test), PYTHON (interpreter it is made with)
 USAGE
 }
 
@@ -24,6 +24,7 @@ options=()
 for argument in "$@"; do
   case $argument in
     --dry-run) DRY_RUN=1 ;;
+    --quick) options+=(-m "not slow") ;;
     --help | -h) usage && exit 0 ;;
     -*) options+=("$argument") ;;
     tests/multidevice*) multiple+=("$argument") ;;

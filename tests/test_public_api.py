@@ -1,0 +1,187 @@
+"""What ``import atma_jax`` gives: names, laziness, complete help, and functions that no submodule hides."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import pathlib
+import pydoc
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+
+import pytest
+
+import atma_jax
+from atma_jax.checkpoints.load import load_model
+from atma_jax.errors import UserError
+from atma_jax.evaluation import runner
+from atma_jax.evaluation.options import Options
+from atma_jax.inference.engine import Engine
+from atma_jax.inference.sampling import Sampling
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+NAMES = ["Atma", "Config", "evaluate", "gated_delta", "generate", "load_model", "load_pytorch", "polar_attention"]
+# Runs each script in a child of a process that has the libraries, and nothing of atma_jax, imported.
+IN_FRESH_PACKAGES = """
+import os, sys
+import absl.flags, flax.nnx, grain, jax, matplotlib.pyplot, optax, orbax.checkpoint
+for script in sys.argv[1:]:
+  child = os.fork()
+  if not child:
+    try:
+      exec(script, {})
+      os._exit(0)
+    except BaseException:
+      import traceback
+      traceback.print_exc()
+      os._exit(1)
+  if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+    sys.exit("failed: " + script)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(main, tmp_path_factory):
+  """The working directory of a small model after one step, its held-out documents long enough for four times its length."""
+  corpus, workdir = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("trained")
+  for i in range(40):
+    (corpus / f"{i:02}.txt").write_text(f"Document {i}. " + "The quick brown fox jumps over the lazy dog. " * (8 + i))
+  done = main(
+    "train", "--config=configs/debug.py", f"--workdir={workdir}", f"--config.data.sources=('text:{corpus}/*.txt',)",
+    "--config.data.weights=(1.0,)", "--config.data.tokenizer=bytes", "--config.data.sequence_length=64",
+    "--config.data.batch_size=2", "--config.data.validation_documents=8", "--config.data.heldout_documents=8",
+    "--config.train.steps=1", "--config.train.validate_every=0", "--config.train.accumulation=1", "--config.model.vocab_size=512")
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def test_names():
+  """The public names are those of the contract, and `dir` shows them before any is used."""
+  assert sorted(atma_jax.__all__) == sorted([*NAMES, "__version__"])
+  assert set(atma_jax.__all__) <= set(dir(atma_jax))
+  for name in NAMES:
+    value = getattr(atma_jax, name)
+    assert callable(value)
+    assert value.__name__ == name
+  with pytest.raises(AttributeError, match="module 'atma_jax' has no attribute 'polar_atention'"):
+    _ = atma_jax.polar_atention
+
+
+def test_importing_is_light():
+  """`import atma_jax` loads the standard library alone, however often names are listed."""
+  code = ("import sys; before = set(sys.modules); import atma_jax; dir(atma_jax); atma_jax.__version__; "
+          "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))")
+  done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+  assert done.stdout.split() == ["atma_jax"]
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+def test_a_command_never_hides_the_function_of_its_name(name):
+  """In every order of imports `atma_jax.NAME` is the function, and the module of that name can still be had."""
+  is_function = f"assert type(atma_jax.{name}).__name__ == 'function', atma_jax.{name}\n"
+  orders = [
+    f"import atma_jax\n{is_function}import atma_jax.{name}\n{is_function}",
+    f"import atma_jax.{name}\n{is_function}",
+    f"import atma_jax.{name}\nfrom atma_jax import {name}\nimport atma_jax\nassert {name} is atma_jax.{name}\n{is_function}",
+    f"from atma_jax import {name}\nimport atma_jax.{name}\nassert {name} is atma_jax.{name}\n{is_function}",
+    f"from atma_jax.{name} import main\nimport atma_jax\n{is_function}assert main.__module__ == 'atma_jax.{name}'",
+    f"import atma_jax.{ {'generate': 'inference', 'evaluate': 'evaluation'}[name]}.api\nimport atma_jax\n{is_function}",
+    f"import importlib\nmain = importlib.import_module('atma_jax.{name}').main\nimport atma_jax\n{is_function}",
+    f"import runpy, sys\nsys.argv[1:] = []\ntry:\n  runpy.run_module('atma_jax.{name}', run_name='__main__', alter_sys=True)\n"
+    f"except SystemExit as end:\n  assert end.code == 2\nimport atma_jax\n{is_function}",
+  ]
+  done = subprocess.run([sys.executable, "-c", IN_FRESH_PACKAGES, *orders], cwd=REPOSITORY, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+def test_the_commands_still_run(main, name):
+  """`python -m atma_jax.NAME` is the command."""
+  done = main(name)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: --")
+
+
+def test_the_package_can_be_patched(monkeypatch):
+  """Only the import system is kept from replacing a function; a test or a user may."""
+  monkeypatch.setattr(atma_jax, "generate", len)
+  assert atma_jax.generate([1, 2]) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_is_complete(name):
+  """`help` of each name describes every argument, what comes back, what is raised, and how it is called."""
+  value = getattr(atma_jax, name)
+  text = pydoc.render_doc(value, renderer=pydoc.plaintext)
+  assert "Example:" in text
+  if inspect.isclass(value):
+    assert re.search(r"^\s*\|?\s*(Args|Attributes):", text, flags=re.MULTILINE)
+    return
+  sections = inspect.getdoc(value)
+  for section in ("Args:", "Returns:", "Raises:", "Example:"):
+    assert f"\n{section}\n" in sections, section
+  arguments = sections[sections.index("Args:"):sections.index("Returns:")]
+  for argument in inspect.signature(value).parameters:
+    assert re.search(rf"^\s+[\w*, ]*\b{argument}\b[\w*, ]*:", arguments, flags=re.MULTILINE), argument
+
+
+def test_version():
+  """One literal, which the build and the citation take."""
+  assert re.fullmatch(r"\d+\.\d+\.\d+", atma_jax.__version__)
+  project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+  assert project["project"]["dynamic"] == ["version"]
+  assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "atma_jax.__version__"}
+  assert f"version: {atma_jax.__version__}\n" in (REPOSITORY / ".github" / "CITATION.cff").read_text()
+  assert importlib.metadata.version("atma_jax") == atma_jax.__version__
+
+
+def test_generate(trained):
+  """A directory and a loaded model give what the engine gives; one prompt gives a text, several a list."""
+  _, model, tokenizer, _ = load_model(trained)
+  sampling = Sampling(max_tokens=8, seed=3, ignore_end=True)
+  engine = Engine(model, tokenizer, rows=2, capacity=64)
+  expected = [engine.generate([prompt], Sampling(max_tokens=8, seed=3 + i, ignore_end=True))[0].text
+              for i, prompt in enumerate(("The quick", "Document 7"))]
+  options = {"max_tokens": sampling.max_tokens, "seed": sampling.seed, "ignore_end": True}
+  assert atma_jax.generate(trained, ["The quick", "Document 7"], **options) == expected
+  assert atma_jax.generate(model, "The quick", tokenizer=tokenizer, **options) == expected[0]
+  assert atma_jax.generate(model, [], tokenizer=tokenizer) == []
+  stop = expected[0][3]
+  assert atma_jax.generate(model, "The quick", tokenizer=tokenizer, stop=stop, **options) == expected[0][:expected[0].index(stop)]
+
+
+def test_generate_says_what_is_wrong(trained):
+  """One line that names the argument."""
+  with pytest.raises(UserError, match="temperature=-1"):
+    atma_jax.generate(trained, "x", temperature=-1)
+  with pytest.raises(TypeError, match="temprature"):
+    atma_jax.generate(trained, "x", temprature=0)
+  with pytest.raises(ValueError, match="tokenizer=None"):
+    atma_jax.generate(load_model(trained)[1], "x")
+  with pytest.raises(UserError, match="no such directory"):
+    atma_jax.generate(trained / "absent", "x")
+
+
+def test_evaluate_takes_its_options_by_name(monkeypatch, tmp_path):
+  """Keywords are the fields of `Options`; lists and single suites are taken too."""
+  given = []
+  monkeypatch.setattr(runner, "evaluate", lambda *arguments: given.append(arguments) or [])
+  assert atma_jax.evaluate(tmp_path, tmp_path / "out", suite="needle", multiples=[1, 4], trials=3) == []
+  assert given[0][:3] == (str(tmp_path), str(tmp_path / "out"), Options(suite=("needle",), multiples=(1, 4), trials=3))
+  with pytest.raises(TypeError, match="trails"):
+    atma_jax.evaluate(tmp_path, tmp_path, trails=3)
+  with pytest.raises(UserError, match="--trials=0"):
+    atma_jax.evaluate(tmp_path, tmp_path, trials=0)
+
+
+def test_the_readme_runs(trained, tmp_path, capsys):
+  """The Python of the first page, with a model of one step in the place of the quickstart's."""
+  (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+  assert len(block.splitlines()) <= 12
+  code = block.replace("runs/quickstart", str(trained)).replace("runs/needles", str(tmp_path / "needles"))
+  assert code != block
+  exec(compile(textwrap.dedent(code), "README.md", "exec"), {})
+  assert capsys.readouterr().out
