@@ -17,7 +17,7 @@ from atma_jax.ops import gated_delta, polar_attention
 from atma_jax.ops.core.tiles import Tile, Tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
-from atma_jax.ops.gated_delta.api import repeated
+from atma_jax.ops.gated_delta.api import repeat_heads
 from atma_jax.ops.polar_attention import formula
 from atma_jax.ops.polar_attention.gpu import pallas_gpu
 from atma_jax.ops.polar_attention.tpu import pallas_tpu
@@ -262,7 +262,7 @@ def test_delta_equals_oracle(implementation, T, D, Dv):
 def test_delta_of_shared_keys_and_values_is_that_of_repeated_ones(implementation):
   q, k, v, *rest = delta_inputs(70, 64, 64, H=4)
   k, v = k[:, :, :2], v[:, :, :2]
-  outputs, (dq, dk, dv, *others) = delta_run(implementation, q, repeated(k, 4), repeated(v, 4), *rest)
+  outputs, (dq, dk, dv, *others) = delta_run(implementation, q, repeat_heads(k, 4), repeat_heads(v, 4), *rest)
   dk, dv = (jnp.sum(x.reshape(*k.shape[:3], 2, -1), axis=3) for x in (dk, dv))
   assert_near(delta_run(implementation, q, k, v, *rest), (outputs, (dq, dk, dv, *others)), 1e-6)
 

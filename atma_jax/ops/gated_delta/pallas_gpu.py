@@ -1,20 +1,22 @@
-"""The gated delta rule as GPU kernels: Pallas through Triton, in chunks, forward and backward, no atomics.
+"""The gated delta rule as GPU kernels (Pallas through Triton): in chunks, forward and backward, without atomics.
 
-`atma_jax.ops.gated_delta.xla` says what a chunk computes. Here the state is kept transposed, ``S = M^T`` (D, Dv), and
-the work is cut into kernels that see all chunks at once and kernels that carry the state from chunk to chunk, which do
-as little as they can. With a chunk's ``g_p`` the product of its decays up to step p, ``r_ps = g_p / g_s`` for s <= p,
-``d_s = g_n / g_s``, and X the inverse of ``I + L``, ``L = beta_p r_ps k_p.k_s`` for s < p:
+`atma_jax.ops.gated_delta.xla` derives what a chunk computes. Here the state is kept transposed, ``S = M^T`` (D, Dv). Some kernels
+see all chunks at once; others pass the state from chunk to chunk and do as little else as they can. Let ``g_p`` be the product
+of a chunk's decays up to step p, ``r_ps = g_p / g_s`` for s <= p, ``d_s = g_n / g_s``, and X the inverse of ``I + L`` with
+``L = beta_p r_ps k_p.k_s`` for s < p:
 
-  within    W = X (beta v),  E = X (beta g k)                       all chunks at once
-  carry     U = W - E S;  S <- g_n S + k^T (d U)                    in turn, a head and a slice of Dv in a program
-  read      (g q) S + A U,  A = r_ps q_p.k_s for s <= p             all chunks at once
+  within    W = X (beta v),  E = X (beta g k)                       all chunks in parallel
+  carry     U = W - E S;  S <- g_n S + k^T (d U)                    chunk after chunk; a program has one head and a slice of Dv
+  read      (g q) S + A U,  A = r_ps q_p.k_s for s <= p             all chunks in parallel
 
-The backward pass carries the state's cotangent in the other direction and then takes every chunk by itself.
+The backward pass carries the state's cotangent from the last chunk to the first, and then differentiates all chunks in parallel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -23,110 +25,115 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from atma_jax.ops.core import dispatch, tiles
 from atma_jax.ops.core import pallas as kernels
-from atma_jax.ops.core import tiles as table
 
 CHUNK = 64
-CHUNK_WARPS = 4  # one warpgroup: tiles have 64 rows
+CHUNK_WARPS = 4  # one warpgroup, because tiles have 64 rows
+
+Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
-  """Why the kernels cannot serve this call, or None if they can."""
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters: Any) -> str | None:
+  """Returns why the kernels cannot serve this call, or None if they can."""
   if any(parameters[name].dtype == jnp.float64 for name in ("log_gamma", "beta", "initial_state")):
     return "takes no float64"
   return kernels.refusal("gpu", q, k, v)
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
-                initial_state: jax.Array, carry: table.Carry | None = None,
+                initial_state: jax.Array, carry: tiles.Carry | None = None,
                 interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.gated_delta`; `carry` overrides the table, `interpret` runs the kernels without a GPU."""
+  """Implements `atma_jax.ops.gated_delta`; `carry` overrides `tiles.delta`, and `interpret` runs the kernels without a GPU."""
   T = q.shape[1]
-  carry = carry or table.delta(q.dtype.itemsize, q.shape[3], T)
-  readout, state = _run(_pad(q), _pad(k), _pad(v), _log_g(log_gamma), _rows(beta), initial_state.mT.astype(jnp.float32), carry,
-                        interpret)
+  carry = carry or tiles.delta(q.dtype.itemsize, q.shape[3], T)
+  readout, state = _run(_pad(q), _pad(k), _pad(v), _log_g(log_gamma), _time_last(beta), initial_state.mT.astype(jnp.float32),
+                        carry, interpret)
   return readout[:, :T], state.mT
 
 
-def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, carry: table.Carry | None = None,
+def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, carry: tiles.Carry | None = None,
                interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.gated_delta.xla.transition`; `carry` and `interpret` as above."""
+  """Implements `atma_jax.ops.gated_delta.xla.transition`; `carry` and `interpret` are those of `gated_delta`."""
   (B, T, H, D), Dv = k.shape, v.shape[-1]
-  k, v, log_g, beta = _pad(k), _pad(v), _log_g(log_gamma), _rows(beta)
-  call = _Call(k, v, carry or table.delta(k.dtype.itemsize, D, T), interpret)
-  writes, erases, _ = call.all_chunks("within", _within_kernel, (k, v, log_g, beta), (v, k, call.square))
+  k, v, log_g, beta = _pad(k), _pad(v), _log_g(log_gamma), _time_last(beta)
+  launch = _Launcher(k, v, carry or tiles.delta(k.dtype.itemsize, D, T), interpret)
+  writes, erases, _ = launch.in_parallel("within", _within_kernel, (k, v, log_g, beta), (v, k, launch.square))
   identity = jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (B, H, D, D))
-  changes = call.last_state("transition", _transition_kernel, (erases, k), (), log_g, identity)
-  written = call.last_state("transition", _transition_kernel, (erases, k), (writes,), log_g,
-                            jnp.zeros((B, H, D, Dv), jnp.float32))
-  return changes.mT, written.mT
+  factor = launch.final_state("transition", _transition_kernel, (erases, k), (), log_g, identity)
+  addend = launch.final_state("transition", _transition_kernel, (erases, k), (writes,), log_g,
+                              jnp.zeros((B, H, D, Dv), jnp.float32))
+  return factor.mT, addend.mT
 
 
 def _pad(x: jax.Array) -> jax.Array:
-  """(B, T, ...) to whole chunks; a padded step has gamma 1 and beta 0 and leaves the state alone."""
+  """Pads (B, T, ...) to whole chunks; padded steps have gamma 1 and beta 0, which leaves the state as it is."""
   padding = -x.shape[1] % CHUNK
   return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) if padding else x
 
 
-def _rows(x: jax.Array) -> jax.Array:
-  """(B, T, H) as (B, H, T) float32."""
+def _time_last(x: jax.Array) -> jax.Array:
+  """Pads (B, T, H) to whole chunks and transposes it to (B, H, T), in float32."""
   return jnp.swapaxes(_pad(x.astype(jnp.float32)), 1, 2)
 
 
 def _log_g(log_gamma: jax.Array) -> jax.Array:
-  """Log of the product of a chunk's decays up to each step, (B, H, T)."""
-  log_gamma = _rows(log_gamma)
+  """Returns ``log g``, (B, H, T): the decays' logarithms summed from the start of each chunk."""
+  log_gamma = _time_last(log_gamma)
   return jnp.cumsum(log_gamma.reshape(*log_gamma.shape[:2], -1, CHUNK), axis=-1).reshape(log_gamma.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _run(q, k, v, log_g, beta, state, carry, interpret):
+def _run(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array, carry: tiles.Carry,
+         interpret: bool) -> tuple[jax.Array, jax.Array]:
   return _run_forward(q, k, v, log_g, beta, state, carry, interpret)[0]
 
 
-def _run_forward(q, k, v, log_g, beta, state, carry, interpret):
-  call = _Call(q, v, carry, interpret)
-  writes, erases, inverse = call.all_chunks("within", _within_kernel, (k, v, log_g, beta), (call.values, q, call.square))
-  writes, states, final = call.carry("carry", _carry_kernel, (erases, k), (writes,), log_g, state)
-  (readout,) = call.all_chunks("read", _read_kernel, (q, k, writes, states, log_g), (call.values,))
+def _run_forward(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array,
+                 carry: tiles.Carry, interpret: bool) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+  launch = _Launcher(q, v, carry, interpret)
+  writes, erases, inverse = launch.in_parallel("within", _within_kernel, (k, v, log_g, beta), (launch.values, q, launch.square))
+  writes, states, final = launch.in_sequence("carry", _carry_kernel, (erases, k), (writes,), log_g, state)
+  (readout,) = launch.in_parallel("read", _read_kernel, (q, k, writes, states, log_g), (launch.values,))
   outputs = erases, inverse, writes, states, readout, final
-  erases, inverse, writes, states, readout, final = checkpoint_name(outputs, "gated_delta")
+  erases, inverse, writes, states, readout, final = checkpoint_name(outputs, dispatch.GATED_DELTA)
   return (readout, final), (q, k, v, log_g, beta, erases, inverse, writes, states)
 
 
-def _run_backward(carry, interpret, residuals, cotangents):
+def _run_backward(carry: tiles.Carry, interpret: bool, residuals: tuple[jax.Array, ...],
+                  cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
   q, k, v, log_g, beta, erases, inverse, writes, states = residuals
   g_readout, g_final = cotangents
-  call = _Call(q, v, carry, interpret)
-  (g_writes,) = call.all_chunks("read_back", _read_back_kernel, (q, k, g_readout, log_g), (call.values,))
-  g_writes, g_states, g_state = call.carry("carry_back", _carry_back_kernel, (q, k, erases), (g_readout, g_writes), log_g,
-                                           g_final)
-  g_q, g_k, g_log_g = call.all_chunks("read_chunks_back", _read_chunks_back_kernel,
-                                      (q, k, writes, states, g_readout, log_g), (q, q, log_g))
+  launch = _Launcher(q, v, carry, interpret)
+  (g_writes,) = launch.in_parallel("read_back", _read_back_kernel, (q, k, g_readout, log_g), (launch.values,))
+  g_writes, g_states, g_state = launch.in_sequence("carry_back", _carry_back_kernel, (q, k, erases), (g_readout, g_writes), log_g,
+                                                  g_final)
+  g_q, g_k, g_log_g = launch.in_parallel("read_chunks_back", _read_chunks_back_kernel,
+                                         (q, k, writes, states, g_readout, log_g), (q, q, log_g))
   arguments = k, v, inverse, writes, states, g_writes, g_states, g_k, log_g, beta, g_log_g
-  outputs = q, call.values, log_g, beta
-  g_k, g_v, g_log_g, g_beta = call.all_chunks("write_chunks_back", _write_chunks_back_kernel, arguments, outputs)
-  return g_q, _over_groups(g_k, k), _over_groups(g_v, v), g_log_g, g_beta, g_state
+  outputs = q, launch.values, log_g, beta
+  g_k, g_v, g_log_g, g_beta = launch.in_parallel("write_chunks_back", _write_chunks_back_kernel, arguments, outputs)
+  return g_q, _sum_groups(g_k, k), _sum_groups(g_v, v), g_log_g, g_beta, g_state
 
 
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _over_groups(gradient: jax.Array, x: jax.Array) -> jax.Array:
-  """The gradient of x (B, T, K, D) from that of each query head's, (B, T, H, D)."""
+def _sum_groups(gradient: jax.Array, x: jax.Array) -> jax.Array:
+  """Sums per-query-head gradients (B, T, H, D) over each group, which gives the gradient of x (B, T, K, D)."""
   if gradient.shape == x.shape:
     return gradient
   B, T, K, D = x.shape
   return jnp.sum(gradient.reshape(B, T, K, -1, D), axis=3, dtype=jnp.float32).astype(x.dtype)
 
 
-class _Call:
-  """Shapes of a call, and the two ways to run a kernel over it.
+class _Launcher:
+  """Launches kernels over the chunks of one call, whose shapes it holds.
 
-  The rank of an array tells its kind: (B, H, T) scalars, (B, T, H, D) vectors, (B, H, N, rows, columns) a matrix a chunk.
+  An array's rank says what it is: (B, H, T) scalars, (B, T, H, D) vectors, (B, H, N, rows, columns) one matrix a chunk.
   """
 
-  def __init__(self, q, v, carry, interpret):
+  def __init__(self, q: jax.Array, v: jax.Array, carry: tiles.Carry, interpret: bool):
     (self.B, self.T, self.H, self.D), self.Dv = q.shape, v.shape[3]
     self.values = jax.ShapeDtypeStruct((self.B, self.T, self.H, self.Dv), v.dtype)
     self.tile, self.interpret = carry, interpret
@@ -134,51 +141,66 @@ class _Call:
     self.square = jax.ShapeDtypeStruct((self.B, self.H, self.N, CHUNK, CHUNK), q.dtype)
     self.states = jax.ShapeDtypeStruct((self.B, self.H, self.N, self.D, self.Dv), q.dtype)
 
-  def group(self, x, h):
-    """Which of the heads of x (B, T, heads, D) query head h reads."""
+  def kv_head(self, x: Shaped, h: Any) -> Any:
+    """Returns which head of x (B, T, heads, D) query head h reads."""
     return h if x.shape[2] == self.H else lax.div(h, self.H // x.shape[2])
 
-  def all_chunks(self, name, kernel, inputs, outputs):
-    """Runs one program a head and chunk."""
-    def block(x):
+  def in_parallel(self, name: str, kernel: Callable[..., None], inputs: Sequence[jax.Array],
+                  outputs: Sequence[Shaped]) -> list[jax.Array]:
+    """Runs one program per head and chunk; `outputs` give shapes and dtypes."""
+    def block(x: Shaped) -> pl.BlockSpec:
       if x.ndim == 3:
         return pl.BlockSpec((None, None, CHUNK), lambda c, h, b: (b, h, c))
       if x.ndim == 4:
-        return pl.BlockSpec((None, CHUNK, None, x.shape[3]), lambda c, h, b: (b, c, self.group(x, h), 0))
+        return pl.BlockSpec((None, CHUNK, None, x.shape[3]), lambda c, h, b: (b, c, self.kv_head(x, h), 0))
       return pl.BlockSpec((None, None, None, *x.shape[3:]), lambda c, h, b: (b, h, c, 0, 0))
 
     return self._pallas_call(name, kernel, (self.N, self.H, self.B), inputs, map(block, inputs), outputs,
                              map(block, outputs), warps=CHUNK_WARPS, stages=1)
 
-  def carry(self, name, kernel, whole, sliced, log_g, state):
-    """Runs one program a head and slice of Dv; `whole` arrays have no Dv, `sliced` ones do.
+  def in_sequence(self, name: str, kernel: Callable[..., None], whole: Sequence[jax.Array], sliced: Sequence[jax.Array],
+                  log_g: jax.Array, state: jax.Array) -> list[jax.Array]:
+    """Runs one program per head and slice of Dv, which goes from chunk to chunk with its slice of the state.
 
-    Returns one array like `sliced[0]`, a state (D, Dv) of each chunk, and the last state.
+    Args:
+      name: of the kernel.
+      kernel: takes references to the arrays below and to the results.
+      whole: arrays without an axis Dv, (B, T, heads, D).
+      sliced: arrays with an axis Dv, (B, T, H, Dv).
+      log_g: (B, H, T).
+      state: (B, H, D, Dv), where the first chunk starts from.
+
+    Returns:
+      An array like ``sliced[0]``, one state (D, Dv) a chunk, and the final state.
     """
-    return self._carry(name, kernel, whole, sliced, log_g, state, (sliced[0], self.states))
+    return self._in_sequence(name, kernel, whole, sliced, log_g, state, (sliced[0], self.states))
 
-  def last_state(self, name, kernel, whole, sliced, log_g, state):
-    """The last of what `carry` returns."""
-    return self._carry(name, kernel, whole, sliced, log_g, state, ())[0]
+  def final_state(self, name: str, kernel: Callable[..., None], whole: Sequence[jax.Array], sliced: Sequence[jax.Array],
+                  log_g: jax.Array, state: jax.Array) -> jax.Array:
+    """Returns only the final state of `in_sequence`, from a kernel that computes nothing else."""
+    return self._in_sequence(name, kernel, whole, sliced, log_g, state, ())[0]
 
-  def _carry(self, name, kernel, whole, sliced, log_g, state, outputs):
+  def _in_sequence(self, name: str, kernel: Callable[..., None], whole: Sequence[jax.Array], sliced: Sequence[jax.Array],
+                   log_g: jax.Array, state: jax.Array, outputs: Sequence[Shaped]) -> list[jax.Array]:
     tile, Dv = self.tile, state.shape[3]
-    columns = tile.columns or (64 if self.B * self.H * Dv >= 96 * 64 else 32)  # enough programs for the multiprocessors
-    rows_slice = pl.BlockSpec((None, self.T, None, columns), lambda j, h, b: (b, 0, h, j))
+    columns = tile.columns or (64 if self.B * self.H * Dv >= 96 * 64 else 32)  # enough programs for all multiprocessors
+    vector_slice = pl.BlockSpec((None, self.T, None, columns), lambda j, h, b: (b, 0, h, j))
     scalars = pl.BlockSpec((None, None, self.T), lambda j, h, b: (b, h, 0))
     state_slice = pl.BlockSpec((None, None, self.D, columns), lambda j, h, b: (b, h, 0, j))
     states_slice = pl.BlockSpec((None, None, self.N, self.D, columns), lambda j, h, b: (b, h, 0, 0, j))
 
-    def rows(x):
-      return pl.BlockSpec((None, self.T, None, self.D), lambda j, h, b: (b, 0, self.group(x, h), 0))
+    def vectors(x: Shaped) -> pl.BlockSpec:
+      return pl.BlockSpec((None, self.T, None, self.D), lambda j, h, b: (b, 0, self.kv_head(x, h), 0))
 
-    in_specs = (*map(rows, whole), *(rows_slice for _ in sliced), scalars, state_slice)
-    out_specs = *(rows_slice if x.ndim == 4 else states_slice for x in outputs), state_slice
+    in_specs = (*map(vectors, whole), *(vector_slice for _ in sliced), scalars, state_slice)
+    out_specs = *(vector_slice if x.ndim == 4 else states_slice for x in outputs), state_slice
     return self._pallas_call(name, functools.partial(kernel, chunks=self.N), (Dv // columns, self.H, self.B),
                              (*whole, *sliced, log_g, state), in_specs, (*outputs, state), out_specs, warps=tile.warps,
                              stages=tile.stages)
 
-  def _pallas_call(self, name, kernel, grid, inputs, in_specs, outputs, out_specs, *, warps, stages):
+  def _pallas_call(self, name: str, kernel: Callable[..., None], grid: tuple[int, ...], inputs: Sequence[jax.Array],
+                   in_specs: Iterable[pl.BlockSpec], outputs: Sequence[Shaped], out_specs: Iterable[pl.BlockSpec], *, warps: int,
+                   stages: int) -> list[jax.Array]:
     return pl.pallas_call(
       kernel, name=f"gated_delta_{name}", grid=grid, in_specs=list(in_specs), out_specs=list(out_specs),
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs], interpret=self.interpret,
@@ -186,39 +208,40 @@ class _Call:
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0), precise: bool = False) -> jax.Array:
-  """Matrix product accumulated in float32; float32 operands are rounded to tf32 unless `precise`.
+  """Multiplies two matrices, accumulating in float32; float32 operands are rounded to tf32 unless `precise`.
 
-  A precise one is in tf32 parts: multiplied out in float32 the kernels take minutes to compile.
+  A precise product is three products of tf32 parts: with float32 multiplications the kernels take minutes to compile.
   """
   return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32,
                          precision=kernels.unrounded() if precise else None)
 
 
 def _matmul(a: jax.Array, b: jax.Array, dtype: jnp.dtype, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-  """Product of operands in the dtype of the inputs, accumulated in float32."""
+  """Multiplies two matrices rounded to the dtype of the op's inputs, accumulating in float32."""
   return _dot(a.astype(dtype), b.astype(dtype), contract, precise=dtype == jnp.float32)
 
 
 def _ratios(log_g: jax.Array) -> jax.Array:
-  """(n, n) g_p / g_s for s <= p, else 0; masked first, because it overflows for s > p."""
+  """Returns ``g_p / g_s`` for s <= p, else 0, as (n, n); masked first because exp overflows for s > p."""
   return jnp.exp(jnp.where(_below(0), log_g[:, None] - log_g[None, :], -1e30))
 
 
 def _below(offset: int) -> jax.Array:
-  """(n, n) whether s + offset <= p."""
+  """Returns the mask ``s + offset <= p``, (n, n)."""
   step = jnp.arange(CHUNK)
   return step[:, None] >= step[None, :] + offset
 
 
 def _last(x: jax.Array) -> jax.Array:
-  """The last of (n,)."""
+  """Returns the last element of (n,)."""
   return jnp.sum(jnp.where(jnp.arange(CHUNK) == CHUNK - 1, x, 0))
 
 
-# Forward.
+# Forward kernels.
 
 
-def _within_kernel(k_ref, v_ref, log_g_ref, beta_ref, writes_ref, erases_ref, inverse_ref):
+def _within_kernel(k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, writes_ref: Any, erases_ref: Any,
+                   inverse_ref: Any) -> None:
   k, log_g, beta = k_ref[...], log_g_ref[...], beta_ref[...]
   lower = jnp.where(_below(1), beta[:, None] * _ratios(log_g) * _matmul(k, k, k.dtype, (1, 1)), 0)
   inverse = _unit_lower_inverse(lower, precise=k.dtype == jnp.float32)
@@ -228,8 +251,11 @@ def _within_kernel(k_ref, v_ref, log_g_ref, beta_ref, writes_ref, erases_ref, in
 
 
 def _unit_lower_inverse(lower: jax.Array, precise: bool) -> jax.Array:
-  """Inverse of ``I + lower``: with X the inverse of its diagonal blocks of size h, that of size 2h is ``X - X C X``, C
-  being the corners of `lower` in the larger blocks. As stable as substitution."""
+  """Inverts ``I + lower``, doubling the size of inverted diagonal blocks; as stable as forward substitution.
+
+  If X inverts the diagonal blocks of size h, ``X - X C X`` inverts those of size 2h, where C are the lower left corners of the
+  larger blocks of `lower`.
+  """
   step = jnp.arange(CHUNK)
   row, column = step[:, None], step[None, :]
   inverse = jnp.where(row == column, 1.0, jnp.where(row // 2 == column // 2, -lower, 0))
@@ -241,8 +267,9 @@ def _unit_lower_inverse(lower: jax.Array, precise: bool) -> jax.Array:
   return inverse
 
 
-def _carry_kernel(erases_ref, k_ref, within_ref, log_g_ref, state_ref, writes_ref, states_ref, final_ref, *, chunks: int):
-  def step(c, state):
+def _carry_kernel(erases_ref: Any, k_ref: Any, within_ref: Any, log_g_ref: Any, state_ref: Any, writes_ref: Any,
+                  states_ref: Any, final_ref: Any, *, chunks: int) -> None:
+  def step(c: jax.Array, state: jax.Array) -> jax.Array:
     rows = pl.ds(c * CHUNK, CHUNK)
     k, log_g = k_ref[rows, :], log_g_ref[rows]
     rounded = state.astype(k.dtype)
@@ -255,11 +282,11 @@ def _carry_kernel(erases_ref, k_ref, within_ref, log_g_ref, state_ref, writes_re
   final_ref[...] = lax.fori_loop(0, chunks, step, state_ref[...])
 
 
-def _transition_kernel(erases_ref, k_ref, *refs, chunks: int):
-  """The last state alone; without writes within chunks, of what is carried."""
+def _transition_kernel(erases_ref: Any, k_ref: Any, *refs: Any, chunks: int) -> None:
+  """Carries the state through all chunks; without `within_ref` the chunks add nothing of their own."""
   *within_ref, log_g_ref, state_ref, final_ref = refs
 
-  def step(c, state):
+  def step(c: jax.Array, state: jax.Array) -> jax.Array:
     rows = pl.ds(c * CHUNK, CHUNK)
     k, log_g = k_ref[rows, :], log_g_ref[rows]
     writes = -_matmul(erases_ref[rows, :], state, k.dtype)
@@ -271,25 +298,25 @@ def _transition_kernel(erases_ref, k_ref, *refs, chunks: int):
   final_ref[...] = lax.fori_loop(0, chunks, step, state_ref[...])
 
 
-def _read_kernel(q_ref, k_ref, writes_ref, states_ref, log_g_ref, readout_ref):
+def _read_kernel(q_ref: Any, k_ref: Any, writes_ref: Any, states_ref: Any, log_g_ref: Any, readout_ref: Any) -> None:
   q, log_g = q_ref[...], log_g_ref[...]
   attention = _ratios(log_g) * _matmul(q, k_ref[...], q.dtype, (1, 1))
   readout = jnp.exp(log_g)[:, None] * _matmul(q, states_ref[...], q.dtype)
   readout_ref[...] = (readout + _matmul(attention, writes_ref[...], q.dtype)).astype(readout_ref.dtype)
 
 
-# Backward. A name with g_ is the cotangent of what follows.
+# Backward kernels. A name `g_x` is the cotangent of x.
 
 
-def _read_back_kernel(q_ref, k_ref, g_readout_ref, log_g_ref, g_writes_ref):
+def _read_back_kernel(q_ref: Any, k_ref: Any, g_readout_ref: Any, log_g_ref: Any, g_writes_ref: Any) -> None:
   q = q_ref[...]
   attention = _ratios(log_g_ref[...]) * _matmul(q, k_ref[...], q.dtype, (1, 1))
   g_writes_ref[...] = _matmul(attention, g_readout_ref[...], q.dtype, (0, 0)).astype(g_writes_ref.dtype)
 
 
-def _carry_back_kernel(q_ref, k_ref, erases_ref, g_readout_ref, g_read_ref, log_g_ref, g_final_ref, g_writes_ref,
-                       g_states_ref, g_state_ref, *, chunks: int):
-  def step(i, g_state):  # of the state after chunk c
+def _carry_back_kernel(q_ref: Any, k_ref: Any, erases_ref: Any, g_readout_ref: Any, g_read_ref: Any, log_g_ref: Any,
+                       g_final_ref: Any, g_writes_ref: Any, g_states_ref: Any, g_state_ref: Any, *, chunks: int) -> None:
+  def step(i: jax.Array, g_state: jax.Array) -> jax.Array:  # g_state is of the state after chunk c
     c = chunks - 1 - i
     rows = pl.ds(c * CHUNK, CHUNK)
     k, log_g = k_ref[rows, :], log_g_ref[rows]
@@ -304,8 +331,9 @@ def _carry_back_kernel(q_ref, k_ref, erases_ref, g_readout_ref, g_read_ref, log_
   g_state_ref[...] = lax.fori_loop(0, chunks, step, g_final_ref[...])
 
 
-def _read_chunks_back_kernel(q_ref, k_ref, writes_ref, states_ref, g_readout_ref, log_g_ref, g_q_ref, g_k_ref, g_log_g_ref):
-  """Through readout = g q S + A U, to everything but U and S."""
+def _read_chunks_back_kernel(q_ref: Any, k_ref: Any, writes_ref: Any, states_ref: Any, g_readout_ref: Any, log_g_ref: Any,
+                             g_q_ref: Any, g_k_ref: Any, g_log_g_ref: Any) -> None:
+  """Differentiates ``readout = g q S + A U`` with respect to q, k and g, at given U and S."""
   q, k, log_g, g_readout = q_ref[...], k_ref[...], log_g_ref[...], g_readout_ref[...]
   ratios = _ratios(log_g)
   g_attention = ratios * _matmul(g_readout, writes_ref[...], k.dtype, (1, 1))
@@ -317,14 +345,15 @@ def _read_chunks_back_kernel(q_ref, k_ref, writes_ref, states_ref, g_readout_ref
   g_q_ref[...] = (g_q + _matmul(g_attention, k, k.dtype)).astype(g_q_ref.dtype)
 
 
-def _write_chunks_back_kernel(k_ref, v_ref, inverse_ref, writes_ref, states_ref, g_writes_ref, g_states_ref, g_k_read_ref,
-                              log_g_ref, beta_ref, g_log_g_read_ref, g_k_ref, g_v_ref, g_log_g_ref, g_beta_ref):
-  """Through the rest, adding what came through the readout."""
+def _write_chunks_back_kernel(k_ref: Any, v_ref: Any, inverse_ref: Any, writes_ref: Any, states_ref: Any, g_writes_ref: Any,
+                              g_states_ref: Any, g_k_read_ref: Any, log_g_ref: Any, beta_ref: Any, g_log_g_read_ref: Any,
+                              g_k_ref: Any, g_v_ref: Any, g_log_g_ref: Any, g_beta_ref: Any) -> None:
+  """Differentiates U and the next state with respect to k, v, g and beta, and adds the gradients through the readout."""
   k, log_g, beta, writes = k_ref[...], log_g_ref[...], beta_ref[...], writes_ref[...]
   dtype, last = k.dtype, _last(log_g)
 
   # L = beta r k.k below the diagonal; U = X beta (v - g k S), X the inverse of I + L
-  g_error = _matmul(inverse_ref[...], g_writes_ref[...], dtype, (0, 0))  # before the factor beta
+  g_error = _matmul(inverse_ref[...], g_writes_ref[...], dtype, (0, 0))  # of v - g k S, still without the factor beta
   g_v_ref[...] = (beta[:, None] * g_error).astype(g_v_ref.dtype)
   g_beta = jnp.sum(g_error * v_ref[...], axis=1)
   g_error = g_error.astype(dtype)

@@ -1,24 +1,27 @@
-"""The gated delta rule as TPU kernels: Pallas through Mosaic, in chunks, one kernel forward and one backward.
+"""The gated delta rule as TPU kernels (Pallas through Mosaic): in chunks, one kernel forward and one backward.
 
-`atma_jax.ops.gated_delta.xla` says what a chunk computes. A program owns some heads of one sequence and meets their chunks
-in turn, forwards or backwards, on the grid's last axis; the state stays in on-chip memory, kept transposed, ``S = M^T``
-(D, Dv). Heads are a batch axis of every matrix product: their chains are independent and hide each other's latency. With
-``g_p`` the product of a chunk's decays up to step p, ``r_ps = g_p / g_s`` for s <= p, ``d_s = g_n / g_s``, and X the inverse
-of ``I + L``, ``L = beta_p r_ps k_p.k_s`` for s < p:
+`atma_jax.ops.gated_delta.xla` derives what a chunk computes. A program owns some heads of one sequence and visits their chunks
+one after the other, forwards or backwards, along the last axis of the grid. The state stays in on-chip memory and is kept
+transposed, ``S = M^T`` (D, Dv). Heads are a batch axis of every matrix product: their chains of products are independent and
+hide each other's latency. Let ``g_p`` be the product of a chunk's decays up to step p, ``r_ps = g_p / g_s`` for s <= p,
+``d_s = g_n / g_s``, and X the inverse of ``I + L`` with ``L = beta_p r_ps k_p.k_s`` for s < p:
 
   U = X beta (v - g k S);   readout = g q S + A U,  A = r_ps q_p.k_s for s <= p;   S <- g_n S + k^T (d U)
 
-For the backward pass every chunk leaves X, U and the state before it.
+The forward pass saves X, U and the state before each chunk for the backward pass.
 
 Why a kernel: compiled for v5e, 8 x 2048 with H=8, D=128 in bfloat16, XLA's chunked form moves 1.24 GB forward and 6.8 GB
 forward and backward through memory, which takes 1.5 and 8.3 ms at its full rate, and needs 1.1 GiB of temporaries. These
 kernels and the changes of layout around them move 0.40 and 0.89 GB (0.5 and 1.1 ms) and need 0.13 GiB; their arithmetic, most
-of it the inverse, takes 0.4 and 0.8 ms at the full rate of the matrix unit. Nothing of this was timed.
+of it the inverse, takes 0.4 and 0.8 ms at the full rate of the matrix unit. These figures are computed from the compiled
+programs; nothing was timed on a TPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -27,98 +30,115 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from atma_jax.ops.core import devices, dispatch, tiles
 from atma_jax.ops.core import pallas as kernels
-from atma_jax.ops.core import tiles as table
 
-CHUNK = 128  # a matrix unit's edge
+CHUNK = 128  # rows and columns of the matrix unit
+
+Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
-  """Why the kernels cannot serve this call, or None if they can."""
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters: Any) -> str | None:
+  """Returns why the kernels cannot serve this call, or None if they can."""
   if any(parameters[name].dtype == jnp.float64 for name in ("log_gamma", "beta", "initial_state")):
     return "takes no float64"
   return kernels.refusal("tpu", q, k, v)
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, initial_state: jax.Array,
-                carry: table.Carry | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.gated_delta`; `carry` overrides the table, `interpret` runs the kernels without a TPU."""
-  readout, state = _run(*map(_head_first, (q, k, v)), jnp.cumsum(_rows(log_gamma), axis=-1), _rows(beta),
-                        initial_state.mT.astype(jnp.float32), _heads(k, carry), interpret)
+                carry: tiles.Carry | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+  """Implements `atma_jax.ops.gated_delta`; `carry` overrides `tiles.delta`, and `interpret` runs the kernels without a TPU."""
+  readout, state = _run(*map(_head_first, (q, k, v)), jnp.cumsum(_chunk_rows(log_gamma), axis=-1), _chunk_rows(beta),
+                        initial_state.mT.astype(jnp.float32), _program_heads(k, carry), interpret)
   return jnp.swapaxes(readout, 1, 2)[:, : q.shape[1]], state.mT
 
 
-def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, carry: table.Carry | None = None,
+def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, carry: tiles.Carry | None = None,
                interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.gated_delta.xla.transition`; `carry` and `interpret` as above."""
+  """Implements `atma_jax.ops.gated_delta.xla.transition`; `carry` and `interpret` are those of `gated_delta`."""
   (B, _, H, D), Dv = k.shape, v.shape[-1]
   identity = jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (B, H, D, D))
-  inputs = *map(_head_first, (k, v)), jnp.cumsum(_rows(log_gamma), axis=-1), _rows(beta), identity
-  changes, written = _call("gated_delta_transition", _transition_kernel, inputs,
-                           (identity, jax.ShapeDtypeStruct((B, H, D, Dv), jnp.float32)), _heads(k, carry), interpret,
-                           reverse=False, products=19, states=2)
-  return changes.mT, written.mT
+  inputs = *map(_head_first, (k, v)), jnp.cumsum(_chunk_rows(log_gamma), axis=-1), _chunk_rows(beta), identity
+  factor, addend = _run_chunks("gated_delta_transition", _transition_kernel, inputs,
+                               (identity, jax.ShapeDtypeStruct((B, H, D, Dv), jnp.float32)), _program_heads(k, carry), interpret,
+                               reverse=False, products=19, states=2)
+  return factor.mT, addend.mT
 
 
-def _heads(k: jax.Array, carry: table.Carry | None) -> int:
-  """Heads of a program."""
+def _program_heads(k: jax.Array, carry: tiles.Carry | None) -> int:
+  """Returns how many heads a program takes: at most as many as `carry` or the table says, and a divisor of H."""
   T, H, D = k.shape[1:]
-  heads = (carry or table.delta(k.dtype.itemsize, D, T)).heads
+  heads = (carry or tiles.delta(k.dtype.itemsize, D, T)).heads
   return max(n for n in range(1, min(heads, H) + 1) if H % n == 0)
 
 
 def _head_first(x: jax.Array) -> jax.Array:
-  """(B, T, H, ...) as (B, H, T padded, ...); a padded step has gamma 1 and beta 0 and leaves the state alone."""
+  """Transposes (B, T, H, ...) to (B, H, T, ...), padded to whole chunks with steps of gamma 1 and beta 0, which do nothing."""
   padding = -x.shape[1] % CHUNK
   return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) if padding else x, 1, 2)
 
 
-def _rows(x: jax.Array) -> jax.Array:
-  """(B, T, H) as (B, H, N, 1, n) float32."""
+def _chunk_rows(x: jax.Array) -> jax.Array:
+  """Transposes (B, T, H) to one row a chunk, (B, H, N, 1, n), in float32."""
   x = _head_first(x.astype(jnp.float32))
   return x.reshape(*x.shape[:2], -1, 1, CHUNK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _run(q, k, v, log_g, beta, state, heads, interpret):
+def _run(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array, heads: int,
+         interpret: bool) -> tuple[jax.Array, jax.Array]:
   return _run_forward(q, k, v, log_g, beta, state, heads, interpret)[0]
 
 
-def _run_forward(q, k, v, log_g, beta, state, heads, interpret):
+def _run_forward(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array, heads: int,
+                 interpret: bool) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
   (B, H, T, D), Dv = q.shape, v.shape[3]
   chunks = jax.ShapeDtypeStruct((B, H, T // CHUNK, CHUNK, CHUNK), q.dtype)
   states = jax.ShapeDtypeStruct((B, H, T // CHUNK, D, Dv), q.dtype)
-  outputs = _call("gated_delta", _forward_kernel, (q, k, v, log_g, beta, state), (v, v, chunks, states, state), heads,
-                  interpret, reverse=False, products=19)
-  readout, writes, inverse, states, final = checkpoint_name(outputs, "gated_delta")
+  outputs = _run_chunks("gated_delta", _forward_kernel, (q, k, v, log_g, beta, state), (v, v, chunks, states, state), heads,
+                        interpret, reverse=False, products=19)
+  readout, writes, inverse, states, final = checkpoint_name(outputs, dispatch.GATED_DELTA)
   return (readout, final), (q, k, v, log_g, beta, writes, inverse, states)
 
 
-def _run_backward(heads, interpret, residuals, cotangents):
+def _run_backward(heads: int, interpret: bool, residuals: tuple[jax.Array, ...],
+                  cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
   q, k, v, log_g, beta, writes, inverse, states = residuals
   g_readout, g_final = cotangents
-  return tuple(_call("gated_delta_back", _backward_kernel,
-                     (q, k, v, log_g, beta, writes, inverse, states, g_readout, g_final), (q, k, v, log_g, beta, g_final),
-                     heads, interpret, reverse=True, products=16))
+  inputs = q, k, v, log_g, beta, writes, inverse, states, g_readout, g_final
+  return tuple(_run_chunks("gated_delta_back", _backward_kernel, inputs, (q, k, v, log_g, beta, g_final), heads, interpret,
+                           reverse=True, products=16))
 
 
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _call(name, kernel, inputs, outputs, heads, interpret, *, reverse, products, states=1):
-  """Runs `kernel` over all chunks; its last input and its last `states` outputs are states (B, H, D, Dv), its scratch more of
-  those outputs.
+def _run_chunks(name: str, kernel: Callable[..., None], inputs: Sequence[jax.Array], outputs: Sequence[Shaped], heads: int,
+                interpret: bool, *, reverse: bool, products: int, states: int = 1) -> list[jax.Array]:
+  """Runs a kernel over all chunks of all heads.
 
-  The rank of the other arrays tells their kind: (B, H, T, D) vectors, (B, H, N, rows, columns) a matrix or a row a chunk.
+  An array's rank says what it is: (B, H, T, D) vectors, (B, H, N, rows, columns) one matrix or row a chunk. The last input and
+  the last `states` outputs are states (B, H, D, Dv) instead.
+
+  Args:
+    name: of the kernel.
+    kernel: takes references to inputs, outputs and scratch states, and the number of chunks as `count`.
+    inputs: arrays, the initial state last.
+    outputs: shapes and dtypes of the results, the final states last. The kernel gets a scratch array for each final state.
+    heads: heads of a program.
+    interpret: run without a TPU.
+    reverse: visit the chunks from the last to the first.
+    products: matrix products a chunk, for the cost estimate.
+    states: number of final states.
   """
   B, H, T, D = inputs[0].shape
   count = T // CHUNK
 
-  def block(x, state):
-    def chunk(c):
+  def block(x: Shaped, is_state: bool) -> pl.BlockSpec:
+    def chunk(c: Any) -> Any:
       return count - 1 - c if reverse else c
 
-    if state:
+    if is_state:
       return pl.BlockSpec((None, heads, *x.shape[2:]), lambda b, h, c: (b, h, 0, 0))
     if x.ndim == 4:
       return pl.BlockSpec((None, heads, CHUNK, x.shape[3]), lambda b, h, c: (b, h, chunk(c), 0))
@@ -132,169 +152,175 @@ def _call(name, kernel, inputs, outputs, heads, interpret, *, reverse, products,
     in_specs=in_specs, out_specs=out_specs, out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
     scratch_shapes=[pltpu.VMEM((heads, *x.shape[2:]), jnp.float32) for x in outputs[-states:]],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"),
-                                         vmem_limit_bytes=table.vmem_bytes(table.generation())),
+                                         vmem_limit_bytes=devices.vmem_budget()),
     cost_estimate=pl.CostEstimate(flops=2 * products * B * H * T * CHUNK * max(D, Dv), transcendentals=B * H * T * CHUNK,
                                   bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays)))(*inputs)
 
 
-# Inside a kernel every array has the heads in front: matrices (h, rows, columns), columns (h, n, 1), rows (h, 1, n).
+# Inside a kernel heads are the first axis of every array: matrices (h, rows, columns), columns (h, n, 1), rows (h, 1, n).
+
+A_BT, AT_B = (2, 2), (1, 1)  # axes that `_dot` contracts for a b^T and a^T b
 
 
-def _product(a: jax.Array, b: jax.Array, dtype: jnp.dtype, contract: tuple[int, int] = (2, 1)) -> jax.Array:
-  """Matrix product a head, of operands in the dtype of the inputs, accumulated in float32."""
+def _dot(a: jax.Array, b: jax.Array, dtype: jnp.dtype, contract: tuple[int, int] = (2, 1)) -> jax.Array:
+  """Multiplies the matrices of each head, rounded to the dtype of the op's inputs, accumulating in float32."""
   return lax.dot_general(a.astype(dtype), b.astype(dtype), (((contract[0],), (contract[1],)), ((0,), (0,))),
                          precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
                          preferred_element_type=jnp.float32)
 
 
-ROWS, COLUMNS = (2, 2), (1, 1)  # contracts the rows, the columns, of both operands: a b^T, a^T b
-
-
 def _steps() -> tuple[jax.Array, jax.Array]:
-  """Row and column indices (1, n, n)."""
-  return tuple(lax.broadcasted_iota(jnp.int32, (1, CHUNK, CHUNK), axis) for axis in (1, 2))
+  """Returns row and column indices p and s, (1, n, n) each."""
+  shape = (1, CHUNK, CHUNK)
+  return lax.broadcasted_iota(jnp.int32, shape, 1), lax.broadcasted_iota(jnp.int32, shape, 2)
 
 
-def _column(row: jax.Array) -> jax.Array:
+def _to_column(row: jax.Array) -> jax.Array:
+  """Transposes (h, 1, n) to (h, n, 1) by a masked sum."""
   p, s = _steps()
   return jnp.sum(jnp.where(p == s, row, 0), axis=2, keepdims=True)
 
 
-def _row(column: jax.Array) -> jax.Array:
+def _to_row(column: jax.Array) -> jax.Array:
+  """Transposes (h, n, 1) to (h, 1, n) by a masked sum."""
   p, s = _steps()
   return jnp.sum(jnp.where(p == s, column, 0), axis=1, keepdims=True)
 
 
 def _last(row: jax.Array) -> jax.Array:
-  """(h, 1, 1)."""
+  """Returns the last element of a row, (h, 1, 1)."""
   return row[:, :, CHUNK - 1 :]
 
 
 def _ratios(log_g: jax.Array) -> jax.Array:
-  """g_p / g_s for s <= p, else 0, from a row; masked first, because it overflows for s > p."""
+  """Returns ``g_p / g_s`` for s <= p, else 0, from a row of ``log g``; masked first because exp overflows for s > p."""
   p, s = _steps()
-  return jnp.exp(jnp.where(s <= p, _column(log_g) - log_g, -1e30))
+  return jnp.exp(jnp.where(s <= p, _to_column(log_g) - log_g, -1e30))
 
 
 def _unit_lower_inverse(lower: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Inverse of ``I + lower``: with X the inverse of its diagonal blocks of size h, that of size 2h is ``X - X C X``, C
-  being the corners of `lower` in the larger blocks. As stable as substitution."""
+  """Inverts ``I + lower``, doubling the size of inverted diagonal blocks; as stable as forward substitution.
+
+  If X inverts the diagonal blocks of size h, ``X - X C X`` inverts those of size 2h, where C are the lower left corners of the
+  larger blocks of `lower`.
+  """
   p, s = _steps()
   inverse = jnp.where(p == s, 1.0, jnp.where(p // 2 == s // 2, -lower, 0))
   h = 2
   while h < CHUNK:
     corners = jnp.where((p // (2 * h) == s // (2 * h)) & (p // h != s // h), lower, 0)
-    inverse -= _product(inverse, _product(corners, inverse, dtype), dtype)
+    inverse -= _dot(inverse, _dot(corners, inverse, dtype), dtype)
     h *= 2
   return inverse
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, log_g_ref, beta_ref, state_ref, readout_ref, writes_ref, inverse_ref, states_ref,
-                    final_ref, carry_ref, *, count):
+def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, state_ref: Any, readout_ref: Any,
+                    writes_ref: Any, inverse_ref: Any, states_ref: Any, final_ref: Any, carry_ref: Any, *, count: int) -> None:
   @pl.when(pl.program_id(2) == 0)
-  def _():
+  def start() -> None:
     carry_ref[...] = state_ref[...]
 
   q, k, log_g, state = q_ref[...], k_ref[...], log_g_ref[...], carry_ref[...]
   dtype, (p, s), ratios = k.dtype, _steps(), _ratios(log_g)
-  g, beta, last = jnp.exp(_column(log_g)), _column(beta_ref[...]), _last(log_g)
+  g, beta, last = jnp.exp(_to_column(log_g)), _to_column(beta_ref[...]), _last(log_g)
   rounded = state.astype(dtype)
   states_ref[...] = rounded
 
-  lower = jnp.where(s < p, beta * ratios * _product(k, k, dtype, ROWS), 0)
+  lower = jnp.where(s < p, beta * ratios * _dot(k, k, dtype, A_BT), 0)
   inverse = _unit_lower_inverse(lower, dtype).astype(dtype)
   inverse_ref[...] = inverse
-  writes = _product(inverse, beta * (v_ref[...].astype(jnp.float32) - g * _product(k, rounded, dtype)), dtype)
+  writes = _dot(inverse, beta * (v_ref[...].astype(jnp.float32) - g * _dot(k, rounded, dtype)), dtype)
   writes_ref[...] = writes.astype(dtype)
 
-  attention = ratios * _product(q, k, dtype, ROWS)
-  readout_ref[...] = (g * _product(q, rounded, dtype) + _product(attention, writes, dtype)).astype(dtype)
-  state = jnp.exp(last) * state + _product(k, jnp.exp(last - _column(log_g)) * writes, dtype, COLUMNS)
+  attention = ratios * _dot(q, k, dtype, A_BT)
+  readout_ref[...] = (g * _dot(q, rounded, dtype) + _dot(attention, writes, dtype)).astype(dtype)
+  state = jnp.exp(last) * state + _dot(k, jnp.exp(last - _to_column(log_g)) * writes, dtype, AT_B)
   carry_ref[...] = state
 
   @pl.when(pl.program_id(2) == count - 1)
-  def _():
+  def finish() -> None:
     final_ref[...] = state
 
 
-def _transition_kernel(k_ref, v_ref, log_g_ref, beta_ref, identity_ref, changes_ref, written_ref, change_ref, write_ref, *,
-                       count):
-  """The carry from the identity without writes, and from zero with them; both transposed."""
+def _transition_kernel(k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, identity_ref: Any, factor_ref: Any,
+                       addend_ref: Any, factor_carry_ref: Any, addend_carry_ref: Any, *, count: int) -> None:
+  """Carries the identity through all chunks without their values, and zero with them: A and N of `transition`, transposed."""
   @pl.when(pl.program_id(2) == 0)
-  def _():
-    change_ref[...], write_ref[...] = identity_ref[...], jnp.zeros(write_ref.shape, jnp.float32)
+  def start() -> None:
+    factor_carry_ref[...], addend_carry_ref[...] = identity_ref[...], jnp.zeros(addend_carry_ref.shape, jnp.float32)
 
   k, log_g = k_ref[...], log_g_ref[...]
-  dtype, (p, s), column, last = k.dtype, _steps(), _column(log_g), _last(log_g)
-  g, beta, decay = jnp.exp(column), _column(beta_ref[...]), jnp.exp(last - column)
-  inverse = _unit_lower_inverse(jnp.where(s < p, beta * _ratios(log_g) * _product(k, k, dtype, ROWS), 0), dtype).astype(dtype)
+  dtype, (p, s), column, last = k.dtype, _steps(), _to_column(log_g), _last(log_g)
+  g, beta, decay = jnp.exp(column), _to_column(beta_ref[...]), jnp.exp(last - column)
+  inverse = _unit_lower_inverse(jnp.where(s < p, beta * _ratios(log_g) * _dot(k, k, dtype, A_BT), 0), dtype).astype(dtype)
 
-  def after(state, v):
-    writes = _product(inverse, beta * (v - g * _product(k, state, dtype)), dtype)
-    return jnp.exp(last) * state + _product(k, decay * writes, dtype, COLUMNS)
+  def after(state: jax.Array, v: jax.Array | float) -> jax.Array:
+    writes = _dot(inverse, beta * (v - g * _dot(k, state, dtype)), dtype)
+    return jnp.exp(last) * state + _dot(k, decay * writes, dtype, AT_B)
 
-  change_ref[...] = after(change_ref[...], 0.0)
-  write_ref[...] = after(write_ref[...], v_ref[...].astype(jnp.float32))
+  factor_carry_ref[...] = after(factor_carry_ref[...], 0.0)
+  addend_carry_ref[...] = after(addend_carry_ref[...], v_ref[...].astype(jnp.float32))
 
   @pl.when(pl.program_id(2) == count - 1)
-  def _():
-    changes_ref[...], written_ref[...] = change_ref[...], write_ref[...]
+  def finish() -> None:
+    factor_ref[...], addend_ref[...] = factor_carry_ref[...], addend_carry_ref[...]
 
 
-def _backward_kernel(q_ref, k_ref, v_ref, log_g_ref, beta_ref, writes_ref, inverse_ref, states_ref, g_readout_ref, g_final_ref,
-                     g_q_ref, g_k_ref, g_v_ref, g_log_g_ref, g_beta_ref, g_state_ref, carry_ref, *, count):
-  """A name with g_ is the cotangent of what follows; the carry is that of the state after the chunk."""
+def _backward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, writes_ref: Any, inverse_ref: Any,
+                     states_ref: Any, g_readout_ref: Any, g_final_ref: Any, g_q_ref: Any, g_k_ref: Any, g_v_ref: Any,
+                     g_log_g_ref: Any, g_beta_ref: Any, g_state_ref: Any, carry_ref: Any, *, count: int) -> None:
+  """Differentiates a chunk; a name `g_x` is the cotangent of x, and `carry_ref` holds that of the state after the chunk."""
   @pl.when(pl.program_id(2) == 0)
-  def _():
+  def start() -> None:
     carry_ref[...] = g_final_ref[...]
 
   q, k, writes, states, g_readout = q_ref[...], k_ref[...], writes_ref[...], states_ref[...], g_readout_ref[...]
   dtype, (p, s), g_state, log_g = k.dtype, _steps(), carry_ref[...], log_g_ref[...]
-  ratios, beta, last, g = _ratios(log_g), _column(beta_ref[...]), _last(log_g), jnp.exp(_column(log_g))
-  decay, rounded = jnp.exp(last - _column(log_g)), g_state.astype(dtype)
+  ratios, beta, last, g = _ratios(log_g), _to_column(beta_ref[...]), _last(log_g), jnp.exp(_to_column(log_g))
+  decay, rounded = jnp.exp(last - _to_column(log_g)), g_state.astype(dtype)
 
-  def total(x):
+  def row_sums(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=2, keepdims=True)
 
   # readout = g q S + A U
-  dots = _product(q, k, dtype, ROWS)
-  g_writes = _product(ratios * dots, g_readout, dtype, COLUMNS) + decay * _product(k, rounded, dtype)
-  g_attention = ratios * _product(g_readout, writes, dtype, ROWS)
+  dots = _dot(q, k, dtype, A_BT)
+  g_writes = _dot(ratios * dots, g_readout, dtype, AT_B) + decay * _dot(k, rounded, dtype)
+  g_attention = ratios * _dot(g_readout, writes, dtype, A_BT)
   change = g_attention * dots
-  g_k = _product(g_attention, q, dtype, COLUMNS)
-  g_q = g * _product(g_readout, states, dtype, ROWS)
-  g_log_g = total(change) + total(q.astype(jnp.float32) * g_q)
+  g_k = _dot(g_attention, q, dtype, AT_B)
+  g_q = g * _dot(g_readout, states, dtype, A_BT)
+  g_log_g = row_sums(change) + row_sums(q.astype(jnp.float32) * g_q)
   g_log_g_row = -jnp.sum(change, axis=1, keepdims=True)
-  g_q_ref[...] = (g_q + _product(g_attention, k, dtype)).astype(dtype)
+  g_q_ref[...] = (g_q + _dot(g_attention, k, dtype)).astype(dtype)
 
   # U = X beta (v - g k S), X the inverse of I + L, L = beta r k.k below the diagonal
-  g_error = _product(inverse_ref[...], g_writes, dtype, COLUMNS)  # before the factor beta
+  g_error = _dot(inverse_ref[...], g_writes, dtype, AT_B)  # of v - g k S, still without the factor beta
   g_v_ref[...] = (beta * g_error).astype(dtype)
-  g_lower = jnp.where(s < p, -ratios * _product(g_error, writes, dtype, ROWS), 0)
-  change = g_lower * _product(k, k, dtype, ROWS)
+  g_lower = jnp.where(s < p, -ratios * _dot(g_error, writes, dtype, A_BT), 0)
+  change = g_lower * _dot(k, k, dtype, A_BT)
   g_lower = beta * g_lower
-  g_k += _product(g_lower, k, dtype) + _product(g_lower, k, dtype, COLUMNS)
-  from_read = -g * _product(g_error, states, dtype, ROWS)
+  g_k += _dot(g_lower, k, dtype) + _dot(g_lower, k, dtype, AT_B)
+  from_read = -g * _dot(g_error, states, dtype, A_BT)
   g_k += beta * from_read
   wide = k.astype(jnp.float32)
-  by_beta = total(change) + total(from_read * wide)
-  g_beta_ref[...] = _row(total(g_error * v_ref[...].astype(jnp.float32)) + by_beta)
+  by_beta = row_sums(change) + row_sums(from_read * wide)
+  g_beta_ref[...] = _to_row(row_sums(g_error * v_ref[...].astype(jnp.float32)) + by_beta)
   g_log_g += beta * by_beta
   g_log_g_row -= jnp.sum(beta * change, axis=1, keepdims=True)
 
   # S' = g_n S + k^T (d U)
-  from_next = decay * _product(writes, rounded, dtype, ROWS)
+  from_next = decay * _dot(writes, rounded, dtype, A_BT)
   g_k_ref[...] = (g_k + from_next).astype(dtype)
-  change = total(wide * from_next)
-  kept = jnp.exp(last) * jnp.sum(total(states.astype(jnp.float32) * g_state), axis=1, keepdims=True)
+  change = row_sums(wide * from_next)
+  kept = jnp.exp(last) * jnp.sum(row_sums(states.astype(jnp.float32) * g_state), axis=1, keepdims=True)
   g_last = jnp.sum(change, axis=1, keepdims=True) + kept
   step = lax.broadcasted_iota(jnp.int32, (1, 1, CHUNK), 2)
-  g_log_g_ref[...] = _row(g_log_g - change) + g_log_g_row + jnp.where(step == CHUNK - 1, g_last, 0)
+  g_log_g_ref[...] = _to_row(g_log_g - change) + g_log_g_row + jnp.where(step == CHUNK - 1, g_last, 0)
 
-  g_state = jnp.exp(last) * g_state + _product(q, g * g_readout.astype(jnp.float32), dtype, COLUMNS)
-  g_state -= _product(k, beta * g * g_error, dtype, COLUMNS)
+  g_state = jnp.exp(last) * g_state + _dot(q, g * g_readout.astype(jnp.float32), dtype, AT_B)
+  g_state -= _dot(k, beta * g * g_error, dtype, AT_B)
   carry_ref[...] = g_state
 
   @pl.when(pl.program_id(2) == count - 1)
-  def _():
+  def finish() -> None:
     g_state_ref[...] = g_state

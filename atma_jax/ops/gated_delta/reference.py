@@ -1,4 +1,4 @@
-"""The gated delta rule one step at a time: the oracle of the other files."""
+"""The gated delta rule one step at a time: the oracle that every other implementation must equal."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import jax.numpy as jnp
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
                 initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.gated_delta`; computed in the dtype of the initial state."""
+  """Implements `atma_jax.ops.gated_delta` for K = H by a scan over time, in the dtype of the initial state."""
   dtype = initial_state.dtype
 
-  def step(state, inputs):
+  def step(state: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     q, k, v, log_gamma, beta = inputs  # (B, H, D) or (B, H)
     state = jnp.exp(log_gamma)[..., None, None] * state
     error = v - jnp.einsum("bhvd,bhd->bhv", state, k)
     state = state + jnp.einsum("bhv,bhd->bhvd", beta[..., None] * error, k)
     return state, jnp.einsum("bhvd,bhd->bhv", state, q)
 
-  steps = [jnp.moveaxis(x.astype(dtype), 1, 0) for x in (q, k, v, log_gamma, beta)]
-  final_state, readout = jax.lax.scan(step, initial_state, steps)
+  inputs = [jnp.moveaxis(x.astype(dtype), 1, 0) for x in (q, k, v, log_gamma, beta)]
+  final_state, readout = jax.lax.scan(step, initial_state, inputs)
   return jnp.moveaxis(readout, 0, 1).astype(v.dtype), final_state

@@ -1,15 +1,16 @@
-"""The gated delta rule in chunks: everything inside a chunk in parallel, only the state from chunk to chunk in turn.
+"""The gated delta rule in chunks, as XLA runs it: chunks work in parallel, only the state passes from one to the next.
 
-Within a chunk of n steps, with ``g_p`` the product of the decays up to p and M the state before it, the writes solve
-the unit lower-triangular system ``(I + diag(beta) D) U = diag(beta) (V - diag(g) K M^T)``, where
-``D[p, s] = (g_p / g_s) k_p.k_s`` for s < p. With X its inverse, ``U = X diag(beta) V - X diag(beta g) K M^T`` is affine
-in M. Decay enters through differences of logarithms only. On a TPU this moves three to eight times the bytes of the kernels
-of `pallas_tpu`, whose docstring has the figures.
+Take a chunk of n steps. Let ``g_p`` be the product of its decays up to step p and M the state before its first step. What the
+chunk writes, U (n, Dv), solves the unit lower-triangular system ``(I + diag(beta) D) U = diag(beta) (V - diag(g) K M^T)`` with
+``D[p, s] = (g_p / g_s) k_p.k_s`` for s < p. With X the inverse of the left-hand matrix, ``U = X diag(beta) V -
+X diag(beta g) K M^T`` is affine in M. Decays only enter as exponentials of differences of logarithms.
+
+On a TPU this moves three to eight times the bytes of the kernels in `pallas_tpu`, whose docstring has the figures.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,99 +18,121 @@ import jax.numpy as jnp
 CHUNK = 64
 
 
-class _Chunks(NamedTuple):
-  """What the chunks say without knowing their states; leading axes (N, B, H), N the number of chunks."""
+class _ChunkTerms(NamedTuple):
+  """What each chunk computes before it knows the state M that enters it; leading axes (N, B, H) for N chunks."""
 
-  writes: jax.Array  # (n, Dv) U for a zero state
-  erases: jax.Array  # (n, D) U falls by erases M^T
-  keys: jax.Array  # (n, D) k_s g_n / g_s
-  decay: jax.Array  # () g_n
-  queries: jax.Array  # (n, D) g_p q_p
-  attention: jax.Array  # (n, n) g_p / g_s k_s.q_p for s <= p
+  writes: jax.Array  # (n, Dv): U for M = 0
+  erases: jax.Array  # (n, D): U = writes - erases M^T
+  keys: jax.Array  # (n, D): k_s g_n / g_s
+  decay: jax.Array  # (): g_n
+  queries: jax.Array  # (n, D): g_p q_p
+  attention: jax.Array  # (n, n): g_p / g_s k_s.q_p for s <= p, else 0
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
                 initial_state: jax.Array, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.gated_delta`; saves its inputs and one state per chunk for the backward pass."""
-  inputs = _cut(q, k, v, log_gamma, beta, initial_state.dtype, chunk)
+  """Implements `atma_jax.ops.gated_delta` for K = H, saving its inputs and one state a chunk for the backward pass."""
+  inputs = _split_chunks(q, k, v, log_gamma, beta, initial_state.dtype, chunk)
   readout, final_state = _run(inputs, initial_state)
-  return _uncut(readout, v), final_state
+  return _join_chunks(readout, v), final_state
+
+
+def gated_delta_step(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, state: jax.Array,
+                     layer: int | None) -> tuple[jax.Array, jax.Array]:
+  """Implements `atma_jax.ops.gated_delta.step.gated_delta_step`."""
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+  stacked, state = state, state if layer is None else state[layer]
+  dtype, out_dtype = state.dtype, v.dtype
+  q, k, v = (x[:, 0].astype(dtype) for x in (q, k, v))
+  gamma, beta = (x[:, 0, :, None].astype(dtype) for x in (jnp.exp(log_gamma), beta))
+  state_k, state_q = jnp.unstack(jnp.einsum("bhvd,nbhd->nbhv", state, jnp.stack([k, q])))
+  write = beta * (v - gamma * state_k)
+  readout = gamma * state_q + write * jnp.sum(k * q, axis=-1, keepdims=True)
+  state = gamma[..., None] * state + write[..., None] * k[..., None, :]
+  return readout[:, None].astype(out_dtype), state if layer is None else stacked.at[layer].set(state)
 
 
 def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
                chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
-  """What all steps do to the state M before them: A (B, H, D, D) and N (B, H, Dv, D) of ``M A + N``.
+  """Summarises a sequence as the affine map ``M -> M A + N`` of the state before it to the state after it.
 
-  Arguments are those of `gated_delta`; made for `ops.context_parallel`, which needs no gradient of it.
+  `atma_jax.ops.context_parallel` composes the maps of consecutive shards. It never differentiates them.
+
+  Args:
+    k, v, log_gamma, beta: as for `gated_delta`, with K = H.
+    chunk: steps in a chunk.
+
+  Returns:
+    A (B, H, D, D) and N (B, H, Dv, D), in float32 or wider.
   """
   (B, _, H, D), Dv, dtype = k.shape, v.shape[-1], jnp.result_type(jnp.float32, k, v)
-  chunks = _within(_cut(k, k, v, log_gamma, beta, dtype, chunk))
+  chunks = _chunk_terms(_split_chunks(k, k, v, log_gamma, beta, dtype, chunk))
 
-  def step(carried, chunk):
-    A, N = carried
-    return (_carry(A, chunk._replace(writes=jnp.zeros((), dtype)))[0], _carry(N, chunk)[0]), None
+  def step(carry: tuple[jax.Array, jax.Array], chunk: _ChunkTerms) -> tuple[tuple[jax.Array, jax.Array], None]:
+    A, N = carry
+    return (_advance(A, chunk._replace(writes=jnp.zeros((), dtype)))[0], _advance(N, chunk)[0]), None
 
   start = jnp.broadcast_to(jnp.eye(D, dtype=dtype), (B, H, D, D)), jnp.zeros((B, H, Dv, D), dtype)
   return jax.lax.scan(step, start, chunks)[0]
 
 
-def _cut(q: jax.Array, k: jax.Array, v: jax.Array, log_gamma: jax.Array, beta: jax.Array, dtype: jnp.dtype,
-         chunk: int = CHUNK) -> tuple[jax.Array, ...]:
-  """Each (B, T, H, ...) in chunks (N, B, H, n, ...), the gates in `dtype`.
+def _split_chunks(q: jax.Array, k: jax.Array, v: jax.Array, log_gamma: jax.Array, beta: jax.Array, dtype: jnp.dtype,
+                  chunk: int = CHUNK) -> tuple[jax.Array, ...]:
+  """Cuts each (B, T, H, ...) into chunks (N, B, H, n, ...) and casts the gates to `dtype`.
 
-  A padded step has gamma 1 and beta 0 and leaves the state alone.
+  Padded steps have gamma 1 and beta 0, which leaves the state as it is.
   """
   T = q.shape[1]
   chunk = min(chunk, 1 << (T - 1).bit_length())
   count = -(-T // chunk)
 
-  def chunks(x):
+  def split(x: jax.Array) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (0, count * chunk - T), *((0, 0),) * (x.ndim - 2)))
     x = x.reshape(x.shape[0], count, chunk, *x.shape[2:])
     return jnp.moveaxis(x, (1, 3), (0, 2))
 
-  return tuple(map(chunks, (q, k, v, log_gamma.astype(dtype), beta.astype(dtype))))
+  return tuple(map(split, (q, k, v, log_gamma.astype(dtype), beta.astype(dtype))))
 
 
-def _uncut(readout: jax.Array, v: jax.Array) -> jax.Array:
-  """Readouts of chunks (N, B, H, n, Dv) as one of v's shape and dtype."""
+def _join_chunks(readout: jax.Array, v: jax.Array) -> jax.Array:
+  """Joins the chunks' readouts (N, B, H, n, Dv) into one of v's shape and dtype."""
   readout = jnp.moveaxis(readout, (0, 2), (1, 3))
   return readout.reshape(v.shape[0], -1, *v.shape[2:])[:, :v.shape[1]].astype(v.dtype)
 
 
 @jax.custom_vjp
-def _run(inputs, initial_state):
-  chunks = _within(inputs)
-  final_state, states = jax.lax.scan(_carry, initial_state, chunks)
+def _run(inputs: tuple[jax.Array, ...], initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
+  chunks = _chunk_terms(inputs)
+  final_state, states = jax.lax.scan(_advance, initial_state, chunks)
   return _read(chunks, states), final_state
 
 
-def _run_fwd(inputs, initial_state):
-  chunks = _within(inputs)
-  final_state, states = jax.lax.scan(_carry, initial_state, chunks)
+def _run_fwd(inputs: tuple[jax.Array, ...], initial_state: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
+  chunks = _chunk_terms(inputs)
+  final_state, states = jax.lax.scan(_advance, initial_state, chunks)
   return (_read(chunks, states), final_state), (inputs, states)
 
 
-def _run_bwd(residuals, cotangents):
+def _run_bwd(residuals: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
   inputs, states = residuals
   dreadout, dfinal_state = cotangents
-  chunks, within_vjp = jax.vjp(_within, inputs)
+  chunks, terms_vjp = jax.vjp(_chunk_terms, inputs)
   dchunks, dstates = jax.vjp(_read, chunks, states)[1](dreadout)
 
-  def step(dstate, inputs):
-    state, chunk, from_read = inputs
-    dcarry, dchunk = jax.vjp(lambda s, c: _carry(s, c)[0], state, chunk)[1](dstate)
-    return dcarry + from_read, dchunk
+  def step(dafter: jax.Array, inputs: tuple[jax.Array, _ChunkTerms, jax.Array]) -> tuple[jax.Array, _ChunkTerms]:
+    state, chunk, dread = inputs
+    dstate, dchunk = jax.vjp(lambda state, chunk: _advance(state, chunk)[0], state, chunk)[1](dafter)
+    return dstate + dread, dchunk
 
-  dinitial_state, from_carry = jax.lax.scan(step, dfinal_state, (states, chunks, dstates), reverse=True)
-  return *within_vjp(jax.tree.map(jnp.add, dchunks, from_carry)), dinitial_state
+  dinitial_state, from_advance = jax.lax.scan(step, dfinal_state, (states, chunks, dstates), reverse=True)
+  return *terms_vjp(jax.tree.map(jnp.add, dchunks, from_advance)), dinitial_state
 
 
 _run.defvjp(_run_fwd, _run_bwd)
 
 
-def _within(inputs) -> _Chunks:
-  """All chunks at once: q, k (N, B, H, n, D), v (N, B, H, n, Dv), log_gamma and beta (N, B, H, n)."""
+def _chunk_terms(inputs: tuple[jax.Array, ...]) -> _ChunkTerms:
+  """Computes the terms of all chunks at once from q, k (N, B, H, n, D), v (N, B, H, n, Dv), log_gamma and beta (N, B, H, n)."""
   q, k, v, log_gamma, beta = inputs
   dtype = log_gamma.dtype
   log_g = jnp.cumsum(log_gamma, axis=-1)
@@ -121,7 +144,7 @@ def _within(inputs) -> _Chunks:
   inverse = _unit_lower_inverse(jnp.where(jnp.tri(n, k=-1, dtype=bool), beta[..., None] * ratio * dots, 0))
   g = jnp.exp(log_g)[..., None]
   beta = beta[..., None]
-  return _Chunks(
+  return _ChunkTerms(
     writes=inverse @ (beta * v),
     erases=inverse @ (beta * g * k),
     keys=jnp.exp(log_g[..., -1:] - log_g)[..., None] * k,
@@ -131,28 +154,29 @@ def _within(inputs) -> _Chunks:
   )
 
 
-def _carry(state: jax.Array, chunk: _Chunks) -> tuple[jax.Array, jax.Array]:
-  """The state (B, H, Dv, D) after a chunk, and the one before it."""
+def _advance(state: jax.Array, chunk: _ChunkTerms) -> tuple[jax.Array, jax.Array]:
+  """Returns the state (B, H, Dv, D) after a chunk, and the one before it, as `jax.lax.scan` collects it."""
   writes = _writes(chunk, state)
   after = chunk.decay[..., None, None] * state + jnp.einsum("...nv,...nd->...vd", writes, chunk.keys)
   return after, state
 
 
-def _read(chunks: _Chunks, states: jax.Array) -> jax.Array:
-  """Readouts (N, B, H, n, Dv) of all chunks from the states before them."""
+def _read(chunks: _ChunkTerms, states: jax.Array) -> jax.Array:
+  """Returns the readouts (N, B, H, n, Dv) of all chunks, given the states before them."""
   return jnp.einsum("...nd,...vd->...nv", chunks.queries, states) + chunks.attention @ _writes(chunks, states)
 
 
-def _writes(chunk: _Chunks, state: jax.Array) -> jax.Array:
+def _writes(chunk: _ChunkTerms, state: jax.Array) -> jax.Array:
+  """Returns U (..., n, Dv), given the state before the chunk."""
   return chunk.writes - jnp.einsum("...nd,...vd->...nv", chunk.erases, state)
 
 
 @jax.custom_vjp
 def _unit_lower_inverse(lower: jax.Array) -> jax.Array:
-  """Inverse of ``I + lower``, lower (..., n, n) strictly lower triangular and n a power of two.
+  """Inverts ``I + lower``, where lower (..., n, n) is strictly lower triangular and n is a power of two.
 
-  By halves, ``[[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]``: log2 n rounds of matrix products on every
-  platform, and as stable as substitution, which a product of powers of `lower` is not when keys repeat.
+  It recurses on halves, ``[[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]``: log2 n rounds of matrix products on every
+  platform. This is as stable as forward substitution; a product of powers of `lower` is not when keys repeat.
   """
   n = lower.shape[-1]
   if n == 1:
