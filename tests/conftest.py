@@ -1,15 +1,15 @@
-"""Shared fixtures. The process sees one CPU device; tests/multidevice sees eight (its own process).
+"""Shared fixtures. The process sees one CPU device; a run of tests/multidevice alone sees eight fake ones.
 
-Programs are compiled once a test run, not once a process: the workers, and the mains they start, share a compilation cache
-that lasts as long as the run. Runs compared bit for bit then run the same program. Mains run in children forked from one
-process that has the libraries imported (and no backend started): each is the real main with its own flags, environment,
-streams and exit code, without paying for the imports again.
+Programs are compiled once per test run, not once per process: the workers and the mains they start share a compilation cache
+that lasts as long as the run. So runs that are compared bit for bit run the same program. Mains run in children that are forked
+from one process, which has imported the libraries and started no backend. Each is the real main with its own flags,
+environment, streams and exit code, without paying for the imports again.
 """
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 import importlib.metadata
 import json
 import os
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from typing import Any
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit it; jax reads it when it is imported
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="atma_jax-tests-")
@@ -29,6 +30,7 @@ _QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false"  # fusions take half o
 if importlib.metadata.version("jax").startswith("0.10.") and _QUICK_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_TO_COMPILE}"  # later versions do not know it
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -79,20 +81,28 @@ for child in list(children):
 """
 
 
-class Child:
-  """A main that runs; what of `subprocess.Popen` the tests use."""
+def pytest_configure(config: pytest.Config) -> None:
+  """Gives a run of nothing but tests/multidevice its eight devices, however it was started; workers inherit them."""
+  paths = [pathlib.PurePath(argument.partition("::")[0]) for argument in config.args]
+  if paths and all("multidevice" in path.parts for path in paths):
+    chex.set_n_cpu_devices(8)
 
-  def __init__(self, forking: Forking, pid: int):
+
+class Child:
+  """A running main, with the part of the interface of `subprocess.Popen` that the tests use."""
+
+  def __init__(self, forking: Forking, pid: int) -> None:
     self.pid, self.returncode = pid, None
     self._forking = forking
 
   def poll(self) -> int | None:
-    """Its exit code, or minus the signal that ended it; None while it runs."""
+    """Returns the exit code, or minus the number of the signal that ended it; None while it runs."""
     if self.returncode is None:
       self.returncode = self._forking.codes.get(self.pid)
     return self.returncode
 
   def wait(self, timeout: float) -> int:
+    """Returns the exit code once the main has ended; raises `subprocess.TimeoutExpired` after `timeout` seconds."""
     with self._forking.changed:
       self._forking.changed.wait_for(lambda: self.poll() is not None or self._forking.ended, timeout)
     if self.returncode is None:
@@ -101,20 +111,23 @@ class Child:
     return self.returncode
 
   def send_signal(self, number: int) -> None:
+    """Sends a signal, unless the main has ended."""
     if self.poll() is None:
       os.kill(self.pid, number)
 
   def terminate(self) -> None:
+    """Sends SIGTERM."""
     self.send_signal(signal.SIGTERM)
 
   def kill(self) -> None:
+    """Sends SIGKILL."""
     self.send_signal(signal.SIGKILL)
 
 
 class Forking:
-  """Starts mains as children of one process that has imported what they import."""
+  """Starts mains as children of one process that has imported the libraries they use."""
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path) -> None:
     self.changed, self.codes, self.ended = threading.Condition(), {}, False
     self._folder, self._started = folder, []
     self._process = subprocess.Popen([sys.executable, "-c", FORKING], cwd=REPOSITORY, stdin=subprocess.PIPE,
@@ -128,7 +141,7 @@ class Forking:
         if code:
           self.codes[pid] = code[0]
         else:
-          self.codes.pop(pid, None)  # of an older one of that number
+          self.codes.pop(pid, None)  # the exit code of an older process with this number
           self._started.append(pid)
         self.changed.notify_all()
     with self.changed:
@@ -137,7 +150,15 @@ class Forking:
 
   def start(self, name: str, *arguments: object, stdout: str | os.PathLike = os.devnull,
             stderr: str | os.PathLike = os.devnull, environ: Mapping[str, str] | None = None, first: str = "") -> Child:
-    """``python -m atma_jax.NAME ARGUMENTS...`` in the repository, `environ` its whole environment, `first` code run before it."""
+    """Starts ``python -m atma_jax.NAME ARGUMENTS...`` in the repository.
+
+    Args:
+      name: the main.
+      *arguments: its command line.
+      stdout, stderr: files that its streams are written to.
+      environ: its whole environment; None is that of the tests.
+      first: Python code that is run before the main.
+    """
     job = {"module": f"atma_jax.{name}", "arguments": [str(a) for a in arguments], "stdout": os.fspath(stdout),
            "stderr": os.fspath(stderr), "environ": dict(os.environ if environ is None else environ), "first": first}
     print(json.dumps(job), file=self._process.stdin, flush=True)
@@ -146,8 +167,8 @@ class Forking:
       assert self._started, "nothing was started"
       return Child(self, self._started.pop())
 
-  def run(self, name: str, *arguments: object, timeout: float = 600, **options) -> subprocess.CompletedProcess[str]:
-    """Starts one and waits for its end."""
+  def run(self, name: str, *arguments: object, timeout: float = 600, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Starts a main, waits for its end and returns its exit code and streams; `options` are those of `start`."""
     out, error = self._folder / "stdout", self._folder / "stderr"
     child = self.start(name, *arguments, stdout=out, stderr=error, **options)
     try:
@@ -157,6 +178,7 @@ class Forking:
     return subprocess.CompletedProcess([name, *arguments], child.returncode, out.read_text(), error.read_text())
 
   def close(self) -> None:
+    """Ends the process that starts mains, and with it every main that still runs."""
     self._process.stdin.close()
     assert self._process.wait(timeout=60) == 0
 
@@ -177,7 +199,7 @@ class Golden:
 
 
 @pytest.fixture(scope="session")
-def forking(tmp_path_factory):
+def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
   """Starts mains; see `Forking`."""
   forking = Forking(tmp_path_factory.mktemp("streams"))
   yield forking
@@ -185,7 +207,7 @@ def forking(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def main(forking):
+def main(forking: Forking) -> Callable[..., subprocess.CompletedProcess[str]]:
   """Calls ``python -m atma_jax.NAME ARGUMENTS...`` in the repository and returns the completed process."""
   return forking.run
 
@@ -197,7 +219,7 @@ def golden() -> Golden:
 
 
 @pytest.fixture
-def x64():
+def x64() -> Iterator[None]:
   """Runs a test in float64."""
   with jax.enable_x64(True):
     yield
