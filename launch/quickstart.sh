@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained and evaluated model: environment, tokenizer, shards, training, evaluation, plots.
-# Needs Python >= 3.11, 2 cores and about 12 minutes. Run it again to resume after an interruption.
+# Needs Python >= 3.11 and 8 to 15 minutes on 2 cores. Run it again to resume after an interruption.
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh
