@@ -1,14 +1,14 @@
-"""What every main shares: strict flags, the recipe and its overrides, one-line errors, exit codes.
+"""What all mains share: strict flags, the recipe and its overrides, one-line errors, exit codes.
 
-``--config=FILE`` names a recipe, whose ``get_config()`` returns a `Config`; every field of `Config` is a flag of its
-own (``--config.model.attention=nope``) that overrides the recipe.
+``--config=FILE`` names a recipe, whose ``get_config()`` returns a `Config`. Every field of `Config` has a flag
+(``--config.model.attention=nope``) that overrides the recipe.
 
-Exit codes: 0 done, 1 something outside failed, 2 bad input (both one line, no traceback), 75 pre-empted after saving.
+Exit codes: 0 done, 1 something outside the program failed, 2 bad input (both say so in one line, without a traceback), 75
+pre-empted after saving.
 """
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Sequence
 import dataclasses
 import importlib.machinery
@@ -17,7 +17,6 @@ import logging as std_logging
 import pathlib
 import re
 import sys
-import types
 import typing
 from typing import Any
 
@@ -25,6 +24,7 @@ from absl import app, flags, logging
 
 from atma_jax.checkpoints.overrides import OVERRIDES, RETENTION_HEADS_HELP, Override
 from atma_jax.config import Config, RetentionCap, leaves
+from atma_jax.dataclass_flags import FieldParser, define_field
 from atma_jax.errors import RunError, UserError, unknown_name
 
 EXIT_FAILED = 1
@@ -35,22 +35,21 @@ flags.disclaim_key_flags()  # --help lists --config among the flags of the main 
 
 
 class ConfigFlag:
-  """``--config=FILE`` and one flag a field of `Config`; `value` is the recipe with the given overrides, validated."""
+  """``--config=FILE``, and a flag for every field of `Config`."""
 
   def __init__(self, default: str | None):
-    self._recipe = flags.DEFINE_string("config", default, "Recipe, e.g. configs/quickstart.py.")
-    self._fields = {}
-    for leaf in leaves(Config()):
-      self._fields[leaf.name] = flags.DEFINE(_FieldParser(leaf.hint), leaf.name, None, f"{leaf.help} Default: {leaf.value!r}.",
-                                             serializer=flags.ArgumentSerializer())
+    self._recipe = flags.DEFINE_string("config", default, "Recipe, such as configs/quickstart.py.")
+    self._fields = {leaf.name: define_field(leaf.name, leaf.hint, None, f"{leaf.help} Default: {leaf.value!r}.")
+                    for leaf in leaves(Config())}
 
   @property
   def given(self) -> bool:
-    """Whether there is a recipe."""
+    """Whether a recipe was named."""
     return self._recipe.value is not None
 
   @property
   def value(self) -> Config:
+    """The recipe with the overrides that were given, validated; raises `UserError` for anything wrong with either."""
     if self._recipe.value is None:
       raise UserError("--config=FILE is required: a recipe, e.g. --config=configs/quickstart.py")
     config = load_recipe(self._recipe.value)
@@ -65,7 +64,7 @@ class ConfigFlag:
 
 
 def define_config_flag(default: str | None = None) -> ConfigFlag:
-  """Defines ``--config`` and ``--config.FIELD`` for a main."""
+  """Defines ``--config`` and ``--config.FIELD`` for a main; `default` is the recipe if none is named."""
   return ConfigFlag(default)
 
 
@@ -90,7 +89,7 @@ class OverrideFlags:
     Args:
       heads_alone: allow ``--retention_heads`` without ``--retention_cap``, because other caps are given.
     """
-    given = {name: flag.value for name, flag in self._flags.items() if flag.present}
+    given: dict[str, Any] = {name: flag.value for name, flag in self._flags.items() if flag.present}
     if given.get("retention_cap") is not None:
       given["retention_cap"] = RetentionCap(given["retention_cap"], self.heads)
     elif self.heads != "all" and not heads_alone:
@@ -104,14 +103,20 @@ def define_override_flags() -> OverrideFlags:
 
 
 def load_recipe(path: str) -> Config:
-  """What `get_config()` of the Python file `path` returns; `UserError` where there is no such thing."""
+  """The `Config` that ``get_config()`` of the Python file `path` returns.
+
+  Raises:
+    UserError: no such file, it does not run, or it returns something else.
+  """
   if not pathlib.Path(path).is_file():
     near = ", ".join(sorted(str(file) for file in pathlib.Path(path).parent.glob("*.py")))
     raise UserError(f"--config={path}: no such file" + (f"; recipes there: {near}" if near else ""))
-  spec = importlib.util.spec_from_loader("recipe", importlib.machinery.SourceFileLoader("recipe", path))
+  loader = importlib.machinery.SourceFileLoader("recipe", path)
+  spec = importlib.util.spec_from_loader("recipe", loader)
+  assert spec is not None
   recipe = importlib.util.module_from_spec(spec)
   try:
-    spec.loader.exec_module(recipe)
+    loader.exec_module(recipe)
     config = recipe.get_config()
   except (SyntaxError, NameError, AttributeError, TypeError, ImportError) as error:
     raise UserError(f"--config={path}: {error}") from error
@@ -121,9 +126,9 @@ def load_recipe(path: str) -> Config:
 
 
 def run(main: Callable[[], int | None]) -> None:
-  """Parses flags, calls `main` and exits with its code.
+  """Parses the flags, calls `main` and exits with the code that it returns; None is 0.
 
-  Bad flags and `UserError` become one line and exit code 2, `RunError` one line and exit code 1.
+  Bad flags and a `UserError` end in one line and exit code 2, a `RunError` in one line and exit code 1.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -135,13 +140,14 @@ def run(main: Callable[[], int | None]) -> None:
       bad_input(error)
     except RunError as error:
       _end(error, EXIT_FAILED)
-    sys.exit(code)
+    else:
+      sys.exit(code)
 
   app.run(guarded, flags_parser=_parse)
 
 
-def _of_a_library(record: std_logging.LogRecord) -> bool:
-  """True for what libraries say about their own workings below a warning, or as one when a checkpoint is only read."""
+def _is_library_chatter(record: std_logging.LogRecord) -> bool:
+  """Whether a library logs its own workings: below a warning, or as the warning of a checkpoint that is only read."""
   if not any(part in record.pathname for part in ("/orbax/", "/grain/", "/jax/")):
     return False
   return record.levelno < std_logging.WARNING or re.search("read.only=", record.getMessage()) is not None
@@ -149,7 +155,7 @@ def _of_a_library(record: std_logging.LogRecord) -> bool:
 
 def _parse(argv: list[str]) -> list[str]:
   logging.use_absl_handler()
-  logging.get_absl_handler().addFilter(lambda record: not _of_a_library(record))
+  logging.get_absl_handler().addFilter(lambda record: not _is_library_chatter(record))
   logging.set_stderrthreshold("info")
   try:
     return flags.FLAGS(argv)
@@ -160,7 +166,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _unknown_field(name: str) -> str:
-  """What is wrong with ``config.a.b`` that is no flag: the first part that is no field, or that it is a group."""
+  """Why there is no flag ``config.a.b``: it names the first part that is no field, or says that ``config.a.b`` is a group."""
   owner, path = Config(), "config"
   for part in name.split(".")[1:]:
     if not dataclasses.is_dataclass(owner):
@@ -173,7 +179,7 @@ def _unknown_field(name: str) -> str:
 
 
 def bad_input(error: Exception | str) -> typing.NoReturn:
-  """Says what is wrong in one line and ends with exit code 2."""
+  """Prints what is wrong in one line and exits with code 2."""
   _end(error, EXIT_BAD_INPUT)
 
 
@@ -182,26 +188,8 @@ def _end(error: Exception | str, code: int) -> typing.NoReturn:
   sys.exit(code)
 
 
-class _FieldParser(flags.ArgumentParser):
-  """Text to a value of a field's type."""
-
-  def __init__(self, hint: Any):
-    self._hint = hint
-
-  def parse(self, text: Any) -> Any:
-    try:
-      return _parse_as(text, self._hint)
-    except (ValueError, SyntaxError) as error:
-      raise ValueError(f"must be {self.flag_type()}") from error
-
-  def flag_type(self) -> str:
-    if self._hint is bool:
-      return "true or false"
-    return f"of type {self._hint.__name__ if type(self._hint) is type else self._hint}"
-
-
 class _OverrideParser(flags.ArgumentParser):
-  """Text to a value of an override: a whole number or none."""
+  """Parses the text of a flag as the value of an override: a whole number or none."""
 
   def __init__(self, override: Override):
     self._override = override
@@ -218,38 +206,24 @@ class _OverrideParser(flags.ArgumentParser):
     return "a number of keys, or 0 for no end"
 
 
-def _parse_as(text: str, hint: Any) -> Any:
-  """``int | None`` takes None; tuples are written ``a,b`` or ``('a', 'b')``; booleans true or false."""
-  if isinstance(hint, types.UnionType):
-    inner = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    return None if text == "None" else _parse_as(text, inner)
-  if typing.get_origin(hint) is tuple:
-    item = typing.get_args(hint)[0]
-    if text.startswith("("):
-      items = ast.literal_eval(text)
-      return tuple(_parse_as(str(i), item) for i in (items if isinstance(items, tuple) else (items,)))
-    return tuple(_parse_as(part, item) for part in text.split(",") if part)
-  if hint is bool:
-    if text.lower() not in ("true", "false"):
-      raise ValueError(text)
-    return text.lower() == "true"
-  return hint(text)
-
-
 def parse_field(field: str, text: str) -> Any:
-  """The value of ``config.FIELD`` written as `text`, as its flag would take it."""
+  """The value that the flag ``--config.FIELD`` would take from `text`.
+
+  Raises:
+    UserError: no such field, or the text is no value of its type.
+  """
   name = f"config.{field}"
   hints = {leaf.name: leaf.hint for leaf in leaves(Config())}
   if name not in hints:
     raise UserError(_unknown_field(name))
   try:
-    return _FieldParser(hints[name]).parse(text)
+    return FieldParser(hints[name]).parse(text)
   except ValueError as error:
     raise UserError(f"--{name}={text}: {error}") from error
 
 
 def whole_numbers(flag: str, texts: Sequence[str]) -> tuple[int, ...]:
-  """The values of a list flag of whole numbers."""
+  """The whole numbers in the texts of a list flag; anything else raises `UserError`, which names the flag."""
   try:
     return tuple(int(text) for text in texts)
   except ValueError as error:

@@ -1,4 +1,4 @@
-"""Programs compiled once and found again: what makes a restart quick."""
+"""The persistent cache of compiled programs, which spares a restart the compilation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import jax
 
 
 def use_compilation_cache(choice: str, workdir: str) -> None:
-  """Keeps compiled programs where later runs find them: a directory, "off", or "auto".
+  """Turns JAX's persistent compilation cache on or off.
 
-  "auto" leaves it to JAX_COMPILATION_CACHE_DIR where that is set, else takes ``WORKDIR/xla_cache``; there the programs of a CPU
-  go to a folder of that model of CPU, because XLA uses whatever instructions the machine has.
+  Args:
+    choice: a directory, "off", or "auto": JAX_COMPILATION_CACHE_DIR if that is set, otherwise ``WORKDIR/xla_cache``. There, the
+      programs of a CPU go to a folder for its model, because XLA uses whatever instructions a machine has.
+    workdir: the directory of the run.
   """
   if choice == "off":
     jax.config.update("jax_enable_compilation_cache", False)
@@ -30,7 +32,7 @@ def use_compilation_cache(choice: str, workdir: str) -> None:
 
 
 def _cpu_model() -> str:
-  """A short name for what this machine's CPU can do."""
+  """A hash of the model and the instruction sets of this machine's CPU."""
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
   except OSError:

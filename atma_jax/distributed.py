@@ -1,18 +1,18 @@
-"""Several processes as one JAX program: `jax.distributed`, initialised from the environment or from flags.
+"""Several processes as one JAX program: `jax.distributed`, initialised from flags or from the environment.
 
-What is looked at, in this order; without any of it the process stays alone:
+These are looked at in order; if none applies, the process stays alone:
 
 1. the flags --coordinator_address, --num_processes and --process_id;
 2. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, the same three as environment variables;
 3. --distributed=cloud_tpu: the metadata server of Cloud TPU VMs, slices included;
 4. GKE: TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES, and MEGASCALE_NUM_SLICES, which are set for TPU pods;
-5. Slurm: the variables that srun sets, where its step has several tasks, one for each GPU.
+5. Slurm: the variables that srun sets, if its step has several tasks, one for each GPU.
 
-A process that dies is noticed through its missing heartbeats: after --heartbeat_seconds the others end with a message
-instead of waiting in a collective for ever; at once where it was process 0. One that ends alone, with an error that the
-others do not share, waits as long for them, then all end. One whose peers do not appear within `START_SECONDS` ends too. In
-each case jaxlib aborts (exit code 134), so that a launcher tries again. What one process can find out alone, such as a
-directory that only it cannot read, goes through `agreed`: then all end with that message.
+Heartbeats reveal a process that dies: after --heartbeat_seconds without one (at once, if process 0 died) the others end with a
+message instead of waiting in a collective for ever. A process that ends alone, with an error that the others do not share, waits
+for them as long, and then all end. A process whose peers do not appear within `START_SECONDS` ends too. In each case jaxlib
+aborts (exit code 134), so that a launcher tries again. Errors that a single process may meet, such as a directory that only this
+process cannot read, go through `agreed`, so that all processes end with the same message.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import contextlib
 import itertools
 import os
 import sys
+from typing import Any
 
 from absl import flags, logging
 import jax
@@ -31,61 +32,62 @@ from atma_jax.errors import RunError, UserError
 
 HEARTBEAT_SECONDS = 100
 START_SECONDS = 300
-_AGREE_MILLISECONDS = 7 * 24 * 3_600_000  # preparing data may take long; a process that dies meanwhile ends the wait
+_AGREE_MILLISECONDS = 7 * 24 * 3_600_000  # process 0 may prepare data for long; if a process dies, the wait ends anyway
 MODES = ("auto", "cloud_tpu", "off")
 
-flags.disclaim_key_flags()  # --help lists them among the flags of the main that defines them
+flags.disclaim_key_flags()  # --help lists the flags under the main that defines them
 
-_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 class DistributedFlags:
-  """The five flags; `initialize()` acts on them and must come before anything that touches a device."""
+  """The five flags of this module; `initialize` acts on them and must be called before anything touches a device."""
 
   def __init__(self) -> None:
     self._mode = flags.DEFINE_enum(
-      "distributed", "auto", MODES, "Several processes: as the environment says, by Cloud TPU VM metadata, or not.")
-    self._address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, the same for all.")
-    self._count = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-    self._id = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
+      "distributed", "auto", MODES, "How processes find each other: from flags or environment, from Cloud TPU VM metadata, or "
+      "not at all.")
+    self._address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, the same in all processes.")
+    self._count = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+    self._id = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
     self._heartbeat = flags.DEFINE_integer(
-      "heartbeat_seconds", HEARTBEAT_SECONDS, "A process not heard of for so long is dead, and the others end.", lower_bound=1)
+      "heartbeat_seconds", HEARTBEAT_SECONDS, "Seconds without a heartbeat after which a process counts as dead.", lower_bound=1)
 
   def initialize(self) -> None:
-    """See `initialize`."""
+    """Calls `initialize` with the values of the flags."""
     initialize(self._mode.value, self._address.value, self._count.value, self._id.value, self._heartbeat.value)
 
   @property
   def first(self) -> bool:
-    """True in the process that writes what all have found out."""
+    """Whether this is the process that prints and writes results."""
     return jax.process_index() == 0
 
 
 def initialize(mode: str = "auto", coordinator_address: str | None = None, num_processes: int | None = None,
                process_id: int | None = None, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
-  """Joins this process to the others, if there are any; returns when all have joined.
+  """Joins this process to the others, if there are any, and returns when all have joined.
 
   Args:
-    mode: "auto" looks at the arguments, then at the environment; "cloud_tpu" asks the metadata server; "off": alone.
+    mode: "auto" looks at the arguments, then at the environment; "cloud_tpu" asks the metadata server; "off" stays alone.
     coordinator_address: HOST:PORT on which process 0 listens.
-    num_processes: how many processes there are.
-    process_id: which one this is.
+    num_processes: the number of processes.
+    process_id: the index of this process.
     heartbeat_seconds: how long another process may be silent before this one ends.
 
   Raises:
     UserError: some but not all of the three, or values that do not fit; the message names the flag or variable.
-    SystemExit: there is no such cluster around this process; exit code 1, so that a launcher tries again.
+    SystemExit: the cluster cannot be found; exit code 1, so that a launcher tries again.
   """
-  explicit = dict(zip(("--coordinator_address", "--num_processes", "--process_id"),
-                      (coordinator_address, num_processes, process_id)))
+  explicit: dict[str, str | int | None] = {
+    "--coordinator_address": coordinator_address, "--num_processes": num_processes, "--process_id": process_id}
   given = [name for name, value in explicit.items() if value is not None]
   if mode != "auto" and given:
     raise UserError(f"{given[0]}: not together with --distributed={mode}")
   if mode == "off":
     return
   if mode == "cloud_tpu":
-    options = {"cluster_detection_method": "gcetpu"}
+    options: dict[str, Any] | None = {"cluster_detection_method": "gcetpu"}
   elif given:
     options = _checked(explicit)
   else:
@@ -101,81 +103,92 @@ def initialize(mode: str = "auto", coordinator_address: str | None = None, num_p
     raise SystemExit(1) from error
   logging.info("process %d of %d", jax.process_index(), jax.process_count())
   if jax.process_index():
-    logging.set_verbosity(logging.WARNING)  # process 0 tells what all do
+    logging.set_verbosity(logging.WARNING)  # process 0 logs what all of them do
 
 
 _rounds = itertools.count()
 
 
 def exchange(message: str) -> list[str]:
-  """What every process said, by index. Each must call this as often as the others; it returns when all have."""
+  """Exchanges a message with all processes, and returns theirs by process index.
+
+  A barrier: it returns once every process has called it, so that all processes must call it equally often.
+  """
   if jax.process_count() == 1:
     return [message]
   client, number = global_state.client, next(_rounds)
+  assert client is not None, "several processes have joined"
   client.key_value_set(f"atma_jax/{number}/{jax.process_index():08}", message)
   client.wait_at_barrier(f"atma_jax/{number}", _AGREE_MILLISECONDS)
   if jax.process_index() == 0 and number:
-    client.key_value_delete(f"atma_jax/{number - 1}/")  # every process has read it: it came to this round
-  return [said for _, said in sorted(client.key_value_dir_get(f"atma_jax/{number}/"))]
+    client.key_value_delete(f"atma_jax/{number - 1}/")  # every process that has come to this round has read the one before
+  return [text for _, text in sorted(client.key_value_dir_get(f"atma_jax/{number}/"))]
 
 
 def from_first(message: str) -> str:
-  """What process 0 said."""
+  """The message of process 0; a barrier, as `exchange`."""
   return exchange(message)[0]
 
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-  """Work that each process does by itself and in which one alone may fail: all leave the block, or all raise.
+  """A block that each process runs by itself, and that either all processes leave or all processes raise in.
 
-  An error of this process comes out as it is; one of another as `UserError` where it was one, else as `RunError`.
-  Nothing in the block may wait for another process.
+  An error of this process is raised as it is. An error of another process is raised as `UserError` if it was one, otherwise as
+  `RunError`. Nothing in the block may wait for another process.
   """
   own = None
   try:
     yield
   except Exception as error:
     own = error
-  said = "" if own is None else f"{'input' if isinstance(own, UserError) else 'run'} {own or type(own).__name__}"
-  heard = exchange(said)
+  message = "" if own is None else f"{'input' if isinstance(own, UserError) else 'run'} {own or type(own).__name__}"
+  messages = exchange(message)
   if own is not None:
     raise own
-  for index, other in enumerate(heard):
+  for index, other in enumerate(messages):
     if other:
       kind, _, text = other.partition(" ")
       raise (UserError if kind == "input" else RunError)(f"process {index}: {text}")
 
 
 def attempt(work: Callable[[], object]) -> str:
-  """Runs `work` in every process: "" where it succeeded in all, else one line that says what went wrong where.
+  """Runs `work` in every process, and returns what went wrong in which of them.
 
-  Unlike with `agreed` the program goes on, so any exception counts; `work` may wait for others if it gives up in time.
+  Unlike `agreed`, it lets the program go on after any exception. `work` may wait for other processes if it gives up in time.
+
+  Returns:
+    One line; "" if `work` succeeded in all processes.
   """
-  said = ""
+  message = ""
   try:
     work()
   except Exception as error:
-    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-  heard = exchange(said)
-  if len(heard) == 1:
-    return heard[0]
-  return "; ".join(f"process {index}: {text}" for index, text in enumerate(heard) if text)
+    message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+  messages = exchange(message)
+  if len(messages) == 1:
+    return messages[0]
+  return "; ".join(f"process {index}: {text}" for index, text in enumerate(messages) if text)
 
 
-def from_environment(environ: Mapping[str, str]) -> dict[str, str | int] | None:
-  """What `jax.distributed.initialize` needs to be told, or None where the environment speaks of one process only."""
-  if any(name in environ for name in _VARIABLES):
-    return _checked({name: environ.get(name) for name in _VARIABLES})
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
+  """The arguments for `jax.distributed.initialize` that the environment asks for; None if it describes a single process.
+
+  Raises:
+    UserError: some but not all of the variables of a cluster, or values that do not fit.
+  """
+  if any(name in environ for name in VARIABLES):
+    return _checked({name: environ.get(name) for name in VARIABLES})
   several = any("," in environ.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
-  if several or _number(environ, "MEGASCALE_NUM_SLICES", absent=1) > 1:
+  if several or _number(environ, "MEGASCALE_NUM_SLICES", default=1) > 1:
     return {"cluster_detection_method": "gketpu"}
   if all(name in environ for name in _SLURM_STEP) and _number(environ, "SLURM_NTASKS") > 1:
     return {"cluster_detection_method": "slurm"}
   return None
 
 
-def _checked(values: dict[str, str | int | None]) -> dict[str, str | int]:
-  """Address, count and index under the names of `jax.distributed.initialize`; `values` is in that order."""
+def _checked(values: Mapping[str, str | int | None]) -> dict[str, Any]:
+  """The arguments for `jax.distributed.initialize`, from address, count and index, in that order, as the user named them."""
   missing = [name for name, value in values.items() if value is None]
   if missing:
     raise UserError(f"{missing[0]} is required: {', '.join(values)} go together")
@@ -191,9 +204,10 @@ def _checked(values: dict[str, str | int | None]) -> dict[str, str | int]:
   return {"coordinator_address": values[address], "num_processes": number, "process_id": which}
 
 
-def _number(values: Mapping[str, str | int], name: str, absent: int | None = None) -> int:
-  if absent is not None and name not in values:
-    return absent
-  if not str(values[name]).isdigit():
-    raise UserError(f"{name}={values[name]}: must be a whole number")
-  return int(values[name])
+def _number(values: Mapping[str, str | int | None], name: str, default: int | None = None) -> int:
+  if default is not None and name not in values:
+    return default
+  text = str(values[name])
+  if not text.isdigit():
+    raise UserError(f"{name}={text}: must be a whole number")
+  return int(text)

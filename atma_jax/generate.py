@@ -9,14 +9,13 @@ A single prompt is streamed to the terminal; a file of prompts holds one a line 
 
 from __future__ import annotations
 
-import dataclasses
-
 from absl import flags
 import jax
 import numpy as np
 
 from atma_jax import cli
 from atma_jax.checkpoints.load import load_model
+from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.errors import UserError
 from atma_jax.inference.console import complete_all, read_lines, read_text, stream_one
 from atma_jax.inference.engine import Engine
@@ -24,7 +23,6 @@ from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
 
-_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, tuple: flags.DEFINE_multi_string}
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
 _EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
@@ -33,8 +31,7 @@ _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File whose text is cont
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A prompt a line.")
 _LOAD_STATE = flags.DEFINE_string("load_state", None, "File of --save_state, whose prompt comes before the one given.")
 _SAVE_STATE = flags.DEFINE_string("save_state", None, "File that gets the state after the prompt.")
-_SAMPLING = {field.name: _DEFINE[type(field.default)](field.name, field.default, field.metadata["help"])
-             for field in dataclasses.fields(Sampling)}
+_SAMPLING = DataclassFlags(Sampling, repeated=("stop",))
 _ROWS = flags.DEFINE_integer("rows", 8, "Prompts of a file decoded at once.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
 _FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.")
@@ -52,7 +49,7 @@ def main() -> None:
     raise UserError("--prompt=TEXT, --prompt_file=FILE or --prompts_file=FILE is required, and only one of them")
   if given[0] is _PROMPTS_FILE and (_LOAD_STATE.value or _SAVE_STATE.value):
     raise UserError("--load_state and --save_state: of one prompt, so not with --prompts_file")
-  sampling = Sampling(**{name: tuple(flag.value) if name == "stop" else flag.value for name, flag in _SAMPLING.items()})
+  sampling = _SAMPLING.value
   prompts = [_PROMPT.value] if given[0] is _PROMPT else [read_text("prompt_file", _PROMPT_FILE.value)] if (
     given[0] is _PROMPT_FILE) else read_lines("prompts_file", _PROMPTS_FILE.value)
   config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, overrides=_OVERRIDES.values())

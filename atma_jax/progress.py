@@ -1,4 +1,4 @@
-"""Progress bars that suit where they go: on a terminal redrawn in place, in a log a line now and then."""
+"""Progress bars: redrawn in place on a terminal, printed as a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ LOG_SECONDS = 30
 
 
 def progress_bar(total: int, unit: str, *, description: str | None = None, scale: bool = True, enabled: bool = True) -> tqdm:
-  """A bar on standard error for `total` of `unit`; `scale` writes thousands and millions as k and M."""
+  """Makes a progress bar on standard error.
+
+  Args:
+    total: the count at which the bar is full.
+    unit: what is counted.
+    description: shown before the bar.
+    scale: write thousands and millions as k and M.
+    enabled: if False, nothing is shown.
+  """
   terminal = sys.stderr.isatty()
   seconds = 0.5 if terminal else LOG_SECONDS
   return tqdm(total=total, unit=unit, desc=description, unit_scale=scale, disable=not enabled, mininterval=seconds,
@@ -19,7 +27,7 @@ def progress_bar(total: int, unit: str, *, description: str | None = None, scale
 
 
 class _Lines:
-  """Takes what a bar draws over itself and writes it as lines of their own."""
+  """A stream that writes every redraw of a bar as a line of its own."""
 
   def __init__(self, stream: TextIO):
     self._stream = stream

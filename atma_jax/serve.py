@@ -8,12 +8,11 @@ Paths: /v1/completions, /v1/models, /health, /metrics (Prometheus). SIGTERM lets
 
 from __future__ import annotations
 
-import dataclasses
-
 from absl import flags, logging
 
 from atma_jax import cli
 from atma_jax.checkpoints.load import load_model
+from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.footprint import sizes_within
@@ -21,7 +20,6 @@ from atma_jax.models.cache import CACHE_DTYPES
 from atma_jax.serving.protocol import Limits
 from atma_jax.sharding import make_mesh
 
-_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
 _EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
@@ -41,15 +39,14 @@ _LOGPROBS = flags.DEFINE_integer("max_logprobs", 5, "Likeliest tokens a request 
 _PROMPT_LOGPROBS = flags.DEFINE_boolean("prompt_logprobs", True, "Serve echo with logprobs, which scores prompts.")
 _OVERRIDES = cli.define_override_flags()
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share a copy of the model; the others split the rows.", lower_bound=1)
-_LIMITS = {field.name: _DEFINE[type(field.default)](field.name, field.default, field.metadata["help"])
-           for field in dataclasses.fields(Limits)}
+_LIMITS = DataclassFlags(Limits)
 
 
 def main() -> int:
   """Serves until SIGTERM has drained it. Raises UserError on bad flags, checkpoints and an address that is taken."""
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint=DIR is required")
-  limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})
+  limits = _LIMITS.value
   try:
     from atma_jax.serving.http import CompletionServer, listen
     mesh = make_mesh(tensor=_TENSOR.value)

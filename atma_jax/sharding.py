@@ -13,6 +13,7 @@ import math
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -25,8 +26,8 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "layers": (),  # the stacked groups of a scanned model
     "embed": ("fsdp",),
     "mlp": ("tensor",),
-    "heads": ("tensor",),  # query heads, flattened with what belongs to a head
-    "kv_heads": (),  # grouped key/value heads are few: every device holds them
+    "heads": ("tensor",),  # query heads, flattened with the entries of each head
+    "kv_heads": (),  # grouped key/value heads are few, so every device holds all of them
     "vocab": ("tensor",),
     "vector": (),  # biases, norm weights, per-head scalars, filter taps
 }
@@ -34,15 +35,22 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1,
               devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh over all (or the given) devices; -1 on one axis takes what is left.
+  """Makes a mesh with the axes `MESH_AXES`.
 
-  TPU slices lie one after the other along the data axis: only its collectives cross the data-centre network.
+  TPU slices follow one another along the data axis, so only its collectives cross the data-centre network.
+
+  Args:
+    data: devices that split the batch and replicate the parameters. -1 on one axis, not more, takes what is left.
+    fsdp: devices that split the batch and the parameters.
+    tensor: devices that split heads, hidden units and the vocabulary.
+    context: devices that split time.
+    devices: what the mesh is laid over; None is every device.
 
   Raises:
-    ValueError: the axes do not multiply to the number of devices, or the data axis is no multiple of the slices.
+    ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, context)))
+  sizes: dict[str, int] = dict(zip(MESH_AXES, (data, fsdp, tensor, context)))
   fixed = math.prod(n for n in sizes.values() if n != -1)
   free = [name for name, n in sizes.items() if n == -1]
   if len(free) > 1:
@@ -64,7 +72,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1,
 
 
 def spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
-  """PartitionSpec of an array whose dimensions have these logical names (None: not split).
+  """The PartitionSpec of an array whose dimensions have these logical names; a dimension named None is not split.
 
   Raises:
     ValueError: a name is not in the table, or two dimensions would use one mesh axis.
@@ -83,31 +91,35 @@ def spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
-  """Sharding over `mesh`; with `shape`, sizes that do not divide are refused with the numbers."""
+  """The sharding over `mesh` of an array whose dimensions have these logical names.
+
+  Raises:
+    ValueError: as `spec`; or `shape` is given and one of its sizes does not divide over its mesh axes.
+  """
   partition = spec(logical_axes)
   if shape is not None:
     for size, name, entry in zip(shape, logical_axes, partition, strict=True):
       axes = (entry,) if isinstance(entry, str) else entry or ()
-      parts = math.prod(mesh.shape[axis] for axis in axes)
-      if size % parts:
-        raise ValueError(f"axis {name!r} of size {size} does not divide over mesh {'*'.join(axes)}={parts}")
+      shards = math.prod(mesh.shape[axis] for axis in axes)
+      if size % shards:
+        raise ValueError(f"axis {name!r} of size {size} does not divide over mesh {'*'.join(axes)}={shards}")
   return NamedSharding(mesh, partition)
 
 
 def active_mesh() -> jax.sharding.AbstractMesh | None:
-  """The mesh that is set (`jax.set_mesh`), or None where there is none or only one device."""
+  """The current mesh (`jax.set_mesh`), or None if none is set or it has only one device."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def parts(logical_axis: str) -> int:
-  """Over how many devices of the mesh that is set the logical axis is split."""
+def shard_count(logical_axis: str) -> int:
+  """The number of shards that the current mesh splits a logical axis into; 1 without a mesh."""
   mesh = active_mesh()
   return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES[logical_axis])
 
 
-def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
-  """Pins the sharding of `x` inside jit; does nothing where no mesh is set (`jax.set_mesh`)."""
+def constrain(x: Shaped[Array, "*shape"], logical_axes: Sequence[str | None]) -> Shaped[Array, "*shape"]:
+  """Pins the sharding of `x` inside jit; without a current mesh, returns `x` as it is."""
   if active_mesh() is None:
     return x
   return jax.lax.with_sharding_constraint(x, spec(logical_axes))

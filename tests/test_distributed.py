@@ -47,7 +47,7 @@ def free_port() -> int:
 
 
 def start(*arguments: str, **environ: str) -> subprocess.Popen:
-  inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", *distributed._VARIABLES)}
+  inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", *distributed.VARIABLES)}
   return subprocess.Popen([sys.executable, "-c", PSUM, *arguments], cwd=REPOSITORY, text=True, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=inherited | environ)
 
@@ -142,7 +142,7 @@ def test_alone(monkeypatch):
   joined = []
   monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **options: joined.append(options))
   tpu = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES")
-  for name in (*distributed._VARIABLES, *tpu, *SLURM):
+  for name in (*distributed.VARIABLES, *tpu, *SLURM):
     monkeypatch.delenv(name, raising=False)
   distributed.initialize()
   for name, value in EXPLICIT.items():

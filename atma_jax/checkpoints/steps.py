@@ -51,7 +51,7 @@ def absolute(path: str | os.PathLike) -> epath.Path:
 
 def read_json(item: epath.Path) -> dict[str, Any]:
   """The content of an item that was saved as JSON, such as ``STEP/meta``."""
-  return ocp.JsonCheckpointHandler().restore(item)
+  return dict(ocp.JsonCheckpointHandler().restore(item))
 
 
 def read_arrays(step: epath.Path, target: Any, *, partial: bool = False) -> Any:

@@ -114,7 +114,7 @@ class Checkpointer:
     reason = distributed.attempt(self._probe)  # finds a disk that fails under one process, before Orbax waits for it
     reason = reason or distributed.attempt(lambda: self._start(step, arguments))
     if reason:
-      self._failed(step, reason)
+      self.write_failed(step, reason)
       return False
     self._writing = step
     return True
@@ -130,7 +130,7 @@ class Checkpointer:
     step, self._writing = self._writing, None
     reason = distributed.attempt(self._manager.wait_until_finished)
     if reason:
-      self._failed(step, reason)
+      self.write_failed(step, reason)
     else:
       self.failed_in_a_row = 0
     return not reason
@@ -156,7 +156,7 @@ class Checkpointer:
     raise RunError(f"{self.directory}: step {step} could not be written in {len(FINAL_PAUSES)} attempts, earlier steps are "
                    f"intact: {self._reason}")
 
-  def _failed(self, step: int, reason: str) -> None:
+  def write_failed(self, step: int, reason: str) -> None:
     self.failed_saves += 1
     self.failed_in_a_row += 1
     self._reason = reason

@@ -26,7 +26,7 @@ from atma_jax.models.definition import ModelDefinition
 from atma_jax.models.operations import training_flops_per_token
 from atma_jax.ops import token_losses
 from atma_jax.planning.hlo import Traffic, traffic
-from atma_jax.sharding import make_mesh, named_sharding, parts
+from atma_jax.sharding import make_mesh, named_sharding, shard_count
 from atma_jax.training.state import TrainState, abstract_state, optimizer_for
 from atma_jax.training.step import make_train_step
 
@@ -204,7 +204,7 @@ def _lower_evaluation(config: Config, definition: ModelDefinition, mesh: Mesh, l
   def losses(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
     model = definition.merge(params)
     return token_losses(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
-                        cap=config.model.logit_cap, chunk=config.train.loss_chunk, parts=parts("sequence"))
+                        cap=config.model.logit_cap, chunk=config.train.loss_chunk, time_shards=shard_count("sequence"))
 
   lowered = jax.jit(losses, out_shardings=named_sharding(mesh, ("batch", "sequence"))).lower(params, rows)
   return lowered, TrainState(None, params, None, {}, None, None), rows.shape[0] * length, rows

@@ -1,9 +1,8 @@
-"""The training loop: dispatch a step, then look at the numbers of the one before."""
+"""The training loop: it dispatches a step before it fetches the metrics of the step before."""
 
 from __future__ import annotations
 
-import pathlib
-import secrets
+from collections.abc import Callable
 import signal
 import threading
 import time
@@ -12,11 +11,11 @@ from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Int
 import numpy as np
 
 import atma_jax
 from atma_jax import distributed
-from atma_jax.checkpoints.steps import absolute, is_remote
 from atma_jax.checkpoints.store import Checkpointer
 from atma_jax.config import Config
 from atma_jax.data.manifest import load_manifest
@@ -24,39 +23,45 @@ from atma_jax.data.pipeline import TrainingData
 from atma_jax.data.prepare import prepare
 from atma_jax.data.tokenizers import check_vocabulary
 from atma_jax.errors import UserError
-from atma_jax.models.definition import ModelDefinition
+from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.models.operations import peak_flops, training_flops_per_token
-from atma_jax.sharding import make_mesh, named_sharding
+from atma_jax.sharding import make_mesh
+from atma_jax.training.batches import GlobalBatches, check_divides
 from atma_jax.training.metrics import MetricWriter, log_progress
-from atma_jax.training.state import abstract_state, create_state, optimizer_for
-from atma_jax.training.step import make_train_step
+from atma_jax.training.state import TrainState, abstract_state, create_state, optimizer_for
+from atma_jax.training.step import Metrics, TrainStep, make_train_step
 from atma_jax.training.validation import make_validation
+from atma_jax.training.workdir import data_directory, make_workdir
 
 DONE, PREEMPTED = "done", "preempted"
 
 
 def train(config: Config, workdir: str) -> str:
-  """Trains to `config.train.steps`, resuming whatever good checkpoint `workdir` holds.
+  """Trains to ``config.train.steps``, going on from the newest good checkpoint in `workdir`, if there is one.
+
+  Args:
+    config: a validated recipe; ``config.data.directory`` is set to the directory in use.
+    workdir: where checkpoints, metrics and, without ``config.data.directory``, prepared data go.
 
   Returns:
-    `DONE`, or `PREEMPTED` when SIGTERM arrived: then a checkpoint was saved and the same call goes on from it.
+    `DONE`, or `PREEMPTED` if SIGTERM arrived: then a checkpoint was saved, and the same call goes on from it.
 
   Raises:
-    UserError: options, data or checkpoints do not fit; or too many non-finite steps in a row.
+    UserError: options, data or checkpoints do not fit together, or too many non-finite steps in a row.
     RunError: the last checkpoint could not be written.
   """
   try:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
-  _check_divides(config, mesh)
-  directory = _data_directory(config, workdir)
+  check_divides(config, mesh)
+  directory = data_directory(config, workdir)
   config.data.directory = str(directory)
-  folder = _make_workdir(workdir)
+  folder = make_workdir(workdir)
   with distributed.agreed():
     if jax.process_index() == 0:
       prepare(config.data, directory)
-  batches = _Batches(config, mesh)
+  batches = GlobalBatches(config, mesh)
   with distributed.agreed():
     data = TrainingData(config.data, directory, parts=batches.parts, part_count=batches.part_count)
     check_vocabulary(data.tokenizer, config.model)
@@ -81,65 +86,82 @@ def train(config: Config, workdir: str) -> str:
     checkpointer.close()
     return DONE
 
-  loop = _Loop(config, folder, directory, mesh, definition, data, batches, checkpointer, make_train_step(
-    config, definition, optimizer, mesh, state))
-  with _Preemption() as preemption, MetricWriter(folder, first_step=first, active=jax.process_index() == 0) as writer:
+  validate = make_validation(config, definition, mesh, directory) if config.train.validate_every else None
+  loop = Loop(config, folder, mesh, data, batches, checkpointer, make_train_step(config, definition, optimizer, mesh, state),
+              validate=validate, flops_per_token=training_flops_per_token(definition, config.data.sequence_length))
+  with Preemption() as preemption, MetricWriter(folder, first_step=first, active=jax.process_index() == 0) as writer:
     return loop.run(state, first, preemption, writer)
 
 
-class _Loop:
-  """The state of one call of `train`."""
+class Loop:
+  """The steps of one call of `train`, with their checkpoints, validations and metrics."""
 
-  def __init__(self, config, folder, directory, mesh, definition, data, batches, checkpointer, step):
+  def __init__(self, config: Config, folder: epath.Path, mesh: jax.sharding.Mesh, data: TrainingData, batches: GlobalBatches,
+               checkpointer: Checkpointer, step: TrainStep, *, validate: Callable[[Params], dict[str, float]] | None,
+               flops_per_token: float):
+    """Puts together what `train` made.
+
+    Args:
+      config: the recipe.
+      folder: the workdir.
+      mesh: the devices.
+      data: the batches of this process, which go on from where the state is.
+      batches: places them on the devices.
+      checkpointer: saves the state.
+      step: the jitted training step.
+      validate: losses of parameters; None without validation.
+      flops_per_token: operations of a training step per target token, for MFU.
+    """
     self.config, self.folder, self.mesh = config, folder, mesh
-    self.data, self.batches, self.checkpointer, self.step = data, batches, checkpointer, step
+    self.data, self.batches, self.checkpointer, self.step, self.validate = data, batches, checkpointer, step, validate
     self.tokens_per_step = config.data.batch_size * config.data.sequence_length
-    self.flops_per_step = training_flops_per_token(definition, config.data.sequence_length) * self.tokens_per_step
+    self.flops_per_step = flops_per_token * self.tokens_per_step
     self.peak = peak_flops(config.train.peak_tflops)
-    every = config.train.validate_every
-    self.validate = make_validation(config, definition, mesh, directory) if every else None
-    self.data_wait = self.elapsed = 0.0
+    self.first = 0
+    self.data_wait = 0.0  # seconds, since the start
+    self.window_start, self.window_began, self.window_wait = 0, 0.0, 0.0  # since the last record of metrics
 
-  def run(self, state, first: int, preemption: _Preemption, writer: MetricWriter) -> str:
+  def run(self, state: TrainState, first: int, preemption: Preemption, writer: MetricWriter) -> str:
+    """Trains from step `first` to the last one, or to a pre-emption; returns `DONE` or `PREEMPTED`."""
     train, checkpointer = self.config.train, self.checkpointer
-    pending, due, again = None, False, None  # a checkpoint is due; after one that failed, the step to try again at
-    self.first, self.mark = first, time.perf_counter()
-    self.window_wait, self.window_start = 0.0, first
+    pending: tuple[int, Metrics] | None = None  # the step that was dispatched and not reported
+    due, retry = False, None  # a checkpoint is due; the step at which one that failed is tried again
+    self.first = self.window_start = first
     compiled = self._compile(state)
-    started = self.mark = time.perf_counter()
-    aside = 0.0  # saving and validating
+    started = self.window_began = time.perf_counter()
+    paused = 0.0  # seconds of saving and validating
     for number in range(first + 1, train.steps + 1):
-      tokens = self._next_batch()
+      tokens = self.next_batch()
       if train.profile_start is not None and number == first + 1 + train.profile_start:
         jax.profiler.start_trace(str(self.folder / "profile"))
       with jax.transfer_guard("disallow"):
         state, metrics = compiled(state, tokens)
       if pending is not None:
-        self._report(writer, *pending)
+        self.report(writer, *pending)
       pending = (number, metrics)
       if train.profile_start is not None and number == first + train.profile_start + train.profile_steps:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
-      last, stop = number == train.steps, preemption.at(number)
+      last, stop = number == train.steps, preemption.reached(number)
       if number % train.log_every == 0 and not checkpointer.check():
-        again = number + 1
-      due = due or last or stop or number % train.checkpoint_every == 0 or number == again
-      validate = self.validate and (last or number % train.validate_every == 0)
-      if due or validate:
-        bad = self._report(writer, *pending)
+        retry = number + 1
+      due = due or last or stop or number % train.checkpoint_every == 0 or number == retry
+      validating = self.validate is not None and (last or number % train.validate_every == 0)
+      if due or validating:
+        bad = self.report(writer, *pending)
         pending = None
-        paused = time.perf_counter()
-        if due and (last or stop or not bad):  # else at the end of this run of bad steps
+        pause_began = time.perf_counter()
+        if due and (last or stop or not bad):  # otherwise at the end of this run of bad steps
           due = False
-          if not self._save(number, state, final=last or stop):
-            again = number + min(2**checkpointer.failed_in_a_row, train.checkpoint_every)
+          if not self.save(number, state, final=last or stop):
+            retry = number + min(2**checkpointer.failed_in_a_row, train.checkpoint_every)
           writer.flush()
-        if validate and not stop:
+        if validating and not stop and self.validate is not None:
           results = self.validate(state.params)
           logging.info("step %d  %s", number, "  ".join(f"{name} {value:.4f}" for name, value in results.items()))
           writer.write(number, results)
-        pause = time.perf_counter() - paused
-        aside, self.mark = aside + pause, self.mark + pause
+        pause = time.perf_counter() - pause_began
+        paused, self.window_began = paused + pause, self.window_began + pause
       if stop and not last:
         checkpointer.close()
         self.data.close()
@@ -147,143 +169,88 @@ class _Loop:
         return PREEMPTED
     checkpointer.close()
     self.data.close()
-    total = time.perf_counter() - started - aside
+    total = time.perf_counter() - started - paused
     logging.info("done: %d steps in %.1f s, %.1f%% of it outside data waiting; %.1f s saving and validating; checkpoints in %s",
-                 train.steps - first, total, 100 * (1 - self.data_wait / total), aside, checkpointer.directory)
+                 train.steps - first, total, 100 * (1 - self.data_wait / total), paused, checkpointer.directory)
     return DONE
 
-  def _compile(self, state):
+  def _compile(self, state: TrainState) -> jax.stages.Compiled:
     began = time.perf_counter()
-    shape = (self.config.data.batch_size, self.config.data.sequence_length + 1)
+    tokens = jax.ShapeDtypeStruct(self.batches.shape, np.int32, sharding=self.batches.sharding)
     with jax.set_mesh(self.mesh):
-      compiled = self.step.lower(state, jax.ShapeDtypeStruct(shape, np.int32, sharding=self.batches.sharding)).compile()
+      compiled = self.step.lower(state, tokens).compile()
     logging.info("compiled the step in %.1f s", time.perf_counter() - began)
-    distributed.exchange("compiled")  # collectives do not wait as long for another process as its compiler may take
+    distributed.exchange("compiled")  # a collective waits less long for another process than its compiler may take
     return compiled
 
-  def _next_batch(self) -> jax.Array:
+  def next_batch(self) -> Int[Array, "B T+1"]:
+    """The tokens of the next step, on the devices; counts the seconds waited for data."""
     began = time.perf_counter()
     tokens = next(self.data)["tokens"]
-    self.data_wait += time.perf_counter() - began
-    self.window_wait += time.perf_counter() - began
+    waited = time.perf_counter() - began
+    self.data_wait += waited
+    self.window_wait += waited
     return self.batches.place(tokens)
 
-  def _report(self, writer: MetricWriter, number: int, metrics: dict[str, jax.Array]) -> bool:
-    """Writes the metrics of a step on its turn; True if the step was skipped as not finite."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    bad = values["bad_steps"] > 0
-    if bad:
-      logging.warning("step %d: loss or gradient is not finite, update skipped (%d in a row, %d in all)", number,
-                      values["bad_steps"], values["bad_steps_total"])
+  def report(self, writer: MetricWriter, number: int, metrics: Metrics) -> bool:
+    """Fetches the metrics of step `number` and, if it is due, writes a record of them.
+
+    Returns:
+      True if the step was skipped because its loss or gradient was not finite.
+
+    Raises:
+      UserError: too many such steps in a row.
+    """
+    fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    skipped = int(fetched["bad_steps"])
+    if skipped:
+      logging.warning("step %d: loss or gradient is not finite, update skipped (%d in a row, %d in all)", number, skipped,
+                      fetched["bad_steps_total"])
     if number == self.first + 1:
       logging.info("first step after %.1f s", time.perf_counter() - atma_jax.STARTED)
-    if values["bad_steps"] >= self.config.train.max_bad_steps:
+    if skipped >= self.config.train.max_bad_steps:
       self.checkpointer.close()
-      raise UserError(f"stopped at step {number}: {values['bad_steps']:.0f} non-finite steps in a row "
+      raise UserError(f"stopped at step {number}: {skipped} non-finite steps in a row "
                       f"(config.train.max_bad_steps); the last good checkpoint is in {self.checkpointer.directory}")
     if number % self.config.train.log_every == 0 or number == self.config.train.steps:
       now = time.perf_counter()
-      steps, seconds = number - self.window_start, max(now - self.mark, 1e-9)
+      steps, seconds = number - self.window_start, max(now - self.window_began, 1e-9)
       per_step = seconds / steps
       stats = jax.local_devices()[0].memory_stats()
-      values |= {"tokens": number * self.tokens_per_step, "tokens_per_second": self.tokens_per_step / per_step,
+      values = {**fetched, "tokens": number * self.tokens_per_step, "tokens_per_second": self.tokens_per_step / per_step,
                  "seconds_per_step": per_step, "data_wait": self.window_wait / seconds,
                  "failed_saves": self.checkpointer.failed_saves,
                  "mfu": None if self.peak is None else self.flops_per_step / per_step / self.peak,
                  "device_memory_gib": None if not stats else stats["peak_bytes_in_use"] / 2**30}
       writer.write(number, values)
       log_progress(number, self.config.train.steps, values)
-      self.mark, self.window_start, self.window_wait = now, number, 0.0
-    return bad
+      self.window_start, self.window_began, self.window_wait = number, now, 0.0
+    return skipped > 0
 
-  def _save(self, number: int, state, *, final: bool) -> bool:
-    """Starts a checkpoint, or completes it if it is the `final` one; False where that failed."""
-    options = {"config": self.config, "tokenizer": self.data.tokenizer, "data_state": self.data.get_state()}
+  def save(self, number: int, state: TrainState, *, final: bool) -> bool:
+    """Starts a checkpoint, or completes it if it is the `final` one; False if it could not be started."""
+    stored = {"config": self.config, "tokenizer": self.data.tokenizer, "data_state": self.data.get_state()}
     if final:
-      self.checkpointer.save_last(number, state, **options)
+      self.checkpointer.save_last(number, state, **stored)
       return True
-    return self.checkpointer.save(number, state, **options)
+    return self.checkpointer.save(number, state, **stored)
 
 
-class _Batches:
-  """Global batches (B, T + 1) out of the rows that this process reads: the parts of the batch that its devices hold."""
+class Preemption:
+  """SIGTERM, as a question asked after every step; several processes agree on the step, whichever of them was signalled."""
 
-  def __init__(self, config: Config, mesh: jax.sharding.Mesh):
-    self.sharding = named_sharding(mesh, ("batch", None))
-    self.part_count = mesh.shape["data"] * mesh.shape["fsdp"]
-    self._shape = (config.data.batch_size, config.data.sequence_length + 1)
-    self._rows = config.data.batch_size // self.part_count
-    indices = self.sharding.addressable_devices_indices_map(self._shape).values()
-    self.parts = sorted({(rows.start or 0) // self._rows for rows, _ in indices})
-
-  def place(self, tokens: np.ndarray) -> jax.Array:
-    """The global array; `tokens` are the rows of `parts`, one after the other."""
-    def local(index: tuple[slice, ...]) -> np.ndarray:
-      at = self.parts.index((index[0].start or 0) // self._rows) * self._rows
-      return tokens[at : at + self._rows]
-
-    return jax.make_array_from_callback(self._shape, self.sharding, local)
-
-
-class _Preemption:
-  """SIGTERM as a question asked after every step; several processes agree on the step, whichever of them was told."""
-
-  def __enter__(self) -> _Preemption:
+  def __enter__(self) -> Preemption:
     self._event, self._old = threading.Event(), None
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       self._old = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
-    return self  # with several processes jax has the signal
+    return self  # with several processes jax handles the signal
 
-  def at(self, step: int) -> bool:
-    """True when training must save and end after `step`."""
+  def reached(self, step: int) -> bool:
+    """Whether training must save and end after `step`."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
     return self._event.is_set()
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     if self._old is not None:
       signal.signal(signal.SIGTERM, self._old)
-
-
-def _check_divides(config: Config, mesh: jax.sharding.Mesh) -> None:
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
-  microbatch = config.data.batch_size // config.train.accumulation
-  if microbatch % rows:
-    raise UserError(f"config.data.batch_size={config.data.batch_size}: a microbatch of {microbatch} sequences must be a "
-                    f"multiple of mesh data*fsdp={rows}")
-  context = mesh.shape["context"]
-  if context > 1 and config.data.sequence_length % (2 * context):
-    raise UserError(f"config.data.sequence_length={config.data.sequence_length}: must be a multiple of "
-                    f"twice config.mesh.context={context}: causal attention deals out two pieces to every device")
-
-
-def _data_directory(config: Config, workdir: str) -> pathlib.Path:
-  if config.train.profile_start is not None and is_remote(workdir):
-    raise UserError(f"config.train.profile_start={config.train.profile_start}: profiles need a --workdir on a file system, not "
-                    f"{workdir}")
-  if config.data.directory:
-    return pathlib.Path(config.data.directory).absolute()
-  if is_remote(workdir):
-    raise UserError(f"config.data.directory is required with --workdir={workdir}: prepared data is memory-mapped, so it needs "
-                    "a local (or mounted) directory")
-  return pathlib.Path(workdir).absolute() / "data"
-
-
-def _make_workdir(workdir: str) -> epath.Path:
-  """Makes it, and makes sure that every process sees the same one."""
-  folder, token = absolute(workdir), secrets.token_hex(8)
-  with distributed.agreed():
-    if jax.process_index() == 0:
-      try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_count() > 1:
-          (folder / ".shared").write_text(token)
-      except Exception as error:  # file systems in the clouds raise errors of their own
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise UserError(f"--workdir={workdir}: cannot be written: {reason}") from error
-  token = distributed.from_first(token)
-  with distributed.agreed():
-    if jax.process_count() > 1 and (not (folder / ".shared").exists() or (folder / ".shared").read_text() != token):
-      raise UserError(f"--workdir={workdir}: does not show what process 0 wrote there; with several processes it must be a "
-                      "directory that all of them see")
-  return folder

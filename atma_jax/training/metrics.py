@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import json
 import math
 import os
 import pathlib
 import tempfile
 import time
+from typing import Any, TextIO
 
 from absl import logging
 from etils import epath
 import tensorboardX
 
+from atma_jax.checkpoints.steps import is_remote
+
 _RECORDS = "metrics.jsonl"
 
 
 class MetricWriter:
-  """Appends records to ``WORKDIR/metrics.jsonl`` and ``WORKDIR/tensorboard``; silent in other processes than the first.
+  """Appends records to ``WORKDIR/metrics.jsonl`` and to the TensorBoard files in ``WORKDIR/tensorboard``.
 
-  Under a remote WORKDIR (``gs://...``) files cannot grow: they are kept on this machine and copied at every `flush`.
+  Files under a remote WORKDIR (``gs://...``) cannot grow; there they are kept on this machine and copied at every `flush`.
   """
 
   def __init__(self, workdir: epath.Path, *, first_step: int, active: bool):
-    self._file = self._board = self._scratch = None
+    """Opens the files and drops the records past `first_step`, which this run writes again.
+
+    Args:
+      workdir: the directory of the run.
+      first_step: the step that the run goes on from.
+      active: False in all processes but one, which then write nothing.
+    """
+    self._file: TextIO | None = None
+    self._board: tensorboardX.SummaryWriter | None = None
+    self._scratch: tempfile.TemporaryDirectory[str] | None = None
+    self._remote = self._folder = workdir
     if not active:
       return
-    self._remote = workdir if "://" in str(workdir) else None
-    if self._remote is not None:
+    if is_remote(workdir):
       self._scratch = tempfile.TemporaryDirectory(prefix="atma_jax-metrics-")
-      workdir = epath.Path(self._scratch.name)
+      self._folder = epath.Path(self._scratch.name)
       if (self._remote / _RECORDS).exists():
-        (self._remote / _RECORDS).copy(workdir / _RECORDS)
-    self._folder = workdir
-    _drop_after(pathlib.Path(workdir / _RECORDS), first_step)
-    self._file = pathlib.Path(workdir / _RECORDS).open("a", buffering=1)  # noqa: SIM115, closed by `close`
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+        (self._remote / _RECORDS).copy(self._folder / _RECORDS)
+    path = pathlib.Path(self._folder / _RECORDS)
+    _drop_after(path, first_step)
+    self._file = path.open("a", buffering=1)  # line by line
+    self._board = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step)
 
   def __enter__(self) -> MetricWriter:
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self.close()
 
-  def write(self, step: int, values: dict[str, float]) -> None:
-    """One record; None values are left out, those that are not finite are null (JSON has no word for them)."""
-    if self._file is None:
+  def write(self, step: int, values: Mapping[str, float | None]) -> None:
+    """Writes one record; values of None are left out, those that are not finite become null, as JSON has no word for them."""
+    if self._file is None or self._board is None:
       return
-    values = {name: value for name, value in values.items() if value is not None}
-    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    numbers = {name: value for name, value in values.items() if value is not None}
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-    for name, value in values.items():
+    for name, value in numbers.items():
       self._board.add_scalar(name, value, step)
 
   def flush(self) -> None:
-    """Brings what was written to a remote WORKDIR; a failure is told, and the next flush brings it all."""
-    if self._scratch is None:
+    """Copies what was written to a remote WORKDIR; a failure is logged, and the next flush copies everything."""
+    if self._scratch is None or self._board is None:
       return
     self._board.flush()
     try:
@@ -63,20 +76,26 @@ class MetricWriter:
         target = self._remote / file.relative_to(self._folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         file.copy(target, overwrite=True)
-    except Exception as error:  # file systems in the clouds raise errors of their own
+    except Exception as error:  # cloud file systems raise errors of their own
       logging.warning("metrics could not be copied to %s: %s", self._remote, error)
 
   def close(self) -> None:
-    """Flushes."""
-    if self._file is not None:
+    """Closes the files and flushes them."""
+    if self._file is not None and self._board is not None:
       self._file.close()
       self._board.close()
       self.flush()
       self._file = None
 
 
-def log_progress(step: int, total: int, values: dict[str, float | None]) -> None:
-  """One line with an ETA."""
+def log_progress(step: int, total: int, values: Mapping[str, Any]) -> None:
+  """Logs one line: loss, gradient norm, speed and the time left.
+
+  Args:
+    step: the step that the values are of.
+    total: steps of the run.
+    values: the record of `MetricWriter.write`; ``mfu`` may be None.
+  """
   mfu = "" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}"
   logging.info("step %d/%d  loss %.4f  |g| %.3g  %s tokens/s%s  data wait %.1f%%  ETA %s", step, total, values["loss"],
                values["grad_norm"], f"{values['tokens_per_second']:,.0f}", mfu, 100 * values["data_wait"],
@@ -90,7 +109,7 @@ def _duration(seconds: float) -> str:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Removes records past the step a run resumes from (and a line cut short by a kill), so that none is written twice."""
+  """Removes the records past the step that a run resumes from, and a line cut off by a kill, so that none is written twice."""
   if not path.exists():
     return
   kept = []

@@ -1,43 +1,60 @@
-"""The training loss and its evaluation, without ever storing (B, T, V) logits."""
+"""Training objectives, computed without ever storing (B, T, V) logits."""
 
 from __future__ import annotations
 
-from flax import nnx
+import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from atma_jax.config import AuxiliaryConfig
+from atma_jax.models import Atma
 from atma_jax.models.block import Block, Trace
 from atma_jax.ops import cross_entropy
 from atma_jax.ops.regularizers import draw_sketch, regularizer
-from atma_jax.sharding import parts
+from atma_jax.sharding import shard_count
 
 
-def language_model_loss(model: nnx.Module, tokens: jax.Array, *, z_loss: float, chunk: int) -> tuple[jax.Array, jax.Array]:
-  """Mean loss per target token, and the mean squared log-partition function.
+def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], *, z_loss: float,
+                        chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """The next-token loss.
 
   Args:
-    model: an `Atma`.
-    tokens: (B, T + 1) int32; the last T of each row are the targets.
-    z_loss: weight of the squared log-partition function within the loss.
+    model: the network.
+    tokens: the inputs are the first T of each row, the targets the last T.
+    z_loss: weight of the squared log-partition function in the loss.
     chunk: time steps of each sequence whose logits exist at once.
+
+  Returns:
+    The mean loss per target token, in nats, and the mean squared log-partition function.
   """
+  chex.assert_rank(tokens, 2)
   return _token_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], z_loss, chunk)
 
 
-def auxiliary_loss(model: nnx.Module, tokens: jax.Array, key: jax.Array, options: AuxiliaryConfig, *, z_loss: float,
-                   chunk: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """``(1 - a) L_lm + a L_reg + d L_distractor``, and its terms.
+def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""], options: AuxiliaryConfig, *, z_loss: float,
+                   chunk: int) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """The next-token loss combined with auxiliary objectives, ``(1 - a) L_lm + a L_reg + d L_distractor``.
 
-  L_reg is the mean over blocks of the regulariser of their output, all tokens of the call being its rows; L_distractor the
-  mean over global mixers. Sketch and random inputs are drawn from `key` and the layer's index, the same for all rows.
+  L_reg is the mean over blocks of the regulariser of the block's output, whose rows are all tokens of the call. L_distractor is
+  the mean over mixers that have a distractor loss. Sketch and random inputs are drawn from `key` and the index of the layer, and
+  are the same for all rows.
+
+  Args:
+    model: the network.
+    tokens: the inputs are the first T of each row, the targets the last T.
+    key: what everything random is drawn from.
+    options: which objectives are on, and their weights.
+    z_loss: weight of the squared log-partition function in L_lm.
+    chunk: time steps of each sequence whose logits exist at once.
 
   Returns:
-    The loss, and ``loss`` (L_lm), ``z``, ``regularizer`` and ``distractor`` (as far as they are on) by name.
+    The combined loss, and its terms by name: ``loss`` (L_lm), ``z``, and ``regularizer`` and ``distractor`` if they are on.
   """
+  chex.assert_rank(tokens, 2)
   regularize, distract = options.regularizer != "baseline", options.distractors > 0
 
-  def tap(block: Block, trace: Trace, layer: jax.Array) -> dict[str, jax.Array]:
+  def tap(block: Block, trace: Trace, layer: Int[Array, ""]) -> dict[str, Float[Array, ""]]:
     output, found = trace["output"], {}
     sketch_key, input_key = jax.random.split(jax.random.fold_in(key, layer))
     if regularize:
@@ -60,9 +77,9 @@ def auxiliary_loss(model: nnx.Module, tokens: jax.Array, key: jax.Array, options
   return total, terms
 
 
-def _token_loss(model: nnx.Module, hidden: jax.Array, targets: jax.Array, z_loss: float,
-                chunk: int) -> tuple[jax.Array, jax.Array]:
+def _token_loss(model: Atma, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"], z_loss: float,
+                chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
   loss, square = cross_entropy(hidden, model.head.kernel[...], model.head.bias[...], targets,
                                jnp.ones(targets.shape, jnp.float32), cap=model.config.logit_cap, z_loss=z_loss, chunk=chunk,
-                               parts=parts("sequence"))
+                               time_shards=shard_count("sequence"))
   return loss / targets.size, square / targets.size

@@ -1,33 +1,36 @@
 """Muon for matrices inside the blocks, AdamW for the rest, one schedule for both (paper section "Training").
 
-Every parameter names its group in its metadata (`atma_jax.models.parameter_metadata`), so nothing is guessed from shapes:
+Every parameter names its group in its metadata (`atma_jax.models.parameter_metadata`), so that no shape is interpreted:
 
 =================  ==========================================================================================
 ``muon``           kernel (..., in, out); orthogonalised momentum, scaled by ``max(1, out / in) ** 0.5``
-``muon_out_in``    the same for a matrix stored (..., out, in)
-``muon_depthwise`` filter (..., taps, channels); every channel's taps are a 1 x taps matrix of their own
-``embedding``, ``head``, ``vector``  AdamW without decay, each at its own learning rate
+``muon_out_in``    as ``muon``, for a matrix stored (..., out, in)
+``muon_depthwise`` filter (..., taps, channels); the taps of every channel are a 1 x taps matrix
+``embedding``, ``head``, ``vector``  AdamW without weight decay, each at its own learning rate
 =================  ==========================================================================================
 
-``config.kind="adamw"`` is the recipe of baselines that come with their own: AdamW with one rate and one decay for everything.
+``config.kind="adamw"`` is for baselines with a recipe of their own: AdamW with one learning rate and weight decay for everything.
 
 Why not `optax.contrib.muon`: it corrects the bias of the momentum and of the gradient with different powers before mixing them,
 so its first updates differ from the published ones. `optax.trace(nesterov=True)` is the published mix times 20, and
-orthogonalisation does not see a scale.
+orthogonalisation is invariant to scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
 import optax
 
 from atma_jax.config import OptimizerConfig
 from atma_jax.training.distributed_muon import transform_matrices
+
+Coefficients = tuple[tuple[float, float, float], ...]
 
 ADAM_GROUPS = ("embedding", "head", "vector")
 MUON_GROUPS = ("muon", "muon_out_in", "muon_depthwise")
@@ -37,20 +40,21 @@ NEWTON_SCHULZ = {
 }
 
 
-def learning_rate_factor(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Schedule count -> factor in [0, 1]: linear warmup, then constant and linear to zero at `steps`, or a cosine to its floor.
+def learning_rate_factor(config: OptimizerConfig, steps: int) -> Callable[[ArrayLike], Float[Array, ""]]:
+  """The schedule of the learning rates, as a factor in [0, 1] of the number of applied updates.
 
-  The first of W warmup steps uses 1 / W, the last of D decay steps 1 / D: no step is spent at a rate of zero.
+  A linear warmup, then either constant and linear to zero at `steps`, or a cosine to its floor. The first of W warmup steps uses
+  1 / W and the last of D decay steps 1 / D, so that no step is spent at a rate of zero.
   """
   warmup = max(config.warmup_steps, 1)
   decay = max(round(config.decay_fraction * steps), 1)
   floor = config.cosine_floor
 
-  def cosine(count: jax.typing.ArrayLike) -> jax.Array:
+  def cosine(count: ArrayLike) -> Float[Array, ""]:
     progress = jnp.clip((count - config.warmup_steps) / max(steps - config.warmup_steps, 1), 0.0, 1.0)
     return jnp.minimum((count + 1) / warmup, floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
 
-  def factor(count: jax.typing.ArrayLike) -> jax.Array:
+  def factor(count: ArrayLike) -> Float[Array, ""]:
     rising = (count + 1) / warmup
     falling = (steps - count) / decay
     return jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
@@ -58,32 +62,36 @@ def learning_rate_factor(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return cosine if config.schedule == "cosine" else factor
 
 
-def learning_rates(config: OptimizerConfig, steps: int, count: jax.typing.ArrayLike) -> dict[str, jax.Array]:
-  """The learning rate of each group for the update after `count` applied ones."""
+def learning_rates(config: OptimizerConfig, steps: int, count: ArrayLike) -> dict[str, Float[Array, ""]]:
+  """The learning rate of each group, for the update that follows `count` applied ones."""
   factor = learning_rate_factor(config, steps)(count)
   return {group: rate * factor for group, rate in _base_rates(config).items()}
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_step: int,
                    logical_axes: Mapping[str, tuple[str | None, ...]] | None = None) -> optax.GradientTransformation:
-  """The whole update rule for gradients of the mean token loss.
+  """Makes the whole update rule, for gradients of the mean token loss.
 
   Args:
-    config: rates, momenta, clipping.
+    config: learning rates, momenta, clipping.
     steps: length of the schedule.
-    groups: tree of group names with the structure of the parameters.
-    tokens_per_step: target tokens behind one gradient; ``clip_basis="sum"`` clips the gradient of the summed loss.
-    logical_axes: of each parameter, when they are a dict by name: then a mesh that is set shares out Muon's work.
+    groups: a tree of group names with the structure of the parameters.
+    tokens_per_step: target tokens that a gradient is the mean over; ``clip_basis="sum"`` clips the gradient of the summed loss.
+    logical_axes: the logical axes of every parameter, for parameters that are a dict by name; with them, Muon's work is
+      distributed over the current mesh.
 
   Returns:
     A transformation whose updates are added to the parameters (`optax.apply_updates`).
+
+  Raises:
+    ValueError: a group that does not exist.
   """
   unknown = sorted(set(jax.tree.leaves(groups)) - {*ADAM_GROUPS, *MUON_GROUPS})
   if unknown:
     raise ValueError(f"optimizer groups {unknown} are not among {', '.join((*MUON_GROUPS, *ADAM_GROUPS))}")
   rates, factor = _base_rates(config), learning_rate_factor(config, steps)
   if config.kind == "adamw":
-    return optax.chain(*_clipping(config, tokens_per_step), optax.adamw(
+    return optax.chain(*clipping(config, tokens_per_step), optax.adamw(
       lambda count: rates["adamw"] * factor(count), config.adam_b1, config.adam_b2, config.adam_eps,
       weight_decay=config.adamw_weight_decay))
 
@@ -101,19 +109,26 @@ def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_
   def adam(group: str) -> optax.GradientTransformation:
     return optax.adam(rate(group), b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps)
 
-  transforms = {group: muon(group) for group in MUON_GROUPS} | {group: adam(group) for group in ADAM_GROUPS}
-  return optax.chain(*_clipping(config, tokens_per_step), optax.partition(transforms, groups))
+  transforms: dict[Hashable, optax.GradientTransformation] = {
+    **{group: muon(group) for group in MUON_GROUPS}, **{group: adam(group) for group in ADAM_GROUPS}}
+  return optax.chain(*clipping(config, tokens_per_step), optax.partition(transforms, groups))
 
 
 def orthogonalize_updates(group: str, variant: str = "published",
                           logical_axes: Mapping[str, tuple[str | None, ...]] | None = None) -> optax.GradientTransformation:
-  """Stateless transformation: each update becomes its orthogonal factor, scaled for its shape, in the layout of `group`."""
+  """A stateless transformation that replaces each update by its orthogonal factor, scaled for the matrix's shape.
+
+  Args:
+    group: "muon", "muon_out_in" or "muon_depthwise": how the matrices are stored.
+    variant: the Newton-Schulz iteration, a key of `NEWTON_SCHULZ`.
+    logical_axes: as in `make_optimizer`.
+  """
   transform = functools.partial(
       {"muon": _kernel_update, "muon_out_in": _matrix_update, "muon_depthwise": _depthwise_update}[group],
       coefficients=NEWTON_SCHULZ[variant])
 
   def update(updates: Any, _: Any) -> Any:
-    if logical_axes is None or group == "muon_depthwise":  # a filter's taps are short and on one device
+    if logical_axes is None or group == "muon_depthwise":  # the few taps of a filter are on one device
       return jax.tree.map(transform, updates)
     own = {name: x for name, x in updates.items() if not isinstance(x, optax.MaskedNode)}
     return updates | transform_matrices(own, logical_axes, transform)
@@ -121,11 +136,15 @@ def orthogonalize_updates(group: str, variant: str = "published",
   return optax.stateless(update)
 
 
-def orthogonalize(x: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:
-  """Newton-Schulz iteration on the last two axes (..., m, n), in float32 or wider; returns the dtype of `x`.
+def orthogonalize(x: Float[Array, "*stack m n"], coefficients: Coefficients) -> Float[Array, "*stack m n"]:
+  """Newton-Schulz iteration on the last two axes, computed in float32 or wider and returned in the dtype of `x`.
 
-  Starts from ``x / |x|`` (Frobenius) and repeats ``x <- a x + (b G + c G^2) x`` with the smaller of the two Gram matrices G,
-  which commutes with the iteration. A zero matrix stays zero.
+  It starts from ``x / |x|`` (Frobenius norm) and repeats ``x <- a x + (b G + c G^2) x`` with the smaller of the two Gram matrices
+  G, which commutes with the iteration. A zero matrix stays zero.
+
+  Args:
+    x: a matrix, or a stack of them.
+    coefficients: (a, b, c) of every iteration.
   """
   dtype = x.dtype
   x = x.astype(jnp.promote_types(dtype, jnp.float32))
@@ -134,7 +153,7 @@ def orthogonalize(x: jax.Array, coefficients: tuple[tuple[float, float, float], 
   norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
   x = x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny)
 
-  def iterate(x: jax.Array, abc: jax.Array) -> tuple[jax.Array, None]:
+  def iterate(x: Float[Array, "*stack m n"], abc: Float[Array, "3"]) -> tuple[Float[Array, "*stack m n"], None]:
     a, b, c = abc
     gram = x @ x.mT
     return a * x + (b * gram + c * gram @ gram) @ x, None
@@ -143,16 +162,17 @@ def orthogonalize(x: jax.Array, coefficients: tuple[tuple[float, float, float], 
   return (x if wide else x.mT).astype(dtype)
 
 
-def _matrix_update(x: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:
+def _matrix_update(x: Float[Array, "*stack out in"], coefficients: Coefficients) -> Float[Array, "*stack out in"]:
   return orthogonalize(x, coefficients) * max(1.0, x.shape[-2] / x.shape[-1]) ** 0.5
 
 
-def _kernel_update(x: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:
+def _kernel_update(x: Float[Array, "*stack in out"], coefficients: Coefficients) -> Float[Array, "*stack in out"]:
   return orthogonalize(x, coefficients) * max(1.0, x.shape[-1] / x.shape[-2]) ** 0.5
 
 
-def _depthwise_update(x: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:
-  """A unit row's only singular value is 1, so the whole iteration is one known number (1 for the published one)."""
+def _depthwise_update(x: Float[Array, "*stack taps C"], coefficients: Coefficients) -> Float[Array, "*stack taps C"]:
+  """Normalises the taps of every channel: a 1 x taps matrix of norm 1 has the single singular value 1, so that the iteration only
+  scales it by a number known in advance (1 for the published coefficients)."""
   gain = 1.0
   for a, b, c in coefficients:
     gain = a * gain + b * gain**3 + c * gain**5
@@ -160,7 +180,8 @@ def _depthwise_update(x: jax.Array, coefficients: tuple[tuple[float, float, floa
   return gain * x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny)
 
 
-def _clipping(config: OptimizerConfig, tokens_per_step: int) -> list[optax.GradientTransformation]:
+def clipping(config: OptimizerConfig, tokens_per_step: int) -> list[optax.GradientTransformation]:
+  """The transformations that clip the gradient of the mean token loss; see ``clip_basis`` and ``clip_norm`` of the config."""
   scale = [optax.scale(tokens_per_step)] if config.clip_basis == "sum" else []
   return scale + ([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else [])
 

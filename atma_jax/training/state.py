@@ -1,4 +1,4 @@
-"""The training state: plain arrays by dotted parameter name, created sharded."""
+"""The training state: arrays by dotted parameter name, created on the devices that hold them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 import optax
 
 from atma_jax.config import Config
@@ -18,30 +19,41 @@ from atma_jax.training.optimizer import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-  """Everything a step changes.
+  """Everything that a training step changes.
 
-  `step` counts batches consumed; `bad_steps` those skipped in a row for a non-finite loss or gradient, `bad_steps_total` in all;
-  `ema` is the average of the parameters, or an empty dict.
+  Attributes:
+    step: batches consumed.
+    params: the parameters by dotted name.
+    opt_state: the optimizer's state.
+    ema: the exponential moving average of the parameters, or an empty dict.
+    bad_steps: steps skipped in a row because their loss or gradient was not finite.
+    bad_steps_total: all steps skipped so far.
   """
 
-  step: jax.Array
+  step: Int[Array, ""]
   params: Params
   opt_state: Any
   ema: Params
-  bad_steps: jax.Array
-  bad_steps_total: jax.Array
+  bad_steps: Int[Array, ""]
+  bad_steps_total: Int[Array, ""]
 
 
 def optimizer_for(config: Config, definition: ModelDefinition) -> optax.GradientTransformation:
-  """The optimizer of a recipe."""
+  """The optimizer that a recipe asks for, with the group and the logical axes of every parameter of its model."""
   tokens = config.data.batch_size * config.data.sequence_length
   return make_optimizer(config.optimizer, config.train.steps, definition.optimizer_groups, tokens, definition.logical_axes)
 
 
 def abstract_state(config: Config, definition: ModelDefinition, optimizer: optax.GradientTransformation,
                    mesh: Mesh) -> TrainState:
-  """Shapes, dtypes and shardings of the whole state; moments are sharded as their parameters."""
-  params = definition.abstract_params(mesh)
+  """Shapes, dtypes and shardings of the whole state, as a `TrainState` of `jax.ShapeDtypeStruct`.
+
+  Moments are sharded as their parameters, everything else of the optimizer's state is replicated.
+
+  Raises:
+    UserError: a parameter does not divide over the mesh.
+  """
+  params: Any = definition.abstract_params(mesh)
   replicated = NamedSharding(mesh, PartitionSpec())
   opt_state = jax.eval_shape(optimizer.init, params)
 
@@ -51,14 +63,14 @@ def abstract_state(config: Config, definition: ModelDefinition, optimizer: optax
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   opt_state = jax.tree_util.tree_map_with_path(place, opt_state)
-  counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+  counter: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
   ema = params if config.train.ema_decay is not None else {}
   return TrainState(counter, params, opt_state, ema, counter, counter)
 
 
 def create_state(config: Config, definition: ModelDefinition, optimizer: optax.GradientTransformation,
                  mesh: Mesh) -> TrainState:
-  """A fresh state, initialised on the devices that hold it: no host ever holds the whole model."""
+  """A fresh state, initialised shard by shard on the devices that hold it; no host ever holds the whole model."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, definition, optimizer, mesh))
 
   def create(seed: jax.Array) -> TrainState:

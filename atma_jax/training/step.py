@@ -1,13 +1,15 @@
-"""One training step: gradients over microbatches, clip, update, and the guard against non-finite numbers."""
+"""One training step: gradients over microbatches, the update, and the guard against non-finite numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import functools
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 import optax
 
 from atma_jax.config import Config
@@ -17,25 +19,35 @@ from atma_jax.training.objective import auxiliary_loss, language_model_loss
 from atma_jax.training.optimizer import learning_rates
 from atma_jax.training.state import TrainState
 
-Metrics = dict[str, jax.Array]
-_AUXILIARY_STREAM = 0x617578  # folded into the seed: not the keys that the parameters are drawn from
+Metrics = dict[str, jax.Array]  # scalars
+TrainStep = jax.stages.Wrapped  # jitted (TrainState, tokens (B, T + 1)) -> (TrainState, Metrics)
+_AUXILIARY_STREAM = 0x617578  # folded into the seed, so that the draws are not those of the parameters
 
 
 def make_train_step(config: Config, definition: ModelDefinition, optimizer: optax.GradientTransformation, mesh: Mesh,
-                    state: TrainState) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
-  """Jitted ``(state, tokens (B, T + 1)) -> (state, metrics)``; the old state's buffers are reused.
+                    state: TrainState) -> TrainStep:
+  """Makes the jitted training step.
 
-  `state` gives the shardings, which are pinned on both sides so that the step compiles once. Metrics are scalars on
-  the devices: loss (nats a token), z (mean squared log-partition), gradient, update and parameter norms, learning
-  rates, and the counts of skipped steps; with auxiliary objectives also their terms and the total that is descended.
+  Args:
+    config: the recipe.
+    definition: the model.
+    optimizer: made by `atma_jax.training.state.optimizer_for`.
+    mesh: the devices.
+    state: a state, or its shapes, whose shardings are pinned for input and output, so that the step compiles once.
+
+  Returns:
+    ``(state, tokens (B, T + 1) int32) -> (state, metrics)``, which reuses the buffers of the state it is given. The metrics are
+    scalars on the devices: loss (nats per token), z (mean squared log-partition function), norms of gradient, update and
+    parameters, learning rates, and the counts of skipped steps; with auxiliary objectives also their terms and ``total``, the
+    loss that is minimised.
   """
-  train = config.train
+  train, decay = config.train, config.train.ema_decay
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   replicated = NamedSharding(mesh, PartitionSpec())
   auxiliary = train.auxiliary.regularizer != "baseline" or train.auxiliary.distractors > 0
 
-  def loss_fn(params: Params, tokens: jax.Array, number: jax.Array) -> tuple[jax.Array, Metrics]:
-    """The loss, and terms of it that are reported, ``loss`` among them where it is not the whole."""
+  def loss_fn(params: Params, tokens: Int[Array, "B T+1"], number: Int[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+    """The loss to minimise, and its reported terms; ``loss`` is one of them if other objectives are added to it."""
     model, options = definition.merge(params), {"z_loss": train.z_loss, "chunk": train.loss_chunk}
     if auxiliary:
       key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), _AUXILIARY_STREAM), number)
@@ -43,31 +55,35 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
     loss, z = language_model_loss(model, tokens, **options)
     return loss, {"z": z}
 
-  def gradients(params: Params, tokens: jax.Array, number: jax.Array) -> tuple[tuple[jax.Array, Metrics], Params]:
+  def gradients(params: Params, tokens: Int[Array, "B T+1"],
+                number: Int[Array, ""]) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
+    """``((loss, terms), gradient)``, means over the microbatches."""
     value_and_grad = functools.partial(jax.value_and_grad(loss_fn, has_aux=True), number=number)
     if train.accumulation == 1:
       return value_and_grad(params, tokens)
 
-    def add(total, microbatch):
+    def add(total: Any, microbatch: Int[Array, "b T+1"]) -> tuple[Any, None]:
       return jax.tree.map(jnp.add, total, value_and_grad(params, constrain(microbatch, ("batch", None)))), None
 
-    # Rows are dealt out in turn, so that every device keeps its own rows of the batch.
+    # Microbatch i takes rows i, i + n, i + 2 n, ... of n microbatches, so that every device keeps its own rows of the batch.
     microbatches = jnp.swapaxes(tokens.reshape(-1, train.accumulation, tokens.shape[1]), 0, 1)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(value_and_grad, params, microbatches[0]))
     total, _ = jax.lax.scan(add, zeros, microbatches)
     return jax.tree.map(lambda leaf: leaf / train.accumulation, total)
 
-  def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+  def step(state: TrainState, tokens: Int[Array, "B T+1"]) -> tuple[TrainState, Metrics]:
+    chex.assert_rank(tokens, 2)
+    chex.assert_type(tokens, jnp.int32)
     (loss, terms), grads = gradients(state.params, tokens, state.step)
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = {}
-    if state.ema:
-      ema = jax.tree.map(lambda old, new: train.ema_decay * old + (1 - train.ema_decay) * new, state.ema, params)
+    if decay is not None and state.ema:
+      ema = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, state.ema, params)
 
-    def keep(new, old):
+    def keep(new: Any, old: Any) -> Any:
       return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
     bad = jnp.where(good, 0, 1)

@@ -39,20 +39,20 @@ def run(recipe: Config, workdir: pathlib.Path, stop: int | None = None, **axes: 
   config = copy.deepcopy(recipe)
   for name, size in ({"data": 1} | axes).items():
     setattr(config.mesh, name, size)
-  original = loop._Loop._save
+  original = loop.Loop.save
 
   def save(self, number, state, *, final):
     saved = original(self, number, state, final=final)
     if number == stop:
       raise KeyboardInterrupt
     return saved
-  loop._Loop._save = save
+  loop.Loop.save = save
   try:
     assert train(config, str(workdir)) == DONE
   except KeyboardInterrupt:
     pass
   finally:
-    loop._Loop._save = original
+    loop.Loop.save = original
   records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   return {record["step"]: record["loss"] for record in records}
 

@@ -14,7 +14,7 @@ from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from atma_jax.errors import UserError
 from atma_jax.models.definition import ModelDefinition
 from atma_jax.sharding import make_mesh, named_sharding
-from atma_jax.training.loop import _check_divides
+from atma_jax.training.batches import check_divides
 from atma_jax.training.objective import language_model_loss
 from atma_jax.training.state import abstract_state, create_state, optimizer_for
 from atma_jax.training.step import make_train_step
@@ -134,7 +134,7 @@ def test_sizes_that_do_not_divide_are_refused_with_the_numbers(recipe):
     abstract_state(recipe, definition, optimizer_for(recipe, definition), make_mesh(data=1, tensor=8))
   config = copy.deepcopy(recipe)
   config.data.sequence_length, config.mesh.context = 36, 4
-  with pytest.raises(UserError, match=r"config\.data\.sequence_length=36: must be a multiple of twice mesh\.context=4"):
+  with pytest.raises(UserError, match=r"config\.data\.sequence_length=36: must be a multiple of twice config\.mesh\.context=4"):
     config.validate()
   with pytest.raises(UserError, match=r"config\.data\.sequence_length=36: must be a multiple of twice config\.mesh\.context=4"):
-    _check_divides(config, make_mesh(data=-1, context=4))
+    check_divides(config, make_mesh(data=-1, context=4))

@@ -238,7 +238,7 @@ def test_a_failed_write_is_reported_counted_and_tried_again(recipe, finished, tm
 
 def test_a_workdir_that_becomes_unwritable_costs_no_step(recipe, tmp_path, monkeypatch, caplog):
   """The folder of the checkpoints is taken away in the middle of a run, and comes back."""
-  original = loop._Loop._next_batch
+  original = loop.Loop.next_batch
   calls = [0]
 
   def next_batch(self):
@@ -249,7 +249,7 @@ def test_a_workdir_that_becomes_unwritable_costs_no_step(recipe, tmp_path, monke
       (tmp_path / "away").rename(tmp_path / "checkpoints")
     return original(self)
 
-  monkeypatch.setattr(loop._Loop, "_next_batch", next_batch)
+  monkeypatch.setattr(loop.Loop, "next_batch", next_batch)
   config = copy.deepcopy(recipe)
   config.train.steps = 2 * EVERY
   assert train(config, str(tmp_path)) == DONE
@@ -319,11 +319,11 @@ def test_profile_is_taken(recipe, tmp_path):
 def test_loop_never_waits_for_the_step_it_dispatched(recipe, tmp_path, monkeypatch):
   """Step n + 1 is dispatched before the numbers of step n are fetched."""
   events = []
-  original = loop._Loop._report
-  monkeypatch.setattr(loop._Loop, "_report", lambda self, writer, number, metrics: (
+  original = loop.Loop.report
+  monkeypatch.setattr(loop.Loop, "report", lambda self, writer, number, metrics: (
     events.append(("report", number)), original(self, writer, number, metrics))[1])
-  original_next = loop._Loop._next_batch
-  monkeypatch.setattr(loop._Loop, "_next_batch", lambda self: (events.append(("batch", None)), original_next(self))[1])
+  original_next = loop.Loop.next_batch
+  monkeypatch.setattr(loop.Loop, "next_batch", lambda self: (events.append(("batch", None)), original_next(self))[1])
   config = copy.deepcopy(recipe)
   config.train.steps, config.train.checkpoint_every = 6, 100
   train(config, str(tmp_path))

@@ -127,7 +127,7 @@ def test_clip_basis():
   gradient = {"a": jnp.array([0.3, 0.4]), "b": jnp.array([0.0])}
 
   def clipped(basis, norm, tokens):
-    chain = optax.chain(*lib._clipping(OptimizerConfig(clip_basis=basis, clip_norm=norm), tokens))
+    chain = optax.chain(*lib.clipping(OptimizerConfig(clip_basis=basis, clip_norm=norm), tokens))
     return chain.update(gradient, chain.init(gradient))[0]["a"]
 
   np.testing.assert_allclose(clipped("mean", 1.0, 100), [0.3, 0.4])

@@ -46,7 +46,7 @@ def get_config():
 WATCHED = """
 import os, sys, time, zlib
 from atma_jax.data.pipeline import TrainingData
-from atma_jax.training import checkpointing
+from atma_jax.checkpoints import store as checkpointing
 fetch = TrainingData.__next__
 rows = open(os.environ["ROWS"], "a", buffering=1)
 
@@ -75,11 +75,11 @@ ocp.PyTreeCheckpointHandler.async_save = full
 from orbax.checkpoint._src.multihost import multihost
 usual = multihost._DEFAULT_BARRIER_TIMEOUT, checkpointing.WRITE_SECONDS
 multihost._DEFAULT_BARRIER_TIMEOUT, checkpointing.WRITE_SECONDS = 5, 10
-failed = checkpointing.Checkpointer._failed
+failed = checkpointing.Checkpointer.write_failed
 def patient(self, *arguments):
   multihost._DEFAULT_BARRIER_TIMEOUT, checkpointing.WRITE_SECONDS = usual
   failed(self, *arguments)
-checkpointing.Checkpointer._failed = patient
+checkpointing.Checkpointer.write_failed = patient
 """
 
 

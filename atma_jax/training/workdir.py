@@ -1,0 +1,55 @@
+"""The directories of a training run, checked before anything is computed."""
+
+from __future__ import annotations
+
+import pathlib
+import secrets
+
+from etils import epath
+import jax
+
+from atma_jax import distributed
+from atma_jax.checkpoints.steps import absolute, is_remote
+from atma_jax.config import Config
+from atma_jax.errors import UserError
+
+
+def data_directory(config: Config, workdir: str) -> pathlib.Path:
+  """The directory of the prepared data: ``config.data.directory``, or ``WORKDIR/data``.
+
+  Raises:
+    UserError: a remote `workdir` where a local directory is needed, for the data or for a profile.
+  """
+  if config.train.profile_start is not None and is_remote(workdir):
+    raise UserError(f"config.train.profile_start={config.train.profile_start}: profiles need a --workdir on a file system, not "
+                    f"{workdir}")
+  if config.data.directory:
+    return pathlib.Path(config.data.directory).absolute()
+  if is_remote(workdir):
+    raise UserError(f"config.data.directory is required with --workdir={workdir}: prepared data is memory-mapped, so it needs "
+                    "a local (or mounted) directory")
+  return pathlib.Path(workdir).absolute() / "data"
+
+
+def make_workdir(workdir: str) -> epath.Path:
+  """Makes the directory, and makes sure that every process sees the same one.
+
+  Raises:
+    UserError: it cannot be written, or this process does not see what process 0 wrote there.
+  """
+  folder, token = absolute(workdir), secrets.token_hex(8)
+  with distributed.agreed():
+    if jax.process_index() == 0:
+      try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_count() > 1:
+          (folder / ".shared").write_text(token)
+      except Exception as error:  # cloud file systems raise errors of their own
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(f"--workdir={workdir}: cannot be written: {reason}") from error
+  token = distributed.from_first(token)
+  with distributed.agreed():
+    if jax.process_count() > 1 and (not (folder / ".shared").exists() or (folder / ".shared").read_text() != token):
+      raise UserError(f"--workdir={workdir}: does not show what process 0 wrote there; with several processes it must be a "
+                      "directory that all of them see")
+  return folder
