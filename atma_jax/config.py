@@ -17,7 +17,7 @@ import types
 import typing
 from typing import Any
 
-from atma_jax.errors import UserError, unknown_name
+from atma_jax.errors import UserError, divides_over_context, unknown_name
 
 ATTENTIONS = ("polar", "nope", "rope")
 MIXERS = ("local", "global", "raven")
@@ -343,7 +343,7 @@ def check_context_divides(name: str, length: int, context: int) -> None:
   Raises:
     UserError: more than one device, and the length is no multiple of twice their number.
   """
-  if context > 1 and length % (2 * context):
+  if not divides_over_context(length, context):
     raise UserError(f"{name}={length}: must be a multiple of twice config.mesh.context={context}: causal attention gives every "
                     "device two chunks")
 

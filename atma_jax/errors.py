@@ -19,7 +19,7 @@ class RunError(Exception):
 
 def divides_over_context(length: int, context: int) -> bool:
   """Whether the devices of a context axis can share a sequence: causal attention gives each two chunks, one from either half."""
-  return context == 1 or length % (2 * context) == 0
+  return context <= 1 or length % (2 * context) == 0
 
 
 def unknown_name(kind: str, name: str, legal: Iterable[str]) -> str:
