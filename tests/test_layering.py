@@ -1,9 +1,10 @@
-"""The layering rule: a file imports only from lower layers and from its own folder. Read off the syntax trees."""
+"""The rules of the house, read off the syntax trees: layers, file names, docstrings, annotations, private names."""
 
 from __future__ import annotations
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,36 +14,32 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "atma_jax"
 
 MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generate", "lm_eval", "prepare_data", "serve", "train")
-LAYERS = {
-  "__init__": 0,
-  "config": 0,
-  "errors": -1,
-  "compilation_cache": 1,
-  "distributed": 1,
-  "ops": 1,
-  "progress": 1,
-  "sharding": 1,
-  "data": 2,
-  "models": 2,
-  "pytorch": 3,
-  "checkpoints": 4,
-  "inference": 5,
-  "training": 5,
-  "planning": 6,
-  "serving": 6,
-  "evaluation": 7,
-  "ablation": 8,
-  "benchmarks": 8,
-  "cli": 9,
-  **dict.fromkeys(MAINS, 10),
-}
+ORDER = (  # a unit, that is a folder or module right under atma_jax, imports only from lines above its own, and from itself
+  ("__init__", "errors"),
+  ("config",),
+  ("compilation_cache", "dataclass_flags", "distributed", "ops", "progress", "sharding"),
+  ("data", "models"),
+  ("pytorch",),
+  ("checkpoints",),
+  ("inference", "training"),
+  ("planning", "serving"),
+  ("evaluation",),
+  ("ablation", "benchmarks"),
+  ("cli",),
+  MAINS,
+)
+LAYERS = {unit: layer for layer, units in enumerate(ORDER) for unit in units}
 STANDARD_LIBRARY_ONLY = ("__init__", "config", "errors")
 OPS_THIRD_PARTY = {"jax", "jaxlib", "jaxtyping", "numpy"}
 MAIN_LINES = 80
 FILE_LINES = 600
+SHARED_NAMES = {"__init__", "api", "formula", "pallas_gpu", "pallas_tpu", "reference", "spec", "xla"}  # that recur in every op
+RIDDLES = re.compile(r"(The same of|Those of|Of an? |A \w+ a \w+)")  # openings of docstrings that have to be read twice
+NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public in spite of their names
 TOP_LEVEL = {"LICENSE", "README.md", "atma_jax", "configs", "launch", "pyproject.toml", "tests"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
 
 
 def without_type_checking(source: str) -> str:
@@ -104,6 +101,133 @@ def test_imports_go_down(path):
 def test_every_unit_has_a_layer():
   """A new folder or module is placed in the table on purpose."""
   assert {unit_of(path) for path in FILES} <= LAYERS.keys()
+
+
+def files_of(unit: str) -> list[pathlib.Path]:
+  """The files of a folder or module right under atma_jax."""
+  return [path for path in FILES if unit_of(path) == unit]
+
+
+def test_no_file_name_twice():
+  """A file is found by its name; only the parts that every op has are named alike."""
+  folders: dict[str, list[str]] = {}
+  for path in FILES:
+    folders.setdefault(path.stem, []).append(str(path.relative_to(PACKAGE)))
+  assert {name: paths for name, paths in folders.items() if len(paths) > 1 and name not in SHARED_NAMES} == {}
+
+
+def riddles(source: str) -> list[str]:
+  """First lines of the docstrings that open with one of `RIDDLES`."""
+  documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+  docstrings = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+  return [text.partition("\n")[0] for text in docstrings if RIDDLES.match(text)]
+
+
+@pytest.mark.parametrize("unit", LAYERS)
+def test_docstrings_say_what_a_thing_does(unit):
+  """Plain sentences, not fragments that lean on something else."""
+  found = {str(path.relative_to(PACKAGE)): riddles(path.read_text()) for path in files_of(unit)}
+  assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def bare_parameters(source: str) -> list[str]:
+  """Parameters without an annotation, as ``line function(parameter)``; `self` and `cls` of methods need none."""
+  tree, methods = ast.parse(source), set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ClassDef):
+      methods |= {function for function in node.body if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+                  and not any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.decorator_list)}
+  found = []
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+      parameters = [*node.args.posonlyargs, *node.args.args][node in methods:]
+      parameters += [*node.args.kwonlyargs, *filter(None, (node.args.vararg, node.args.kwarg))]
+      found += [f"{node.lineno} {node.name}({parameter.arg})" for parameter in parameters if parameter.annotation is None]
+  return found
+
+
+@pytest.mark.parametrize("unit", LAYERS)
+def test_every_parameter_is_annotated(unit):
+  """Those of kernels too."""
+  found = {str(path.relative_to(PACKAGE)): bare_parameters(path.read_text()) for path in files_of(unit)}
+  assert {name: parameters for name, parameters in found.items() if parameters} == {}
+
+
+def is_private(name: str) -> bool:
+  return name.startswith("_") and not name.endswith("__") and name not in NAMEDTUPLE
+
+
+def defined_names(tree: ast.AST) -> set[str]:
+  """Every name that a file gives to a function, class, variable or attribute."""
+  names = set()
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+      names.add(node.name)
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      names.add(node.id)
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+      names.add(node.attr)
+  return names
+
+
+def foreign_private_names(source: str) -> list[str]:
+  """Private names of other modules that a file reads, as ``line expression``."""
+  tree = ast.parse(source)
+  own, found = defined_names(tree), []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+      if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+        found.append(f"{node.lineno} {ast.unparse(node)}")
+    elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("atma_jax"):
+      found += [f"{node.lineno} {node.module}.{alias.name}" for alias in node.names if is_private(alias.name)]
+  return found
+
+
+@pytest.mark.parametrize("unit", LAYERS)
+def test_private_names_stay_in_their_file(unit):
+  """What another file needs is public."""
+  found = {str(path.relative_to(PACKAGE)): foreign_private_names(path.read_text()) for path in files_of(unit)}
+  assert {name: names for name, names in found.items() if names} == {}
+
+
+def private_names_tested(source: str) -> list[str]:
+  """Private names of atma_jax that a test reads, as ``line expression``."""
+  tree = ast.parse(source)
+  imported = {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+              and (node.module or "").startswith("atma_jax") for alias in node.names}
+  found = []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Attribute) and is_private(node.attr):
+      owner = node.value
+      while isinstance(owner, ast.Attribute):
+        owner = owner.value
+      if isinstance(owner, ast.Name) and owner.id in imported:
+        found.append(f"{node.lineno} {ast.unparse(node)}")
+    elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("atma_jax"):
+      found += [f"{node.lineno} {node.module}.{alias.name}" for alias in node.names if is_private(alias.name)]
+  return found
+
+
+def test_tests_read_public_names():
+  """What is tested is public."""
+  found = {str(path.relative_to(REPOSITORY)): private_names_tested(path.read_text()) for path in TESTS}
+  assert {name: names for name, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(("check", "source", "found"), [
+  (riddles, 'def f():\n  """The same of a sum."""', ["The same of a sum."]),
+  (riddles, '"""A row a checkpoint and measure."""', ["A row a checkpoint and measure."]),
+  (riddles, '"""A table with a row per checkpoint."""', []),
+  (bare_parameters, "def f(x, *y, z=1, **w: int): pass", ["1 f(x)", "1 f(z)", "1 f(y)"]),
+  (bare_parameters, "class A:\n  def f(self, x: int): pass\n  @staticmethod\n  def g(y): pass", ["4 g(y)"]),
+  (foreign_private_names, "def f(self):\n  self._x = other._x", []),
+  (foreign_private_names, "other._x\nself._y\npoint._replace(x=1)\nx.__doc__", ["1 other._x"]),
+  (foreign_private_names, "from atma_jax.ops import _f", ["1 atma_jax.ops._f"]),
+  (private_names_tested, "from atma_jax.training import loop\nloop.Loop._save\nstep._cache_size()", ["2 loop.Loop._save"]),
+])
+def test_the_checks_themselves(check, source, found):
+  """Each finds what it looks for, and nothing else."""
+  assert check(source) == found
 
 
 @pytest.mark.parametrize(("unit", "package", "source", "count"), [
