@@ -1,1 +1,1 @@
-"""Data: sources of text, tokenizers, token shards, the Grain pipeline and needles."""
+"""Data: sources of text, tokenizers, token shards, the Grain pipeline and the needle of the evaluation."""

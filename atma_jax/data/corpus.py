@@ -1,4 +1,4 @@
-"""Scanning sources and splitting them by document: train, validation, held-out."""
+"""Scanning the sources, and splitting them by document into training, validation and held-out data."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import itertools
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 import numpy as np
 
 from atma_jax.config import DataConfig
-from atma_jax.data import sources
+from atma_jax.data.documents import LEGAL_FILES, Entry, SourceFile
 from atma_jax.data.near_duplicates import EvaluationLines, text_digest
 from atma_jax.data.process_pool import Pool
 from atma_jax.data.shards import open_shard
+from atma_jax.data.source import TextSource, TokenSource
 from atma_jax.data.tokenizers import Tokenizer, check_tokens
 from atma_jax.errors import UserError
 from atma_jax.progress import progress_bar
@@ -25,19 +25,19 @@ _SCAN_BYTES = 1 << 20  # files handed to a worker at a time; a larger file goes 
 _PROBLEMS_KEPT = 20
 _RESERVE = 8  # documents at the end of ready shards set aside for each evaluation document taken
 
-
-class Entry(NamedTuple):
-  """One distinct document of a scanned source; `digest` orders and identifies it."""
-
-  file: int
-  row: int
-  digest: bytes
-  size: int  # bytes of UTF-8
+_Portion = tuple[TextSource, list[tuple[int, SourceFile]]]  # files of one source, with their indices
 
 
 @dataclasses.dataclass
 class EvaluationDocument:
-  """A held-out or validation document: text, or tokens where it comes from a ready shard."""
+  """A held-out or validation document: text, or its tokens if it comes from a ready shard.
+
+  Attributes:
+    source: the entry of ``config.data.sources`` that it comes from.
+    name: of the document.
+    text: the document; None if it comes from a ready shard.
+    tokens: (n,) without end-of-text; None until the text is encoded.
+  """
 
   source: str
   name: str
@@ -47,7 +47,7 @@ class EvaluationDocument:
 
 @dataclasses.dataclass
 class Split:
-  """The evaluation documents of all sources, and what is needed to know them again."""
+  """The evaluation documents of all sources, and the lines by which their near duplicates are recognised."""
 
   heldout: list[EvaluationDocument] = dataclasses.field(default_factory=list)
   validation: list[EvaluationDocument] = dataclasses.field(default_factory=list)
@@ -55,26 +55,39 @@ class Split:
 
 
 class TextCorpus:
-  """The distinct documents of a text source; `take_evaluation` leaves in `entries` those to train on."""
+  """The distinct documents of a text source.
 
-  def __init__(self, source: str, files: list[sources.SourceFile]):
+  Attributes:
+    source: where the documents come from.
+    files: the files of the source.
+    entries: the distinct documents in the source's order, filled by `scan`; `take_evaluation` leaves those to train on.
+    report: what the scan found, as the manifest records it.
+  """
+
+  def __init__(self, source: TextSource):
     self.source = source
-    self.files = files
+    self.files = source.files()
     self.entries: list[Entry] = []
-    self.report = {"source": source, "files": len(files), "documents": 0, "bytes": 0, "skipped": 0, "duplicates": 0,
-                   "unreadable": 0, "problems": []}
+    self.report: dict[str, Any] = {"source": source.entry, "files": len(self.files), "documents": 0, "bytes": 0, "skipped": 0,
+                                   "duplicates": 0, "unreadable": 0, "problems": []}
 
   def scan(self, pool: Pool, seen: set[bytes], progress: bool) -> None:
-    """Hashes every document. Of equal ones, over all sources scanned with the same `seen`, the first stays.
+    """Hashes every document and keeps the first of equal ones.
 
-    A file or row that cannot be read raises `UserError`; of Python's own files it is left out and reported.
+    Args:
+      pool: runs `scan_files`.
+      seen: digests of the documents of the sources scanned before; those found here are added.
+      progress: whether to show a progress bar.
+
+    Raises:
+      UserError: a document cannot be read and the source does not skip those, or there is no new text at all.
     """
-    portions = _portions(self.files)
-    report = self.report
-    with progress_bar(len(self.files), " files", description=f"scan {self.source}", scale=False, enabled=progress) as bar:
-      for portion, (entries, problems, skipped) in zip(portions, pool.map(portions)):
-        if problems and self.source != sources.PYTHON_SOURCE:
-          raise UserError(f"config.data.sources: {self.source!r}: {problems[0]}; legal: {sources.LEGAL_FILES}")
+    portions = _portions(self.source, self.files)
+    report, entry_name = self.report, self.source.entry
+    with progress_bar(len(self.files), " files", description=f"scan {entry_name}", scale=False, enabled=progress) as bar:
+      for (_, files), (entries, problems, skipped) in zip(portions, pool.map(portions)):
+        if problems and not self.source.skips_unreadable:
+          raise UserError(f"config.data.sources: {entry_name!r}: {problems[0]}; legal: {LEGAL_FILES}")
         for entry in entries:
           if entry.digest not in seen:
             seen.add(entry.digest)
@@ -84,36 +97,35 @@ class TextCorpus:
         report["skipped"] += skipped
         report["unreadable"] += len(problems)
         report["problems"] += problems[:_PROBLEMS_KEPT - len(report["problems"])]
-        bar.update(len(portion))
+        bar.update(len(files))
     report["documents"] = len(self.entries)
     report["bytes"] = sum(entry.size for entry in self.entries)
     if not self.entries:
-      raise UserError(f"config.data.sources: {self.source!r} has no text in its {len(self.files)} files, or none "
-                      f"that the sources before it lack; legal: {sources.LEGAL_FILES}")
+      raise UserError(f"config.data.sources: {entry_name!r} has no text in its {len(self.files)} files, or none "
+                      f"that the sources before it lack; legal: {LEGAL_FILES}")
     if report["problems"]:
-      logging.info("%s: %d unreadable files left out, the first: %s", self.source, report["unreadable"],
-                   report["problems"][0])
+      logging.info("%s: %d unreadable files left out, the first: %s", entry_name, report["unreadable"], report["problems"][0])
 
   def read(self, entries: Sequence[Entry]) -> Iterator[tuple[str, str]]:
-    """(name, text) of `entries`, which must be in the source's order."""
+    """Yields (name, text) of `entries`, which must be in the source's order."""
     for file, group in itertools.groupby(entries, key=lambda entry: entry.file):
       wanted = list(group)
-      documents = sources.read_documents(self.files[file], [entry.row for entry in wanted])
+      documents = self.source.read(self.files[file], [entry.row for entry in wanted])
       for entry, document in itertools.zip_longest(wanted, documents):
         if entry is None or document is None or document.text is None or document.row != entry.row:
           raise UserError(f"{self.files[file].path} changed while it was being prepared: start again")
         yield document.name, document.text
 
   def read_in_any_order(self, entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """(name, text) of `entries`, in the order given."""
+    """Returns (name, text) of `entries`, in the order given."""
     ordered = sorted(entries)
     documents = dict(zip(ordered, self.read(ordered)))
     return [documents[entry] for entry in entries]
 
   def take_evaluation(self, split: Split, heldout: int, validation: int) -> None:
-    """Moves the `heldout` longest documents and the `validation` ones of smallest hash to `split`.
+    """Moves documents to `split`: the `heldout` longest ones, then the `validation` ones with the smallest hashes.
 
-    One that nearly repeats another evaluation document is passed over.
+    A document that nearly repeats another evaluation document is passed over.
     """
     for chosen, count, order in ((split.heldout, heldout, lambda entry: (-entry.size, entry.digest)),
                                  (split.validation, validation, lambda entry: entry.digest)):
@@ -124,15 +136,15 @@ class TextCorpus:
           if len(taken) < count and not split.lines.cover(text):
             split.lines.add(text)
             taken.add(entry)
-            chosen.append(EvaluationDocument(self.source, name, text))
+            chosen.append(EvaluationDocument(self.source.entry, name, text))
       self.entries = [entry for entry in self.entries if entry not in taken]
       if len(taken) < count or not self.entries:
-        raise UserError(f"config.data.sources: {self.source!r} has {self.report['documents']} documents, too few for "
+        raise UserError(f"config.data.sources: {self.source.entry!r} has {self.report['documents']} documents, too few for "
                         f"its share of config.data.heldout_documents and validation_documents ({heldout} and "
                         f"{validation}, no two alike) and some to train on")
 
   def sample(self, size: float) -> list[Entry]:
-    """Entries of about `size` bytes (of all text if there is less) of smallest hash: an even sample, in hash order."""
+    """Returns an even sample of about `size` bytes (all text if there is less): the smallest hashes, in hash order."""
     taken, total = [], 0
     for entry in sorted(self.entries, key=lambda entry: entry.digest):
       if taken and total + entry.size > size:
@@ -142,27 +154,32 @@ class TextCorpus:
     return taken
 
   def limit(self, size: float) -> None:
-    """Keeps a sample of about `size` bytes, in the source's order."""
+    """Keeps only a `sample` of about `size` bytes, in the source's order."""
     self.entries = sorted(self.sample(size))
 
 
-def _portions(files: Sequence[sources.SourceFile]) -> list[list[tuple[int, sources.SourceFile]]]:
-  """Files with their numbers, in portions of about `_SCAN_BYTES`."""
+def _portions(source: TextSource, files: Sequence[SourceFile]) -> list[_Portion]:
+  """Cuts a source's files into portions of about `_SCAN_BYTES`."""
   portions, filled = [], _SCAN_BYTES
   for index, file in enumerate(files):
     if filled >= _SCAN_BYTES:
-      portions.append([])
+      portions.append((source, []))
       filled = 0
-    portions[-1].append((index, file))
-    filled += os.path.getsize(file.path) if os.path.exists(file.path) else 0  # reading says what is wrong with it
+    portions[-1][1].append((index, file))
+    filled += file.size
   return portions
 
 
-def scan_files(files: Sequence[tuple[int, sources.SourceFile]]) -> tuple[list[Entry], list[str], int]:
-  """Entries of some files, the problems met, and the number of documents without text to use."""
+def scan_files(portion: _Portion) -> tuple[list[Entry], list[str], int]:
+  """Reads a portion of a source's files. Runs in worker processes.
+
+  Returns:
+    The documents with text, the problems met, and the number of documents without text to use.
+  """
+  source, files = portion
   entries, problems, skipped = [], [], 0
   for index, file in files:
-    for document in sources.read_documents(file):
+    for document in source.read(file):
       if document.text is None:
         problems.append(f"{document.name}: {document.problem}")
         continue
@@ -174,43 +191,48 @@ def scan_files(files: Sequence[tuple[int, sources.SourceFile]]) -> tuple[list[En
 
 
 class ReadyTokens:
-  """A ``bin:`` source: shards used as they are, but for documents at the end of the last one, kept for evaluation.
+  """The shards of a token source, used as they are except for the last documents of the last one, kept for evaluation.
 
-  Its own evaluation documents are looked for in all training data, those of text sources are not looked for in it.
+  The evaluation documents taken from here are looked for in all training data; those of text sources are not looked for here.
+
+  Attributes:
+    source: where the shards come from.
+    shards: in order.
   """
 
-  def __init__(self, source: str, pattern: str):
+  def __init__(self, source: TokenSource):
     self.source = source
-    self.shards = [open_shard(path) for path in sources.glob_files(source, pattern)]
-    self._train_tokens = [shard.tokens for shard in self.shards]
+    self.shards = [open_shard(path) for path in source.shards()]
+    self._train_tokens = [shard.tokens for shard in self.shards]  # at the start of each shard
 
   def take_evaluation(self, split: Split, heldout: int, validation: int, tokenizer: Tokenizer) -> None:
-    """Sets whole documents at the end of the last shard (at most half of it) aside and moves some to `split`.
+    """Sets whole documents at the end of the last shard (at most half of it) aside and moves some of them to `split`.
 
-    Of those set aside the `heldout` longest are held out, and the `validation` others of smallest hash taken. One that
-    occurs again among the tokens to train on, or nearly repeats another evaluation document, is passed over.
+    The `heldout` longest are held out, and the `validation` others with the smallest hashes are taken. A document that occurs
+    again among the tokens to train on, or nearly repeats another evaluation document, is passed over.
     """
     wanted = heldout + validation
     if wanted == 0:
       return
     documents = self._set_aside(_RESERVE * wanted, tokenizer)
-    repeated = self._in_training({len(tokens) for tokens in documents.values()}, tokenizer.eot_id)
+    repeated = self._digests_in_training({len(tokens) for tokens in documents.values()}, tokenizer.eot_id)
     by_size = sorted(documents, key=lambda name: (-len(documents[name]), _token_digest(documents[name])))
-    fresh = []
+    fresh: list[tuple[bytes, EvaluationDocument]] = []
     for name in by_size:
-      text = tokenizer.decode(documents[name])
-      if _token_digest(documents[name]) not in repeated and not split.lines.cover(text):
+      text, digest = tokenizer.decode(documents[name]), _token_digest(documents[name])
+      if digest not in repeated and not split.lines.cover(text):
         split.lines.add(text)
-        fresh.append(EvaluationDocument(self.source, name, tokens=documents[name]))
+        fresh.append((digest, EvaluationDocument(self.source.entry, name, tokens=documents[name])))
     if len(fresh) < wanted:
-      raise UserError(f"config.data.sources: {self.source!r} has {len(fresh)} documents to evaluate on at the end of "
+      raise UserError(f"config.data.sources: {self.source.entry!r} has {len(fresh)} documents to evaluate on at the end of "
                       "its last shard, too few for its share of config.data.heldout_documents and "
                       f"validation_documents ({heldout} and {validation}, no two alike)")
-    split.heldout += fresh[:heldout]
-    split.validation += sorted(fresh[heldout:], key=lambda document: _token_digest(document.tokens))[:validation]
+    split.heldout += [document for _, document in fresh[:heldout]]
+    rest = sorted(fresh[heldout:], key=lambda item: item[0])
+    split.validation += [document for _, document in rest[:validation]]
 
   def _set_aside(self, most: int, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Ends the tokens to train on where the last documents begin; returns those, by name, int32, no end-of-text."""
+    """Takes the last `most` documents off the tokens to train on; returns them by name, int32, without end-of-text."""
     last = self.shards[-1]
     tokens = last.open()
     half = last.tokens // 2
@@ -222,13 +244,13 @@ class ReadyTokens:
     starts = ends[-most:] + 1
     self._train_tokens[-1] = int(starts[0])
     content = np.asarray(tokens[starts[0]:], np.int32)
-    check_tokens(content, tokenizer.vocab_size, self.source)
+    check_tokens(content, tokenizer.vocab_size, self.source.entry)
     documents = np.split(content, starts[1:] - starts[0])
     return {f"{last.path}:{start}": document[document != tokenizer.eot_id]
             for start, document in zip(starts, documents) if (document != tokenizer.eot_id).any()}
 
-  def _in_training(self, lengths: set[int], eot_id: int) -> set[bytes]:
-    """Digests of the documents to train on that have one of `lengths`."""
+  def _digests_in_training(self, lengths: set[int], eot_id: int) -> set[bytes]:
+    """Digests of those documents to train on that have one of `lengths`."""
     found = set()
     for shard, count in zip(self.shards, self._train_tokens):
       tokens = shard.open()[:count]
@@ -238,9 +260,9 @@ class ReadyTokens:
     return found
 
   def record(self) -> dict[str, Any]:
-    """Entry of the manifest."""
+    """Returns the source's entry of the manifest."""
     pairs = [(shard.path, count) for shard, count in zip(self.shards, self._train_tokens) if count]
-    return {"source": self.source, "shards": [{"path": path, "tokens": count} for path, count in pairs],
+    return {"source": self.source.entry, "shards": [{"path": path, "tokens": count} for path, count in pairs],
             "tokens": sum(self._train_tokens), "documents": None, "near_duplicates": 0}
 
 
@@ -249,21 +271,30 @@ def _token_digest(tokens: np.ndarray) -> bytes:
 
 
 def share(count: int, index: int, parts: int) -> int:
-  """Part `index` of `count` things dealt to `parts`."""
+  """Returns how many of `count` things part `index` gets when they are dealt out evenly to `parts`."""
   return count // parts + (index < count % parts)
 
 
 def split_corpora(config: DataConfig, text: Sequence[TextCorpus], ready: Sequence[ReadyTokens],
                   tokenizer: Tokenizer | None) -> Split:
-  """Takes the evaluation documents out of every source, in equal numbers, and limits what is left to the cap.
+  """Takes the evaluation documents out of every source, in equal numbers, and limits the remaining text to the cap.
 
-  `tokenizer` is that of the ready tokens; None will do where there are none.
+  Args:
+    config: the data options.
+    text: the scanned text sources.
+    ready: the token sources.
+    tokenizer: of the ready tokens; may be None if there are none.
+
+  Raises:
+    UserError: a source has too few documents.
   """
   split = Split()
   parts = len(text) + len(ready)
   for index, corpus in enumerate([*text, *ready]):
     counts = (share(config.heldout_documents, index, parts), share(config.validation_documents, index, parts))
     if isinstance(corpus, ReadyTokens):
+      if tokenizer is None:
+        raise ValueError("split_corpora: ready tokens need their tokenizer")
       corpus.take_evaluation(split, *counts, tokenizer)
     else:
       corpus.take_evaluation(split, *counts)

@@ -1,4 +1,4 @@
-"""Atomic files: what exists under its final name is whole."""
+"""Atomic writes: a file that exists under its final name is complete."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from typing import Any, BinaryIO
 from atma_jax.errors import UserError
 
 
-def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], None]) -> None:
-  """Calls `write` on a temporary file beside `path`, syncs it and renames it to `path`.
+def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
+  """Writes a file under a temporary name beside `path`, syncs it and renames it to `path`.
 
-  A kill at any moment leaves the old file or the new one, never a part. A full disk or a read-only folder raises
-  `UserError` and leaves nothing behind.
+  A kill at any moment leaves the old file or the new one, never a part of it.
+
+  Args:
+    path: of the file; missing folders are created.
+    write: called with the open temporary file.
+
+  Raises:
+    UserError: the disk is full or the folder is read-only. Nothing is left behind.
   """
   temporary = path.with_name(path.name + ".tmp")
   try:
@@ -33,13 +39,13 @@ def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], None]) -> N
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes `value` as JSON, atomically. Equal values give equal bytes."""
+  """Writes `value` as JSON, atomically. Equal values yield equal bytes."""
   text = json.dumps(value, indent=1, sort_keys=True) + "\n"
   write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: pathlib.Path) -> Any:
-  """Reads JSON; a file that cannot be read or parsed raises `UserError` naming it."""
+  """Reads a JSON file. Raises a `UserError` that names the file if it cannot be read or parsed."""
   try:
     return json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:

@@ -9,9 +9,9 @@ import pathlib
 from typing import Any
 
 from atma_jax.config import DataConfig
-from atma_jax.data import sources
 from atma_jax.data.files import read_json
 from atma_jax.data.shards import Shard, TokenStream, open_shard
+from atma_jax.data.sources import parse_source
 from atma_jax.data.tokenizers import Tokenizer, load_tokenizer
 from atma_jax.errors import UserError
 
@@ -23,15 +23,17 @@ _DECISIVE = ("sources", "tokenizer", "max_mib", "validation_documents", "heldout
 
 @dataclasses.dataclass
 class Manifest:
-  """Contents of a prepared directory, JSON-ready.
+  """What a prepared directory holds, as JSON stores it.
 
   Attributes:
     settings: the options of `DataConfig` that decide the contents.
     tokenizer: kind, vocab_size, eot_id and fingerprint.
-    scanned: one a text source: files, distinct documents, bytes, and what was left out (duplicates; unreadable, with
-      the first problems; skipped: empty, or generated and data-like code).
-    train: one a source, in the order of ``config.data.sources``: shards, tokens, documents, near_duplicates (dropped).
-    validation, heldout: shards, tokens and documents (source, name, start, tokens).
+    scanned: for every text source its files, distinct documents and bytes, and what was left out: duplicates, unreadable
+      documents (with the first problems), and skipped ones, which are empty or generated and data-like code.
+    train: for every source, in the order of ``config.data.sources``, its shards, tokens, documents and dropped near_duplicates.
+    validation: shards, tokens and documents (source, name, start, tokens).
+    heldout: the same for the held-out documents.
+    version: of this format.
   """
 
   settings: dict[str, Any]
@@ -44,22 +46,22 @@ class Manifest:
 
   @property
   def fingerprint(self) -> str:
-    """sha256 of the contents."""
+    """sha256 of the manifest."""
     return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
-  """The options that decide what a prepared directory contains, as JSON gives them back."""
+  """Returns the options that decide what a prepared directory contains, as JSON gives them back."""
   names = _DECISIVE
   if config.tokenizer == "sentencepiece":
     names += ("tokenizer_vocab_size", "tokenizer_train_mib")
-  if any(sources.split_source(source)[0] == "recall" for source in config.sources):
-    names += ("recall_max_mib", "sequence_length")  # how much of it, and its longest gap
+  for source in map(parse_source, config.sources):
+    names += source.settings + source.base.settings
   return json.loads(json.dumps({name: getattr(config, name) for name in names}))
 
 
 def check_settings(stored: dict[str, Any], settings: dict[str, Any], directory: pathlib.Path) -> None:
-  """Raises `UserError` naming the first option in which `stored` differs from `settings`."""
+  """Raises a `UserError` that names the first option in which `stored` differs from `settings`."""
   for name in sorted(stored.keys() | settings.keys()):
     if name not in stored or name not in settings or stored[name] != settings[name]:
       was, now = (repr(values[name]) if name in values else "not used" for values in (stored, settings))
@@ -68,7 +70,7 @@ def check_settings(stored: dict[str, Any], settings: dict[str, Any], directory: 
 
 
 def load_manifest(directory: pathlib.Path) -> Manifest:
-  """Reads the manifest; a directory without a finished one raises `UserError`."""
+  """Reads the manifest. Raises `UserError` if the directory holds none, because it was never finished."""
   path = pathlib.Path(directory) / MANIFEST
   if not path.exists():
     raise UserError(f"{directory} holds no prepared data ({MANIFEST} is missing): run python -m atma_jax.prepare_data "
@@ -81,7 +83,7 @@ def load_manifest(directory: pathlib.Path) -> Manifest:
 
 
 def load_prepared_tokenizer(directory: pathlib.Path, manifest: Manifest) -> Tokenizer:
-  """The tokenizer of a prepared directory; one that was exchanged since raises `UserError`."""
+  """Loads the tokenizer of a prepared directory. Raises `UserError` if it is not the one that the manifest records."""
   path = pathlib.Path(directory) / TOKENIZER
   tokenizer = load_tokenizer(str(path))
   if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
@@ -90,7 +92,7 @@ def load_prepared_tokenizer(directory: pathlib.Path, manifest: Manifest) -> Toke
 
 
 def open_stream(directory: pathlib.Path, record: dict[str, Any]) -> TokenStream:
-  """Token stream of one record of the manifest. A missing or changed shard raises `UserError`."""
+  """Opens the shards of one record of the manifest as a stream. Raises `UserError` for a missing or changed shard."""
   opened = []
   for entry in record["shards"]:
     shard = open_shard(pathlib.Path(directory) / entry["path"])

@@ -11,17 +11,17 @@ _COVERED_SHARE = 0.5
 
 
 def text_digest(text: str) -> bytes:
-  """Hash of a text without its white space: what makes two documents equal."""
+  """Returns a hash of a text without its white space. Documents with equal hashes count as equal."""
   return hashlib.blake2b("".join(text.split()).encode(), digest_size=16).digest()
 
 
 class EvaluationLines:
-  """Lines of the evaluation documents; tells whether a text equals one of them or contains at least half its lines."""
+  """The lines of the evaluation documents, to recognise texts that equal one of them or contain at least half its lines."""
 
-  def __init__(self):
-    self._short: set[bytes] = set()
+  def __init__(self) -> None:
+    self._short: set[bytes] = set()  # digests of documents with few lines
     self._documents_of: dict[str, list[int]] = {}
-    self._totals: list[int] = []
+    self._totals: list[int] = []  # significant lines of each document
 
   def add(self, text: str) -> None:
     """Adds one evaluation document."""
@@ -34,7 +34,7 @@ class EvaluationLines:
     self._totals.append(len(lines))
 
   def cover(self, text: str) -> bool:
-    """Whether `text` repeats most of an evaluation document."""
+    """Whether `text` repeats at least half of an evaluation document."""
     lines = _significant_lines(text)
     if len(lines) < _FEWEST_LINES and text_digest(text) in self._short:
       return True
@@ -45,5 +45,6 @@ class EvaluationLines:
 
 
 def _significant_lines(text: str) -> set[str]:
+  """The distinct lines long enough to tell documents apart, stripped."""
   stripped = (line.strip() for line in text.splitlines())
   return {line for line in stripped if len(line) >= _SIGNIFICANT_LINE}

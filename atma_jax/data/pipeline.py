@@ -1,9 +1,9 @@
 """Batches of tokens from a prepared directory: a Grain pipeline whose whole state is one number.
 
-Each source is one long stream of tokens, cut into windows of T + 1 tokens that start T apart, so that every token is a
-target once an epoch; the last window wraps to the stream's start and no tail is lost. Windows are shuffled anew every
-epoch and the sources mixed by weight. Sequence i of the run is the same whatever the number of processes and whenever
-the run was interrupted, so the state is the index of the next sequence, and seeking costs nothing.
+Each source is one long stream of tokens. It is cut into windows of T + 1 tokens that start T apart, so every token is a target
+once per epoch; the last window wraps around to the stream's start, so no tail is lost. Windows are reshuffled every epoch, and
+sources are mixed by weight. Sequence i of a run is the same whatever the number of processes and wherever the run was
+interrupted, so the state is the index of the next sequence, and seeking costs nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pathlib
 from typing import Any
 
 import grain
+from jaxtyping import Int
 import numpy as np
 
 from atma_jax.config import DataConfig
@@ -26,7 +27,14 @@ _READ_THREADS = 2
 
 
 class TokenWindows:
-  """Random access to the windows of a stream: window i holds tokens [i T, i T + T], (T + 1,) int32."""
+  """Random access to the windows of a stream: window i holds the tokens [i T, i T + T], (T + 1,) int32.
+
+  Args:
+    stream: the tokens.
+    sequence_length: T.
+    vocab_size: of the tokenizer; a window with a larger id raises `UserError`.
+    name: of the stream, for error messages.
+  """
 
   def __init__(self, stream: TokenStream, sequence_length: int, vocab_size: int, name: str):
     self._stream = stream
@@ -37,7 +45,7 @@ class TokenWindows:
   def __len__(self) -> int:
     return -(-len(self._stream) // self._length)
 
-  def __getitem__(self, index: int) -> np.ndarray:
+  def __getitem__(self, index: int) -> Int[np.ndarray, " T+1"]:
     start = index * self._length
     tokens = self._stream.read(start, start + self._length + 1)
     check_tokens(tokens, self._vocab_size, self._name)
@@ -48,10 +56,22 @@ class TokenWindows:
 
 
 class TrainingData:
-  """Iterator over training batches, {"tokens": (rows, T + 1) int32}, without end.
+  """Endless iterator over training batches, {"tokens": (rows, T + 1) int32}.
 
-  Part p of n is the rows [p B / n, (p + 1) B / n) of every global batch; a process reads the `parts` that its devices
-  hold, one after the other. `get_state` counts what was handed out, not what was read ahead.
+  Part p of n holds the rows [p B / n, (p + 1) B / n) of every global batch. A process reads the parts that its devices hold.
+
+  Args:
+    config: the data options, which must be those that the directory was prepared with.
+    directory: written by `atma_jax.data.prepare.prepare`.
+    parts: the parts of each global batch to read, in this order.
+    part_count: n, the number of parts that a global batch is divided into.
+
+  Attributes:
+    manifest: of the directory.
+    tokenizer: of the directory.
+
+  Raises:
+    UserError: `batch_size` is not a multiple of `part_count`, or the directory is missing, damaged or prepared differently.
   """
 
   def __init__(self, config: DataConfig, directory: str | os.PathLike, *, parts: Sequence[int] = (0,), part_count: int = 1):
@@ -72,18 +92,23 @@ class TrainingData:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    if self._batches is None:
-      self._batches = self._open()
-    tokens = next(self._batches)
+    batches = self._batches
+    if batches is None:
+      batches = self._batches = self._open()
+    tokens = next(batches)
     self._next_sequence += self._config.batch_size
     return {"tokens": tokens}
 
   def get_state(self) -> dict[str, Any]:
-    """JSON-ready; the same in every process."""
+    """Returns the position as JSON-ready values, the same in every process. Batches read ahead do not count."""
     return {"next_sequence": self._next_sequence, "manifest": self._fingerprint}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Continues where `get_state` was called, with any number of processes and any batch size."""
+    """Continues where `get_state` was called, with any number of processes and any batch size.
+
+    Raises:
+      UserError: the state belongs to other prepared data.
+    """
     if state["manifest"] != self._fingerprint:
       raise UserError("config.data.directory: the checkpoint was trained on other prepared data than it now holds; "
                       "name the directory it was trained on")
@@ -91,25 +116,25 @@ class TrainingData:
     self._next_sequence = state["next_sequence"]
 
   def close(self) -> None:
-    """Ends the reading threads; the next batch starts new ones."""
+    """Stops the reading threads. The next batch starts new ones."""
     if self._batches is not None:
       self._batches.close()
       self._batches = None
 
   def _open(self) -> grain.DatasetIterator:
     count = self._part_count
-    rows = self._sequences[self._next_sequence:]  # without end, so there is no remainder
+    rows = self._sequences[self._next_sequence:]  # endless, so there is no remainder
     split = rows.batch(self._config.batch_size // count, drop_remainder=True)
     batches = split[self._parts[0]::count]
     if len(self._parts) > 1:
-      end = len(split) // count * count  # of the same length, as far as there is one
+      end = len(split) // count * count  # slices of equal length
       batches = grain.experimental.ZipMapDataset([split[part:end:count] for part in self._parts]).map(np.concatenate)
     threads = min(_READ_THREADS, self._config.prefetch)
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, self._config.prefetch)))
 
 
 def _coarsest(parts: Sequence[int], count: int) -> tuple[list[int], int]:
-  """The same rows in as few and large parts as possible."""
+  """Describes the same rows as few, large parts: returns the parts and their count."""
   parts = list(parts)
   while len(parts) > 1 and count % 2 == 0 and len(parts) % 2 == 0 and all(
       a % 2 == 0 and b == a + 1 for a, b in zip(parts[::2], parts[1::2])):
@@ -119,7 +144,7 @@ def _coarsest(parts: Sequence[int], count: int) -> tuple[list[int], int]:
 
 def _mixed_sequences(config: DataConfig, directory: pathlib.Path, records: list[dict[str, Any]],
                      vocab_size: int) -> grain.MapDataset:
-  """Endless sequence of windows, (T + 1,) each: every source reshuffled each epoch, the sources mixed by weight."""
+  """The endless sequence of windows, (T + 1,) each: every source reshuffled each epoch, all sources mixed by weight."""
   seeds = np.random.SeedSequence(config.shuffle_seed).generate_state(len(records))
   datasets = []
   for record, seed in zip(records, seeds):
@@ -130,10 +155,16 @@ def _mixed_sequences(config: DataConfig, directory: pathlib.Path, records: list[
 
 def validation_batches(config: DataConfig, directory: str | os.PathLike, batch_size: int,
                        sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
-  """The validation stream once through, in order: {"tokens": (batch_size, sequence_length + 1) int32}.
+  """Iterates over the validation stream once, in order: {"tokens": (batch_size, sequence_length + 1) int32}.
 
-  Windows start `sequence_length` apart; the last batch is filled up from the start of the stream. No validation
-  documents, or a directory prepared with other options, raise `UserError`.
+  Args:
+    config: the data options, which must be those that the directory was prepared with.
+    directory: the prepared directory.
+    batch_size: windows in a batch; the last batch is filled up from the start of the stream.
+    sequence_length: T; windows start T apart.
+
+  Raises:
+    UserError: there are no validation documents, or the directory was prepared with other options.
   """
   directory = pathlib.Path(directory)
   manifest = load_manifest(directory)
@@ -141,21 +172,21 @@ def validation_batches(config: DataConfig, directory: str | os.PathLike, batch_s
   stream = _evaluation_stream(directory, "validation")
   windows = TokenWindows(stream, sequence_length, manifest.tokenizer["vocab_size"], "validation")
 
-  def batches():
+  def batches() -> Iterator[dict[str, np.ndarray]]:
     for first in range(0, len(windows), batch_size):
       yield {"tokens": np.stack([windows[i % len(windows)] for i in range(first, first + batch_size)])}
 
   return batches()
 
 
-def validation_stream(directory: str | os.PathLike) -> np.ndarray:
-  """Tokens of the validation documents, joined by end-of-text, (n,) int32."""
+def validation_stream(directory: str | os.PathLike) -> Int[np.ndarray, " S"]:
+  """Returns the tokens of the validation documents, each followed by end-of-text, (S,) int32."""
   stream = _evaluation_stream(pathlib.Path(directory), "validation")
   return stream.read(0, len(stream))
 
 
-def heldout_documents(directory: str | os.PathLike) -> list[np.ndarray]:
-  """The held-out documents, longest first: int32 arrays that start with end-of-text, as documents do in training."""
+def heldout_documents(directory: str | os.PathLike) -> list[Int[np.ndarray, " S"]]:
+  """Returns the held-out documents, longest first: int32 arrays that start with end-of-text, as documents do in training."""
   directory = pathlib.Path(directory)
   manifest = load_manifest(directory)
   stream = _evaluation_stream(directory, "heldout")

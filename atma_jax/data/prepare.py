@@ -1,18 +1,18 @@
 """From sources to token shards: scan, split by document, train the tokenizer, tokenise in parallel processes.
 
-    DIR/manifest.json           written last: what is in the directory and the options that made it
+    DIR/manifest.json           written last: what the directory holds and the options that made it
     DIR/tokenizer.json          the tokenizer; `atma_jax.data.tokenizers.load_tokenizer` reads it
     DIR/train/I-SOURCE/*.bin    the documents of source I, each followed by end-of-text
     DIR/validation/*.bin, DIR/heldout/*.bin
 
-Everything is decided by the text and the options, so a run that was killed and started again, with any number of
-workers, ends with the same bytes as one that was not. A shard is whole or absent; ``progress.json`` beside the shards
-says how many documents they hold.
+The result depends only on the text and the options, so a run that was killed and started again, with any number of workers, ends
+with the same bytes as an undisturbed one. A shard is whole or absent; ``progress.json`` beside the shards says how many documents
+they hold.
 
-Train, validation and held-out documents are disjoint. A document is known by a hash of its text without white space;
-of equal ones the first is kept. The held-out documents are the longest, the validation documents those of smallest
-hash, in equal numbers from every source. A training document that contains half of the lines of an evaluation document
-(another version of the same file, say) is dropped and counted.
+Training, validation and held-out documents are disjoint. A document is identified by a hash of its text without white space, and
+only the first of equal ones is kept. The longest documents are held out, and those with the smallest hashes become validation
+documents, in equal numbers from every source. A training document that contains half of the lines of an evaluation document (say,
+another version of the same file) is dropped and counted.
 """
 
 from __future__ import annotations
@@ -31,33 +31,40 @@ import numpy as np
 from tqdm import tqdm
 
 from atma_jax.config import DataConfig
-from atma_jax.data import needles, sources, tokenizers
-from atma_jax.data.corpus import Entry, EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
+from atma_jax.data import tokenizers
+from atma_jax.data.corpus import EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
+from atma_jax.data.documents import Entry
 from atma_jax.data.files import read_json, write_json
 from atma_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, check_settings, load_manifest, settings_of
 from atma_jax.data.near_duplicates import EvaluationLines
 from atma_jax.data.process_pool import Pool
 from atma_jax.data.shards import token_dtype, write_shard
+from atma_jax.data.source import TextSource, TokenSource
+from atma_jax.data.sources import parse_source
 from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.errors import UserError
 from atma_jax.progress import progress_bar
 
 _BEGUN = "begun.json"
 _PROGRESS = "progress.json"
-_Parts = tuple[str, list[str], bytes]  # kind of its source, or "evaluation"; its texts; its digest
 _BATCH_BYTES = 256 << 10  # text handed to a worker at a time
-_RECALL_LENGTHS = 8  # training lengths of real text in a recall document
+_LENGTH_SAMPLE_BYTES = 1 << 20  # text tokenised to measure the training length in characters
+
+_Group = tuple[TextSource | None, list[str], bytes]  # source (None: evaluation), texts of one document, digest of the first
 
 
 def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | None = None,
             progress: bool = True) -> Manifest:
-  """Prepares `directory` for training and evaluation, or returns at once where that is done.
+  """Prepares `directory` for training and evaluation, or returns at once if that is done.
 
   Args:
     config: the options; those that decide the result are recorded in the manifest.
-    directory: made where missing. One begun with other options is refused.
-    workers: processes that read and tokenise; None takes one a core, at most `MOST_WORKERS`, 1 works in this process.
-    progress: show progress bars.
+    directory: created if missing. One begun with other options is refused.
+    workers: processes that read and tokenise. None takes one per core, at most `MOST_WORKERS`; 1 works in this process.
+    progress: whether to show progress bars.
+
+  Returns:
+    The manifest of the directory.
 
   Raises:
     UserError: no or unreadable input, an empty corpus, a directory that holds something else, a full disk.
@@ -74,11 +81,12 @@ def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | 
 
 def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Path, workers: int | None,
              progress: bool) -> None:
-  text, ready = _open_sources(config)
+  sources, text, ready = _open_sources(config)
   tokenizer = None if config.tokenizer == "sentencepiece" else tokenizers.load_tokenizer(config.tokenizer)
-  if ready and tokenizer is None:
-    raise UserError("config.data.tokenizer='sentencepiece': bin: sources hold ready tokens, so name the tokenizer that "
-                    "made them: 'bytes', a .model file or a tokenizer.json")
+  for source in ready:
+    if tokenizer is None:
+      raise UserError(f"config.data.tokenizer='sentencepiece': {source.prefix}: sources hold ready tokens, so name the tokenizer "
+                      "that made them: 'bytes', a .model file or a tokenizer.json")
   seen: set[bytes] = set()
   with Pool(workers if text else 1, scan_files) as pool:
     for corpus in text.values():
@@ -87,11 +95,15 @@ def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Pa
   split = split_corpora(config, list(text.values()), list(ready.values()), tokenizer)
   tokenizer = _settle_tokenizer(tokenizer, config, text.values(), directory / TOKENIZER)
 
-  reach = _recall_reach(config, text.values(), tokenizer)
-  with Pool(workers, _Encoder(tokenizer, split.lines, reach)) as pool:
-    train = [ready[source].record() if source in ready else
-             _write_source(config, directory, index, text, reach, pool, tokenizer, progress)
-             for index, source in enumerate(config.sources)]
+  characters = _training_characters(config, sources, text.values(), tokenizer)
+  with Pool(workers, _Encoder(tokenizer, split.lines, characters)) as pool:
+    train = []
+    for index, source in enumerate(sources):
+      if isinstance(source, TextSource):
+        writer = _SourceWriter(config, directory, index, source, text[source.base], characters, tokenizer)
+        train.append(writer.write(pool, progress))
+      else:
+        train.append(ready[source].record())
     heldout = _write_evaluation(directory, "heldout", split.heldout, pool, tokenizer)
     validation = _write_evaluation(directory, "validation", split.validation, pool, tokenizer)
   manifest = Manifest(
@@ -103,7 +115,7 @@ def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Pa
 
 @contextlib.contextmanager
 def _exclusive(directory: pathlib.Path) -> Iterator[None]:
-  """Holds the directory's lock, which the system frees when the process ends, however it ends."""
+  """Holds the directory's lock, which the system releases when the process ends, however it ends."""
   if (directory / MANIFEST).exists():  # finished: nothing will be written, and the directory may be read-only
     yield
     return
@@ -113,37 +125,44 @@ def _exclusive(directory: pathlib.Path) -> Iterator[None]:
   except OSError as error:
     raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
   try:
-    _take(lock, directory)
+    _acquire(lock, directory)
     yield
   finally:
     os.close(lock)
 
 
-def _take(lock: int, directory: pathlib.Path) -> None:
+def _acquire(lock: int, directory: pathlib.Path) -> None:
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
     raise UserError(f"{directory} is being prepared by another process: wait for it, or name another") from error
 
 
-def _open_sources(config: DataConfig) -> tuple[dict[str, TextCorpus], dict[str, ReadyTokens]]:
-  """Text sources (those behind ``recall:`` too) and ready token sources, each once, by name."""
+def _open_sources(config: DataConfig) -> tuple[list[TextSource | TokenSource], dict[TextSource, TextCorpus],
+                                               dict[TokenSource, ReadyTokens]]:
+  """Opens every source.
+
+  Returns:
+    The sources in the order of the configuration, the corpora of text by base source, and the ready tokens by source.
+  """
   if len(set(config.sources)) < len(config.sources):
     raise UserError(f"config.data.sources={tuple(config.sources)!r}: each source may be listed once")
-  text, ready = {}, {}
-  for source in config.sources:
-    kind, rest = sources.split_source(source)
-    if kind == "bin":
-      ready[source] = ReadyTokens(source, rest)
-      continue
-    base = rest if kind == "recall" else source
-    if base not in text:
-      text[base] = TextCorpus(base, sources.list_files(base))
-  return text, ready
+  sources, text, ready = [], {}, {}
+  for entry in config.sources:
+    source = parse_source(entry)
+    if isinstance(source, TokenSource):
+      ready[source] = ReadyTokens(source)
+    elif isinstance(source, TextSource):
+      if source.base not in text:
+        text[source.base] = TextCorpus(source.base)
+    else:
+      raise TypeError(f"{type(source).__name__} is neither a TextSource nor a TokenSource")
+    sources.append(source)
+  return sources, text, ready
 
 
 def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[TextCorpus]) -> None:
-  """Records what is being prepared; a directory begun with other options or other text is refused."""
+  """Records what is being prepared; refuses a directory begun with other options or other text."""
   digest = hashlib.sha256()
   for corpus in corpora:
     for entry in corpus.entries:
@@ -164,7 +183,7 @@ def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[
 
 def _settle_tokenizer(tokenizer: Tokenizer | None, config: DataConfig, corpora: Iterable[TextCorpus],
                       path: pathlib.Path) -> Tokenizer:
-  """The given tokenizer or one trained on the training text, stored at `path`; one stored there already is taken."""
+  """Returns the tokenizer stored at `path`, or stores the given one there, or one trained on the training text."""
   if path.exists():
     return tokenizers.load_tokenizer(str(path))
   if tokenizer is None:
@@ -175,17 +194,18 @@ def _settle_tokenizer(tokenizer: Tokenizer | None, config: DataConfig, corpora: 
 
 
 def _sample_texts(corpora: Sequence[TextCorpus], size: int) -> Iterator[str]:
-  """About `size` bytes of training text, evenly from every source."""
+  """Yields about `size` bytes of training text, the same amount from every source."""
   for corpus in corpora:
     for _, text in corpus.read(sorted(corpus.sample(size / len(corpora)))):
       yield text
 
 
-def _recall_reach(config: DataConfig, corpora: Iterable[TextCorpus], tokenizer: Tokenizer) -> int:
-  """Characters of text that the training length holds, measured on a sample; 0 where no recall material is asked."""
-  if not any(source.startswith("recall:") for source in config.sources):
+def _training_characters(config: DataConfig, sources: Sequence[TextSource | TokenSource], corpora: Iterable[TextCorpus],
+                         tokenizer: Tokenizer) -> int:
+  """Measures on a sample how many characters of text the training length holds; 0 if no source needs to know."""
+  if not any(isinstance(source, TextSource) and source.needs_training_length for source in sources):
     return 0
-  texts = list(_sample_texts(list(corpora), 1 << 20))
+  texts = list(_sample_texts(list(corpora), _LENGTH_SAMPLE_BYTES))
   return config.sequence_length * sum(map(len, texts)) // sum(len(tokenizer.encode(text)) for text in texts)
 
 
@@ -193,105 +213,94 @@ def _recall_reach(config: DataConfig, corpora: Iterable[TextCorpus], tokenizer: 
 
 
 class _Encoder:
-  """Makes tokens of documents; lives in the worker processes.
+  """Turns groups of documents into tokens; lives in the worker processes.
 
-  A document comes as its parts: one text, or the texts a recall document is made of. It goes as its tokens, end-of-text
-  last, and the number of parts dropped as near duplicates of evaluation documents.
+  The result for a group is the tokens of the document composed from it, with end-of-text last, and the number of the group's
+  documents that were dropped as near duplicates of evaluation documents.
   """
 
-  def __init__(self, tokenizer: Tokenizer, lines: EvaluationLines, reach: int):
+  def __init__(self, tokenizer: Tokenizer, lines: EvaluationLines, characters: int):
     self._tokenizer = tokenizer
     self._lines = lines
-    self._reach = reach
+    self._characters = characters
     self._dtype = token_dtype(tokenizer.vocab_size)
 
-  def __call__(self, batch: list[_Parts]) -> list[tuple[np.ndarray, int]]:
-    return [self._encode(*document) for document in batch]
+  def __call__(self, batch: list[_Group]) -> list[tuple[np.ndarray, int]]:
+    return [self._encode(*group) for group in batch]
 
-  def _encode(self, kind: str, parts: list[str], digest: bytes) -> tuple[np.ndarray, int]:
-    kept = parts if kind == "evaluation" else [part for part in parts if not self._lines.cover(part)]
+  def _encode(self, source: TextSource | None, texts: list[str], digest: bytes) -> tuple[np.ndarray, int]:
+    kept = texts if source is None else [text for text in texts if not self._lines.cover(text)]
     text = "\n".join(kept)
-    if kind == "recall" and kept:
-      text = needles.recall_document(text, reach=self._reach, rng=np.random.default_rng(list(digest)))
+    if source is not None and kept:
+      text = source.compose(text, digest, self._characters)
     tokens = np.append(self._tokenizer.encode(text), self._tokenizer.eot_id) if kept else np.zeros(0)
-    return tokens.astype(self._dtype), len(parts) - len(kept)
+    return tokens.astype(self._dtype), len(texts) - len(kept)
 
 
-def _recall_groups(entries: Sequence[Entry], size: int) -> list[list[Entry]]:
-  """Consecutive documents in groups of at least `size` bytes; what is left over at the end makes a smaller group."""
-  groups, filled = [], size
-  for entry in entries:
-    if filled >= size:
-      groups.append([])
-      filled = 0
-    groups[-1].append(entry)
-    filled += entry.size
-  return groups
+class _SourceWriter:
+  """Writes the training shards of one text source."""
 
+  def __init__(self, config: DataConfig, directory: pathlib.Path, index: int, source: TextSource, corpus: TextCorpus,
+               characters: int, tokenizer: Tokenizer):
+    self._directory, self._source, self._corpus = directory, source, corpus
+    self._folder = directory / "train" / f"{index}-{re.sub('[^A-Za-z0-9]+', '-', source.entry).strip('-')[:48]}"
+    self._groups = source.group(corpus.entries, config, characters)
+    self._dtype, self._shard_tokens = token_dtype(tokenizer.vocab_size), config.shard_tokens
 
-def _batches(corpus: TextCorpus, groups: Sequence[list[Entry]], kind: str) -> Iterator[list[_Parts]]:
-  """Documents with their text, in batches of about `_BATCH_BYTES`."""
-  texts = corpus.read([entry for group in groups for entry in group])
-  batch, size = [], 0
-  for group in groups:
-    batch.append((kind, [next(texts)[1] for _ in group], group[0].digest))
-    size += _size([group])
-    if size >= _BATCH_BYTES:
+  def write(self, pool: Pool, progress: bool) -> dict[str, Any]:
+    """Tokenises the source, or what an interrupted run left of it; returns its entry of the manifest."""
+    entry = self._source.entry
+    with progress_bar(_size(self._groups), "B", description=f"tokenise {entry}", enabled=progress) as bar:
+      shards = self._write_shards(pool, bar)
+    totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "near_duplicates")}
+    if not totals["tokens"]:
+      raise UserError(f"config.data.sources: {entry!r} has nothing to train on beside evaluation documents and their "
+                      "near duplicates")
+    paths = [str((self._folder / _shard_name(number)).relative_to(self._directory)) for number in range(len(shards))]
+    return {"source": entry, "shards": [{"path": p, "tokens": s["tokens"]} for p, s in zip(paths, shards)], **totals}
+
+  def _write_shards(self, pool: Pool, bar: tqdm) -> list[dict[str, int]]:
+    """Writes shards of at least `shard_tokens` tokens (the last may be smaller), from where an interrupted run stopped.
+
+    Returns:
+      For every shard, its tokens, its documents and the near duplicates dropped.
+    """
+    path = self._folder / _PROGRESS
+    shards = read_json(path) if path.exists() else []
+    done = sum(shard["documents"] for shard in shards)
+    bar.update(_size(self._groups[:done]))
+    documents, tokens, dropped, first = [], 0, 0, done
+    for result in pool.map(self._batches(done)):
+      for document, near_duplicates in result:
+        documents.append(document)
+        tokens += len(document)
+        dropped += near_duplicates
+        bar.update(_size([self._groups[done]]))
+        done += 1
+        if tokens >= self._shard_tokens or done == len(self._groups):
+          write_shard(self._folder / _shard_name(len(shards)), documents, self._dtype)
+          shards.append({"tokens": tokens, "documents": done - first, "near_duplicates": dropped})
+          write_json(path, shards)
+          documents, tokens, dropped, first = [], 0, 0, done
+    return shards
+
+  def _batches(self, start: int) -> Iterator[list[_Group]]:
+    """Yields the groups from `start` on with their texts, in batches of about `_BATCH_BYTES`."""
+    groups = self._groups[start:]
+    texts = self._corpus.read([entry for group in groups for entry in group])
+    batch, size = [], 0
+    for group in groups:
+      batch.append((self._source, [next(texts)[1] for _ in group], group[0].digest))
+      size += _size([group])
+      if size >= _BATCH_BYTES:
+        yield batch
+        batch, size = [], 0
+    if batch:
       yield batch
-      batch, size = [], 0
-  if batch:
-    yield batch
-
-
-def _write_source(config: DataConfig, directory: pathlib.Path, index: int, text: dict[str, TextCorpus], reach: int,
-                  pool: Pool, tokenizer: Tokenizer, progress: bool) -> dict[str, Any]:
-  """Tokenises source `index`, or what a former run left of it; returns its entry of the manifest."""
-  source = config.sources[index]
-  kind, rest = sources.split_source(source)
-  corpus = text[rest if kind == "recall" else source]
-  groups = [[entry] for entry in corpus.entries]
-  if kind == "recall":
-    groups = _recall_groups(corpus.entries, _RECALL_LENGTHS * reach)
-    groups = groups[::-(-_size(groups) // (config.recall_max_mib << 20))]  # spread evenly over the source
-  folder = directory / "train" / f"{index}-{re.sub('[^A-Za-z0-9]+', '-', source).strip('-')[:48]}"
-  with progress_bar(_size(groups), "B", description=f"tokenise {source}", enabled=progress) as bar:
-    shards = _write_shards(folder, corpus, groups, kind, pool, token_dtype(tokenizer.vocab_size), config.shard_tokens,
-                           bar)
-  totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "near_duplicates")}
-  if not totals["tokens"]:
-    raise UserError(f"config.data.sources: {source!r} has nothing to train on beside evaluation documents and their "
-                    "near duplicates")
-  paths = [str((folder / _shard_name(number)).relative_to(directory)) for number in range(len(shards))]
-  return {"source": source, "shards": [{"path": p, "tokens": s["tokens"]} for p, s in zip(paths, shards)], **totals}
-
-
-def _write_shards(folder: pathlib.Path, corpus: TextCorpus, groups: Sequence[list[Entry]], kind: str, pool: Pool,
-                  dtype: np.dtype, shard_tokens: int, bar: tqdm) -> list[dict[str, int]]:
-  """Writes documents to shards of at least `shard_tokens` (the last may be smaller), from where a former run ended.
-
-  Returns tokens, documents and near duplicates dropped, one a shard.
-  """
-  path = folder / _PROGRESS
-  shards = read_json(path) if path.exists() else []
-  done = sum(shard["documents"] for shard in shards)
-  bar.update(_size(groups[:done]))
-  parts, tokens, dropped, first = [], 0, 0, done
-  for result in pool.map(_batches(corpus, groups[done:], kind)):
-    for document, near_duplicates in result:
-      parts.append(document)
-      tokens += len(document)
-      dropped += near_duplicates
-      bar.update(_size([groups[done]]))
-      done += 1
-      if tokens >= shard_tokens or done == len(groups):
-        write_shard(folder / _shard_name(len(shards)), parts, dtype)
-        shards.append({"tokens": tokens, "documents": done - first, "near_duplicates": dropped})
-        write_json(path, shards)
-        parts, tokens, dropped, first = [], 0, 0, done
-  return shards
 
 
 def _size(groups: Iterable[Iterable[Entry]]) -> int:
+  """Bytes of text in groups of documents."""
   return sum(entry.size for group in groups for entry in group)
 
 
@@ -301,18 +310,18 @@ def _shard_name(index: int) -> str:
 
 def _write_evaluation(directory: pathlib.Path, name: str, documents: Sequence[EvaluationDocument], pool: Pool,
                       tokenizer: Tokenizer) -> dict[str, Any]:
-  """Writes evaluation documents, longest first, to one shard; returns their entry of the manifest."""
+  """Writes evaluation documents, longest first, to one shard; returns their record for the manifest."""
   texts = [document for document in documents if document.text is not None]
-  encoded = pool.map([("evaluation", [document.text], b"")] for document in texts)
+  encoded = pool.map([(None, [document.text], b"")] for document in texts)
   for document, [(tokens, _)] in zip(texts, encoded):
     document.tokens = tokens[:-1]
-  ordered = sorted(documents, key=lambda document: (-len(document.tokens), document.name))
+  ordered = sorted(((document, np.asarray(document.tokens)) for document in documents),
+                   key=lambda pair: (-len(pair[1]), pair[0].name))
   end = np.array([tokenizer.eot_id])
   path = directory / name / _shard_name(0)
-  total = write_shard(path, [part for document in ordered for part in (document.tokens, end)],
-                      token_dtype(tokenizer.vocab_size))
+  total = write_shard(path, [part for _, tokens in ordered for part in (tokens, end)], token_dtype(tokenizer.vocab_size))
   index, start = [], 0
-  for document in ordered:
-    index.append({"source": document.source, "name": document.name, "start": start, "tokens": len(document.tokens)})
-    start += len(document.tokens) + 1
+  for document, tokens in ordered:
+    index.append({"source": document.source, "name": document.name, "start": start, "tokens": len(tokens)})
+    start += len(tokens) + 1
   return {"shards": [{"path": str(path.relative_to(directory)), "tokens": total}], "tokens": total, "documents": index}

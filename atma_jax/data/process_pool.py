@@ -1,4 +1,4 @@
-"""An ordered parallel map over worker processes that end with their parent, however it ends."""
+"""An ordered parallel map over worker processes, which end with their parent however it ends."""
 
 from __future__ import annotations
 
@@ -20,23 +20,29 @@ from typing import Any, BinaryIO
 
 from atma_jax.errors import UserError
 
-MOST_WORKERS = 32  # by default: the one process that reads and writes for all of them keeps no more busy
+MOST_WORKERS = 32  # by default: the one process that reads and writes for all of them cannot keep more busy
 _BATCHES_AHEAD = 4  # in flight per worker: enough to keep it busy, few enough to bound memory
-# Numerical libraries start a thread a core when they are imported, and each spins a while: in as many workers, cores squared.
-_ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-_function: Callable[[Any], Any] | None = None  # of a worker process, set once when it starts
+# Numerical libraries start one thread per core when they are imported, and each spins for a while. One worker per core would make
+# that the square of the cores.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_function: Callable[[Any], Any] | None = None  # what this worker process applies, set once when it starts
 
 
 class Pool:
-  """Applies one picklable function, read by each process once, to many items; results come in order.
+  """Applies one picklable function to many items in worker processes and yields the results in order.
 
-  The function comes from any module but the main one, which the processes do not import.
+  Each worker unpickles the function once. It may come from any module except ``__main__``, which the workers do not import.
+
+  Args:
+    workers: number of processes. None takes `default_workers`, 1 works in this process.
+    function: what `map` applies.
   """
 
   def __init__(self, workers: int | None, function: Callable[[Any], Any]):
     self._workers = default_workers() if workers is None else workers
     self._function = function
-    self._executor = None
+    self._executor: concurrent.futures.ProcessPoolExecutor | None = None
+    self._file: BinaryIO | None = None
 
   def __enter__(self) -> Pool:
     if self._workers > 1:
@@ -45,39 +51,41 @@ class Pool:
           self._workers, _Context(), _start_worker, (_Inherited(self._file.fileno()),))
     return self
 
-  def __exit__(self, *exception) -> None:
+  def __exit__(self, *exception: object) -> None:
     if self._executor is not None:
       self._executor.shutdown(cancel_futures=True)
+    if self._file is not None:
       self._file.close()
 
   def map(self, items: Iterable[Any]) -> Iterator[Any]:
-    """Results of the function on `items`, in order; only a few items are taken ahead of what is consumed."""
-    if self._executor is None:
+    """Yields the function's results on `items` in order, taking only a few items ahead of what has been consumed."""
+    executor = self._executor
+    if executor is None:
       yield from map(self._function, items)
       return
     items = iter(items)
     ahead = itertools.islice(items, _BATCHES_AHEAD * self._workers)
-    pending = collections.deque(self._executor.submit(_call, item) for item in ahead)
+    pending = collections.deque(executor.submit(_call, item) for item in ahead)
     while pending:
       yield pending.popleft().result()
-      pending.extend(self._executor.submit(_call, item) for item in itertools.islice(items, 1))
+      pending.extend(executor.submit(_call, item) for item in itertools.islice(items, 1))
 
 
 def default_workers() -> int:
-  """Processes where no number is asked for: one a core, at most `MOST_WORKERS`."""
+  """Returns the number of processes used unless told otherwise: one per core, at most `MOST_WORKERS`."""
   return min(_cores(), MOST_WORKERS)
 
 
 def _cores() -> int:
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Process(multiprocessing.context.SpawnProcess):
-  """Starts without importing the parent's main module, which may import JAX and all else that training needs."""
+  """A process that starts without importing the parent's main module, which may import JAX and everything training needs."""
 
   def start(self) -> None:
     main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")  # of no name and no file: nothing to import
+    sys.modules["__main__"] = types.ModuleType("__main__")  # without a spec or a file there is nothing to import
     try:
       super().start()
     finally:
@@ -89,20 +97,22 @@ class _Context(multiprocessing.context.SpawnContext):
 
 
 class _Inherited:
-  """A file that a starting process inherits.
+  """An open file with a pickled value, which a starting process inherits.
 
-  What a process is given directly goes through a pipe that holds 64 KiB: of more, the parent would wait until the process
-  has started, and so start one after the other.
+  Arguments given to a process directly go through a pipe that holds 64 KiB. With more than that the parent would wait until the
+  process has started, and so start the workers one after the other.
   """
 
   def __init__(self, descriptor: int):
     self._descriptor = descriptor
 
-  def __reduce__(self):
+  def __reduce__(self) -> tuple[Any, ...]:
     return _inherit, (multiprocessing.reduction.DupFd(self._descriptor),)
 
   def unpickle(self) -> Any:
-    with mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ) as content:  # at no position: that is shared
+    """Returns the value in the file."""
+    # A map needs no file position, which all processes would share.
+    with mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ) as content:
       return pickle.loads(content)
 
 
@@ -111,7 +121,7 @@ def _inherit(handle: Any) -> _Inherited:
 
 
 def _pickled(value: Any) -> BinaryIO:
-  """A file without a name that holds `value`; it is gone when no process has it open, however they end."""
+  """Pickles `value` to an unnamed file, which is gone once no process has it open, however the processes end."""
   try:
     file = tempfile.TemporaryFile()  # the pool closes it  # noqa: SIM115
     pickle.dump(value, file)
@@ -124,14 +134,17 @@ def _pickled(value: Any) -> BinaryIO:
 def _start_worker(function: _Inherited) -> None:
   global _function
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  os.environ.update(_ONE_THREAD)  # before the function's modules are imported, with which it is read
+  os.environ.update(_ONE_THREAD)  # before unpickling the function imports its modules
   _function = function.unpickle()
 
 
 def _end_with_parent() -> None:
-  multiprocessing.parent_process().join()
+  parent = multiprocessing.parent_process()
+  assert parent is not None  # this is a worker
+  parent.join()
   os._exit(1)
 
 
 def _call(item: Any) -> Any:
+  assert _function is not None  # set when the worker started
   return _function(item)

@@ -1,8 +1,8 @@
 """Token shards: ``.bin`` files of a 256 x int32 header and the tokens, memory-mapped.
 
-Header words: magic 20240520, version 1, number of tokens, bytes per token (2 or 4; 0 means 2), then zeros. Tokens are
-little-endian unsigned integers. This is the format of the nanoGPT speed-run shards (FineWeb, GPT-2 tokens), which can
-be used as they are.
+The header words are the magic number 20240520, version 1, the number of tokens, the bytes per token (2 or 4; 0 means 2), then
+zeros. Tokens are little-endian unsigned integers. The nanoGPT speed runs use the same format, so their shards (FineWeb, GPT-2
+tokens) can be used as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import dataclasses
 import os
 import pathlib
+from typing import Any, BinaryIO
 
+from jaxtyping import Int, UInt
 import numpy as np
 
 from atma_jax.data.files import write_atomically
@@ -26,31 +28,46 @@ _DTYPES = {0: np.dtype("<u2"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """One ``.bin`` file: its first `tokens` tokens of type `dtype`."""
+  """The first tokens of one ``.bin`` file.
+
+  Attributes:
+    path: of the file.
+    tokens: how many of its tokens are used.
+    dtype: of a token in the file.
+  """
 
   path: str
   tokens: int
   dtype: np.dtype
 
-  def open(self) -> np.ndarray:
-    """Read-only memory map, (tokens,)."""
+  def open(self) -> UInt[np.ndarray, " S"]:
+    """Returns a read-only memory map of the tokens, (S,)."""
     if self.tokens == 0:
       return np.zeros(0, self.dtype)
     return np.memmap(self.path, self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.tokens,))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-  """The narrowest token type that holds `vocab_size` ids."""
+  """Returns the narrowest token type that holds `vocab_size` ids."""
   return _DTYPES[2] if vocab_size <= 1 << 16 else _DTYPES[4]
 
 
 def write_shard(path: pathlib.Path, tokens: Sequence[np.ndarray] | np.ndarray, dtype: np.dtype) -> int:
-  """Writes one shard atomically from one array or several in order; returns its number of tokens."""
+  """Writes one shard atomically.
+
+  Args:
+    path: of the file.
+    tokens: (S,) integers, or several such arrays that are joined in order.
+    dtype: of a token in the file, see `token_dtype`.
+
+  Returns:
+    The number of tokens written.
+  """
   parts = [tokens] if isinstance(tokens, np.ndarray) else tokens
   header = np.zeros(HEADER_WORDS, "<i4")
   header[:4] = MAGIC, VERSION, sum(len(part) for part in parts), dtype.itemsize
 
-  def write(file):
+  def write(file: BinaryIO) -> None:
     file.write(header.tobytes())
     for part in parts:
       file.write(np.ascontiguousarray(part, dtype).tobytes())
@@ -60,7 +77,7 @@ def write_shard(path: pathlib.Path, tokens: Sequence[np.ndarray] | np.ndarray, d
 
 
 def open_shard(path: str | os.PathLike) -> Shard:
-  """Checks a shard's header and size. A missing, foreign or truncated file raises a one-line `UserError`."""
+  """Checks a shard's header and size. Raises `UserError` for a file that is missing, truncated or of another format."""
   try:
     with open(path, "rb") as file:
       head, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
@@ -81,9 +98,12 @@ def open_shard(path: str | os.PathLike) -> Shard:
 
 
 class TokenStream:
-  """The tokens of several shards, one after the other, read as int32 by position.
+  """The tokens of several shards joined in order, read as int32 by position.
 
-  Memory maps are opened on first use and left behind when pickled, so that a stream travels to a worker as paths.
+  Memory maps are opened on first use and dropped when the stream is pickled, so a worker process receives only paths.
+
+  Attributes:
+    shards: in order.
   """
 
   def __init__(self, shards: Sequence[Shard]):
@@ -94,11 +114,11 @@ class TokenStream:
   def __len__(self) -> int:
     return int(self._starts[-1])
 
-  def __getstate__(self):
+  def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, "_maps": {}}
 
-  def read(self, start: int, stop: int) -> np.ndarray:
-    """Tokens [start, stop), int32; positions past the end wrap to the stream's start."""
+  def read(self, start: int, stop: int) -> Int[np.ndarray, " S"]:
+    """Returns the tokens [start, stop), (S,) int32. Positions past the end wrap around to the stream's start."""
     out = np.empty(stop - start, np.int32)
     filled = 0
     while filled < len(out):

@@ -1,8 +1,8 @@
 """Text to token ids and back: SentencePiece (trained here or loaded), bytes, or a local Hugging Face tokenizer.json.
 
-Every tokenizer has one end-of-text id, `eot_id`, that joins documents and that no text encodes to. A SentencePiece
-model trained here keeps text exactly: identity normalisation, no dummy prefix, every digit its own piece, unknown
-characters as their UTF-8 bytes, so ``decode(encode(text)) == text`` for any text.
+Every tokenizer has one end-of-text id, `eot_id`, which separates documents and which no text encodes to. A SentencePiece model
+trained here is lossless, ``decode(encode(text)) == text`` for any text: it uses identity normalisation and no dummy prefix, makes
+every digit a piece of its own, and encodes unknown characters as their UTF-8 bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import pathlib
 from typing import Any, ClassVar
 
+from jaxtyping import Int
 import numpy as np
 import sentencepiece
 import tokenizers
@@ -24,34 +25,40 @@ from atma_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-_KNOWN_VOCABULARIES = {"gpt2": (50_257, 50_256)}  # size and end-of-text
+_KNOWN_VOCABULARIES = {"gpt2": (50_257, 50_256)}  # size and end-of-text id
 _SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
 
 
 class Tokenizer:
-  """What every tokenizer offers. `decode` drops end-of-text."""
+  """The interface of all tokenizers.
+
+  Attributes:
+    kind: name of the class of tokenizers, as stored beside its bytes.
+    vocab_size: number of ids.
+    eot_id: the end-of-text id.
+  """
 
   kind: ClassVar[str]
   vocab_size: int
   eot_id: int
 
-  def encode(self, text: str) -> np.ndarray:
-    """Token ids, (n,) int32, without end-of-text."""
+  def encode(self, text: str) -> Int[np.ndarray, " T"]:
+    """Returns the token ids of a text, (T,) int32, without end-of-text."""
     raise NotImplementedError
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """Text of token ids."""
+  def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:
+    """Returns the text of token ids. End-of-text is dropped."""
     raise NotImplementedError
 
   def to_bytes(self) -> bytes:
-    """Everything that defines the tokenizer; `tokenizer_from_dict` reads it back."""
+    """Returns everything that defines the tokenizer."""
     raise NotImplementedError
 
   def to_dict(self) -> dict[str, str]:
-    """JSON-ready form, for checkpoints and prepared directories."""
+    """Returns a JSON-ready form for checkpoints and prepared directories; `tokenizer_from_dict` reads it back."""
     return {"kind": self.kind, "base64": base64.b64encode(self.to_bytes()).decode()}
 
-  def __reduce__(self):
+  def __reduce__(self) -> tuple[Any, ...]:
     return tokenizer_from_dict, (self.to_dict(),)
 
   @property
@@ -61,25 +68,30 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-  """The 256 bytes of UTF-8, and end-of-text as id 256."""
+  """The bytes of UTF-8 as ids 0 to 255, and end-of-text as id 256."""
 
   kind = "bytes"
   vocab_size = 257
   eot_id = 256
 
-  def encode(self, text: str) -> np.ndarray:
+  def encode(self, text: str) -> Int[np.ndarray, " T"]:
     return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-  def decode(self, ids: Sequence[int]) -> str:
-    ids = np.asarray(ids, np.int64)
-    return ids[ids < 256].astype(np.uint8).tobytes().decode(errors="replace")
+  def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:
+    values = np.asarray(ids, np.int64)
+    return values[values < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
   def to_bytes(self) -> bytes:
     return b""
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """A SentencePiece model, given as its serialised protocol buffer."""
+  """A SentencePiece model.
+
+  Args:
+    model: the serialised protocol buffer.
+    name: of the model, for error messages.
+  """
 
   kind = "sentencepiece"
 
@@ -102,7 +114,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.piece_to_id(piece)
     raise UserError(f"{name} has no end-of-text piece: an eos id or one of {', '.join(_END_OF_TEXT_NAMES)} is needed")
 
-  def encode(self, text: str) -> np.ndarray:
+  def encode(self, text: str) -> Int[np.ndarray, " T"]:
     if _SPACE_MARK not in text or self._space_mark_ids is None:
       return np.asarray(self._processor.encode(text), np.int32)
     ids: list[int] = []
@@ -111,7 +123,7 @@ class SentencePieceTokenizer(Tokenizer):
       ids += self._processor.encode(part)
     return np.asarray(ids, np.int32)
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:
     return self._processor.decode([int(i) for i in ids if i != self.eot_id])
 
   def to_bytes(self) -> bytes:
@@ -119,7 +131,15 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-  """A Hugging Face ``tokenizer.json``, given as its text. Text that spells a special token stays plain text."""
+  """A Hugging Face tokenizer. Text that spells a special token is encoded as plain text.
+
+  Args:
+    text: the content of ``tokenizer.json``.
+    name: of the file, for error messages.
+
+  Attributes:
+    end_of_text: the token that separates documents.
+  """
 
   kind = "huggingface"
 
@@ -133,15 +153,16 @@ class HuggingFaceTokenizer(Tokenizer):
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    self.end_of_text = next((t for t in _END_OF_TEXT_NAMES if self._tokenizer.token_to_id(t) is not None), None)
-    if self.end_of_text is None:
+    named = {token: self._tokenizer.token_to_id(token) for token in _END_OF_TEXT_NAMES}
+    found = {token: eot_id for token, eot_id in named.items() if eot_id is not None}
+    if not found:
       raise UserError(f"{name} has no end-of-text token: one of {', '.join(_END_OF_TEXT_NAMES)} is needed")
-    self.eot_id = self._tokenizer.token_to_id(self.end_of_text)
+    self.end_of_text, self.eot_id = next(iter(found.items()))
 
-  def encode(self, text: str) -> np.ndarray:
+  def encode(self, text: str) -> Int[np.ndarray, " T"]:
     return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:
     return self._tokenizer.decode([int(i) for i in ids if i != self.eot_id], skip_special_tokens=False)
 
   def to_bytes(self) -> bytes:
@@ -149,7 +170,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class NamedTokenizer(Tokenizer):
-  """One that a published checkpoint only names: its vocabulary is somewhere else, so it can neither encode nor decode."""
+  """A tokenizer that a published checkpoint only names. Without its vocabulary it can neither encode nor decode.
+
+  Attributes:
+    name: as the checkpoint gives it.
+  """
 
   kind = "named"
 
@@ -158,16 +183,16 @@ class NamedTokenizer(Tokenizer):
     self.vocab_size, self._eot_id = _KNOWN_VOCABULARIES.get(name, (0, None))
 
   @property
-  def eot_id(self) -> int:
-    """Of a name that is known here."""
+  def eot_id(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The end-of-text id. Raises `UserError` for a name that is not known here."""
     if self._eot_id is None:
       raise self._error()
     return self._eot_id
 
-  def encode(self, text: str) -> np.ndarray:
+  def encode(self, text: str) -> Int[np.ndarray, " T"]:
     raise self._error()
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:
     raise self._error()
 
   def to_bytes(self) -> bytes:
@@ -186,7 +211,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
       prepared directory.
 
   Raises:
-    UserError: the file is missing, of another kind, or names a tokenizer without holding its vocabulary.
+    UserError: the file is missing or of another kind, or it names a tokenizer without holding its vocabulary.
   """
   if spec == ByteTokenizer.kind:
     return ByteTokenizer()
@@ -211,7 +236,15 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def tokenizer_from_dict(values: dict[str, Any], name: str = "stored tokenizer") -> Tokenizer:
-  """Inverse of `Tokenizer.to_dict`."""
+  """Reads what `Tokenizer.to_dict` returned.
+
+  Args:
+    values: the stored form.
+    name: of the place where it was stored, for error messages.
+
+  Raises:
+    UserError: the values describe no tokenizer.
+  """
   try:
     content = base64.b64decode(values["base64"])
   except (KeyError, TypeError, ValueError) as error:
@@ -230,7 +263,7 @@ def tokenizer_from_dict(values: dict[str, Any], name: str = "stored tokenizer") 
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-  """Trains a byte-pair encoding of `vocab_size` pieces, or fewer where the text has no more to merge."""
+  """Trains a byte-pair encoding of `vocab_size` pieces, or of fewer if the text has nothing more to merge."""
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -247,7 +280,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
 
 
 def _passages(texts: Iterable[str], characters: int = 4096) -> Iterable[str]:
-  """Cuts texts at line ends into passages of about `characters`, which is what the trainer reads at a time."""
+  """Cuts texts at line ends into passages of about `characters`; the trainer reads one at a time."""
   for text in texts:
     passage, length = [], 0
     for line in text.splitlines(keepends=True):
@@ -261,8 +294,8 @@ def _passages(texts: Iterable[str], characters: int = 4096) -> Iterable[str]:
       yield "".join(passage)
 
 
-def check_tokens(tokens: np.ndarray, vocab_size: int, source: str) -> None:
-  """Raises `UserError` where ready tokens of `source` are not of the tokenizer's `vocab_size` ids."""
+def check_tokens(tokens: Int[np.ndarray, " *shape"], vocab_size: int, source: str) -> None:
+  """Raises `UserError` if ready tokens of `source` include an id that a tokenizer of `vocab_size` ids does not have."""
   largest = tokens.max(initial=0)
   if largest >= vocab_size:
     raise UserError(f"config.data.sources: {source!r} holds token {largest}, but config.data.tokenizer has "
@@ -270,7 +303,7 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, source: str) -> None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
-  """Raises `UserError` where the tokenizer has ids that the model has no embedding for."""
+  """Raises `UserError` if the tokenizer has ids that the model has no embedding for."""
   if tokenizer.vocab_size > model.vocab_size:
     raise UserError(f"config.model.vocab_size={model.vocab_size}: must be at least {tokenizer.vocab_size}, the size of "
                     f"the {tokenizer.kind} tokenizer of the data")

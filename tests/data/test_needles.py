@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tokenizers as huggingface
 
-from atma_jax.data.needles import draw_needle, induction_needle, needle_length, recall_document
+from atma_jax.data.needles import draw_needle, induction_needle, needle_length
+from atma_jax.data.sources.recall import recall_document
 from atma_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, train_sentencepiece
 from atma_jax.errors import UserError
 from tests.data.conftest import make_text
@@ -99,8 +100,8 @@ def test_draws_are_fixed_and_spread():
   assert draws[0] != draw_needle(0, seed=1)
 
 
-def recall(seed, reach=600, words=3000):
-  return recall_document(make_text(seed, words), reach=reach, rng=np.random.default_rng(seed))
+def recall(seed, longest_gap=600, words=3000):
+  return recall_document(make_text(seed, words), longest_gap=longest_gap, rng=np.random.default_rng(seed))
 
 
 def test_recall_documents_are_deterministic_and_keep_the_text():
@@ -127,7 +128,7 @@ def test_recall_documents_ask_for_what_they_stated():
   assert questions > 1.5 * len(keys) and len(values) > len(keys)
   assert not any(int(number) % 7 == 0 for number in keys | values)  # those are evaluation's
   gaps = np.array(gaps)
-  assert np.median(gaps) < 150 and gaps.max() > 500  # most are short, some span the reach
+  assert np.median(gaps) < 150 and gaps.max() > 500  # most are short, some nearly the longest
   assert (gaps > 300).mean() > 0.03
 
 

@@ -13,10 +13,11 @@ import pytest
 from atma_jax.config import DataConfig
 from atma_jax.data import corpus as corpus_module
 from atma_jax.data import prepare as prepare_module
+from atma_jax.data.documents import SourceFile
 from atma_jax.data.manifest import load_manifest, load_prepared_tokenizer, open_stream
 from atma_jax.data.prepare import prepare
 from atma_jax.data.shards import open_shard, token_dtype, write_shard
-from atma_jax.data.sources import SourceFile
+from atma_jax.data.sources import parse_source
 from atma_jax.errors import UserError
 from tests.data.conftest import make_text
 
@@ -345,7 +346,7 @@ def test_documents_end_with_end_of_text_and_keep_every_token(config, corpus, tmp
 @pytest.mark.parametrize("changes, message", [
     (dict(sources=("text:/no/such/*.txt",)), "'text:/no/such/*.txt' matches no file or folder"),
     (dict(sources=("bin:/no/such.bin",)), "'bin:/no/such.bin' matches no file or folder"),
-    (dict(sources=("pyton-source",)), "'pyton-source' is not a source; legal: python-source"),
+    (dict(sources=("pyton-source",)), "'pyton-source' is not a source; legal: bin:GLOB"),
     (dict(tokenizer="/no/such.model"), "config.data.tokenizer='/no/such.model': No such file"),
     (dict(heldout_documents=40), "has 30 documents, too few for its share of config.data.heldout_documents"),
 ])
@@ -391,5 +392,5 @@ def test_files_are_scanned_in_portions_of_bytes(tmp_path):
     (tmp_path / f"{index}.txt").write_bytes(b"x" * size)
   files = [SourceFile(str(tmp_path / f"{index}.txt"), "") for index in range(5)]
   missing = SourceFile(str(tmp_path / "missing.txt"), "")
-  portions = corpus_module._portions([*files, missing])
-  assert [[index for index, _ in portion] for portion in portions] == [[0, 1, 2], [3, 4, 5]]
+  portions = corpus_module._portions(parse_source("python-source"), [*files, missing])
+  assert [[index for index, _ in files] for _, files in portions] == [[0, 1, 2], [3, 4, 5]]

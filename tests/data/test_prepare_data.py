@@ -115,7 +115,7 @@ def test_prints_what_was_written_and_does_nothing_twice(recipe, tmp_path):
     (["--config={recipe}", "--directory={tmp}/x", "--config.data.heldout_documents=-1"],
      "config.data.heldout_documents=-1: must be at least 0"),
     (["--config={recipe}", "--directory={tmp}/x", "--config.data.weights=(1.0,)"],
-     "config.data.weights=(1.0,): must be 2 numbers, one a source"),
+     "config.data.weights=(1.0,): must be 2 numbers, one per source"),
 ])
 def test_bad_options_are_one_line_and_exit_code_2(recipe, tmp_path, arguments, message):
   result = finish(*(argument.format(recipe=recipe, tmp=tmp_path) for argument in arguments))

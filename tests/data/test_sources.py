@@ -10,14 +10,27 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from atma_jax.data.sources import list_files, read_documents, split_source
+from atma_jax.data.documents import read_documents
+from atma_jax.data.source import TextSource
+from atma_jax.data.sources import parse_source
 from atma_jax.errors import UserError
 
 TEXTS = ["first\n text  ", "zweites ä 🎉", "third\r\n\tline"]
 
 
-def read_all(source):
-  return [document for file in list_files(source) for document in read_documents(file)]
+def text_source(entry: str) -> TextSource:
+  source = parse_source(entry)
+  assert isinstance(source, TextSource) and source.entry == entry
+  return source
+
+
+def list_files(entry: str):
+  return text_source(entry).files()
+
+
+def read_all(entry: str):
+  source = text_source(entry)
+  return [document for file in source.files() for document in source.read(file)]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.parquet"])
@@ -63,8 +76,8 @@ def test_an_empty_folder(tmp_path):
 @pytest.mark.parametrize("source", ["", "text", "text:", "bin:", "python", "recall:", "recall:bin:x", "recall:recall:x",
                                     "/data/x.txt"])
 def test_what_is_not_a_source(source):
-  with pytest.raises(UserError, match=r"config\.data\.sources: .* legal: python-source, recall:SOURCE, text:GLOB, bin"):
-    split_source(source)
+  with pytest.raises(UserError, match=r"config\.data\.sources: .* legal: bin:GLOB .*, python-source .*, recall:SOURCE .*, text:GLOB"):
+    parse_source(source)
 
 
 @pytest.mark.parametrize("name, content, problems", [

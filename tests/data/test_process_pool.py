@@ -11,7 +11,7 @@ import types
 import pytest
 
 from atma_jax.data import prepare as prepare_module
-from atma_jax.data import process_pool as parallel
+from atma_jax.data import process_pool
 from atma_jax.errors import UserError
 
 
@@ -46,8 +46,8 @@ def fail_at_three(item: int) -> int:
 
 def test_by_default_workers_are_one_a_core_and_bounded(monkeypatch):
   for cores, workers in ((1, 1), (12, 12), (32, 32), (64, 32), (256, 32)):
-    monkeypatch.setattr(parallel, "_cores", lambda cores=cores: cores)
-    assert parallel.default_workers() == workers
+    monkeypatch.setattr(process_pool, "_cores", lambda cores=cores: cores)
+    assert process_pool.default_workers() == workers
 
 
 def test_what_a_worker_imports_first_starts_no_threads():
@@ -64,7 +64,7 @@ def test_a_worker_imports_its_functions_modules_only_each_with_one_thread(tmp_pa
   monkeypatch.setitem(sys.modules, "__main__", main)
   before = dict(os.environ)
   assert prepare_module.__name__ in sys.modules  # this file imports all that a worker tokenises with
-  with parallel.Pool(2, seen_in_worker) as pool:
+  with process_pool.Pool(2, seen_in_worker) as pool:
     assert list(pool.map(range(2))) == [("1", [])] * 2
   assert not marker.exists()
   assert sys.modules["__main__"] is main and dict(os.environ) == before
@@ -72,7 +72,7 @@ def test_a_worker_imports_its_functions_modules_only_each_with_one_thread(tmp_pa
 
 def test_the_function_is_pickled_once_for_all_workers():
   Counted.pickled = 0
-  with parallel.Pool(3, Counted()) as pool:
+  with process_pool.Pool(3, Counted()) as pool:
     assert list(pool.map(range(9))) == [-item for item in range(9)]
   assert Counted.pickled == 1
 
@@ -80,22 +80,22 @@ def test_the_function_is_pickled_once_for_all_workers():
 def test_starting_a_worker_does_not_wait_for_it(monkeypatch):
   """A function of any size: what goes through the pipe to a starting process fits in it."""
   sizes = []
-  dump = parallel.multiprocessing.reduction.dump
-  monkeypatch.setattr(parallel.multiprocessing.reduction, "dump",
+  dump = process_pool.multiprocessing.reduction.dump
+  monkeypatch.setattr(process_pool.multiprocessing.reduction, "dump",
                       lambda value, file: (dump(value, file), sizes.append(file.tell())))
-  with parallel.Pool(2, functools.partial(length_and, "x" * 5_000_000)) as pool:
+  with process_pool.Pool(2, functools.partial(length_and, "x" * 5_000_000)) as pool:
     assert list(pool.map(range(4))) == [(5_000_000, item) for item in range(4)]
   assert sizes and max(sizes) < 16 << 10
 
 
 def test_no_more_workers_than_items():
-  with parallel.Pool(6, Counted()) as pool:
+  with process_pool.Pool(6, Counted()) as pool:
     assert list(pool.map([5, 7])) == [-5, -7]
-    assert len(parallel.multiprocessing.active_children()) <= 2
+    assert len(process_pool.multiprocessing.active_children()) <= 2
 
 
 def test_an_error_comes_in_its_place():
-  with parallel.Pool(2, fail_at_three) as pool:
+  with process_pool.Pool(2, fail_at_three) as pool:
     results = pool.map(range(9))
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="three"):
@@ -105,7 +105,7 @@ def test_an_error_comes_in_its_place():
 def test_no_room_for_the_function_is_said_in_one_line(monkeypatch):
   def no_folder():
     raise FileNotFoundError(2, "No usable temporary directory found")
-  monkeypatch.setattr(parallel.tempfile, "TemporaryFile", no_folder)
+  monkeypatch.setattr(process_pool.tempfile, "TemporaryFile", no_folder)
   with pytest.raises(UserError, match="temporary file: No usable temporary directory found; TMPDIR names"), \
-       parallel.Pool(2, fail_at_three):
+       process_pool.Pool(2, fail_at_three):
     pass

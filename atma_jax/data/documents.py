@@ -1,0 +1,171 @@
+"""Documents in files: plain text, JSON lines and Parquet, compressed or not.
+
+Documents come in a fixed order: files sorted by name, rows as they stand. A row is named FILE:N, with N counted from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+import dataclasses
+import gzip
+import io
+import json
+import os
+import pathlib
+from typing import NamedTuple
+import zlib
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from atma_jax.errors import UserError
+
+LEGAL_FILES = "UTF-8 text files, and .jsonl or .parquet rows with a string in field 'text'"
+_TEXT_FIELD = "text"
+_PARQUET_ROWS = 256  # decoded at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+  """One file of a source.
+
+  Attributes:
+    path: where the file is.
+    name: what its documents are called in manifests and error messages.
+  """
+
+  path: str
+  name: str
+
+  @property
+  def size(self) -> int:
+    """Bytes on disk; 0 for a missing file, about which `read_documents` complains."""
+    return os.path.getsize(self.path) if os.path.exists(self.path) else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """One document, or the reason why it could not be read.
+
+  Attributes:
+    name: of the document, for manifests and error messages.
+    row: position within its file, from 0.
+    text: the document, or None if it could not be read.
+    problem: why it could not be read; "" otherwise.
+  """
+
+  name: str
+  row: int
+  text: str | None
+  problem: str = ""
+
+
+class Entry(NamedTuple):
+  """A distinct document found by a scan of its source. Entries sort in the source's order.
+
+  Attributes:
+    file: index of the document's file in the source.
+    row: position within the file.
+    digest: hash of the text, by which equal documents are recognised and samples are drawn.
+    size: bytes of UTF-8.
+  """
+
+  file: int
+  row: int
+  digest: bytes
+  size: int
+
+
+def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Iterator[Document]:
+  """Reads the documents of one file in order.
+
+  The suffix decides the format: ``.jsonl`` and ``.parquet`` hold one document per row in the field "text"; any other file is a
+  single document of UTF-8 text. Text and JSON lines may be compressed (``.gz``, ``.zst``).
+
+  Args:
+    file: the file to read.
+    rows: the rows wanted; None reads all of them.
+
+  Yields:
+    The documents. One that cannot be read has a `problem` and no text; after damage to the file itself it is the last.
+  """
+  suffixes = pathlib.PurePath(file.path).suffixes
+  compression = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
+  readers = {".jsonl": _json_rows, ".parquet": _parquet_rows}
+  read = readers[suffixes[-1]] if suffixes and suffixes[-1] in readers else _whole_text
+  wanted = None if rows is None else frozenset(rows)
+  row = -1
+  try:
+    for row, parse in enumerate(read(file, compression)):
+      if wanted is None or row in wanted:
+        yield parse(row)
+  except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+    yield Document(file.name, row + 1, None, " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+# The readers below yield one function per row, so that rows which nobody wants are never parsed.
+
+
+def _whole_text(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
+  with _open(file.path, compression) as stream:
+    content = stream.read()
+  yield lambda row: _text_document(file.name, row, content)
+
+
+def _json_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
+  with _open(file.path, compression) as stream:
+    for line in stream:
+      yield lambda row, line=line: _json_document(f"{file.name}:{row + 1}", row, line)
+
+
+def _parquet_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
+  del compression  # Parquet has its own
+  with pyarrow.parquet.ParquetFile(file.path) as table:
+    if _TEXT_FIELD not in table.schema_arrow.names:
+      raise UserError(f"{file.path} has no column {_TEXT_FIELD!r}; its columns: {', '.join(table.schema_arrow.names)}")
+    for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[_TEXT_FIELD]):
+      for value in batch.column(0).to_pylist():
+        yield lambda row, value=value: _checked(f"{file.name}:{row + 1}", row, value)
+
+
+def _open(path: str, compression: str) -> io.BufferedIOBase:
+  match compression:
+    case ".gz":
+      return gzip.open(path, "rb")
+    case ".zst":
+      return io.BufferedReader(zstandard.open(path, "rb"), 1 << 20)
+  return open(path, "rb")
+
+
+def _text_document(name: str, row: int, content: bytes) -> Document:
+  try:
+    return Document(name, row, content.decode())
+  except UnicodeDecodeError as error:
+    return Document(name, row, None, f"not UTF-8 at byte {error.start}")
+
+
+def _json_document(name: str, row: int, line: bytes) -> Document:
+  if line.isspace():
+    return Document(name, row, "")
+  try:
+    value = json.loads(line)
+  except UnicodeDecodeError as error:
+    return Document(name, row, None, f"not UTF-8 at byte {error.start} of the line")
+  except json.JSONDecodeError as error:
+    return Document(name, row, None, f"not JSON: {error.msg}, character {error.pos + 1}")
+  if not isinstance(value, dict) or _TEXT_FIELD not in value:
+    found = "fields: " + ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}, not an object"
+    return Document(name, row, None, f"no field {_TEXT_FIELD!r} ({found})")
+  return _checked(name, row, value[_TEXT_FIELD])
+
+
+def _checked(name: str, row: int, text: object) -> Document:
+  """A document of the value found in a row's text field, which must be a string that UTF-8 can encode."""
+  if not isinstance(text, str):
+    return Document(name, row, None, f"field {_TEXT_FIELD!r} is not a string but a {type(text).__name__}")
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    return Document(name, row, None, f"not Unicode: a lone surrogate at character {error.start}")
+  return Document(name, row, text)
