@@ -35,7 +35,7 @@ MAIN_LINES = 80
 FILE_LINES = 600
 SHARED_NAMES = {"__init__", "api", "formula", "pallas_gpu", "pallas_tpu", "reference", "spec", "xla"}  # that recur in every op
 RIDDLES = re.compile(r"(The same of|Those of|Of an? |A \w+ a \w+)")  # openings of docstrings that have to be read twice
-NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public in spite of their names
+PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace"}  # of named tuples and of `os`, public in spite of their names
 TOP_LEVEL = {"LICENSE", "README.md", "atma_jax", "configs", "launch", "pyproject.toml", "tests"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -69,6 +69,7 @@ def breaches(unit: str, modules: set[str]) -> list[str]:
     root, _, rest = module.partition(".")
     if root == "atma_jax":
       target = rest.partition(".")[0] or "__init__"
+      target = "__init__" if target.startswith("__") else target  # such as __version__
       if target not in LAYERS:
         found.append(f"{module}: {target!r} has no layer")
       elif target != unit and LAYERS[target] >= LAYERS[unit]:
@@ -154,7 +155,7 @@ def test_every_parameter_is_annotated(unit):
 
 
 def is_private(name: str) -> bool:
-  return name.startswith("_") and not name.endswith("__") and name not in NAMEDTUPLE
+  return name.startswith("_") and not name.endswith("__") and name not in PUBLIC
 
 
 def defined_names(tree: ast.AST) -> set[str]:

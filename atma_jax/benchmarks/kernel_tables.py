@@ -20,7 +20,7 @@ from atma_jax.ops.gated_delta.api import OP as DELTA
 from atma_jax.ops.polar_attention.api import ATTENTION
 from atma_jax.sharding import make_mesh, named_sharding
 from atma_jax.training.state import create_state, optimizer_for
-from atma_jax.training.step import make_train_step
+from atma_jax.training.train_step import make_train_step
 
 ORACLE_LENGTH = 512
 

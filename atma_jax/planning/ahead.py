@@ -1,10 +1,10 @@
-"""Compiles the real training or evaluation step for a TPU that is not there, and says what it would take.
+"""Compiles the actual training or evaluation step for TPUs that are not there, and estimates its memory and its time.
 
-Needs only libtpu's compiler (extra ``[tpu]``). Memory is what the compiler reports for one device; operations that it
-really runs (rematerialisation, optimizer and what every device repeats included), bytes through memory and collectives are
-read from the program it made (`atma_jax.planning.hlo`); the useful operations, those of MFU, are counted by
-`atma_jax.models.operations`. The step time is a roofline: the longest of arithmetic, memory, links and the network
-between slices at their full rates, all overlapping. No real step is faster; many are slower.
+Needs only libtpu's compiler (extra ``[tpu]``). Memory is what the compiler reports for one device. The operations that are run
+(with rematerialisation, the optimizer and what every device repeats), the bytes through memory and the collectives are read from
+the compiled program (`atma_jax.planning.hlo`); the useful operations, on which MFU is based, are counted by
+`atma_jax.models.operations`. The step time is a roofline: the longest of arithmetic, memory traffic, inter-chip links and the
+network between slices, each at its full rate and all overlapping. No real step is faster; many are slower.
 """
 
 from __future__ import annotations
@@ -14,44 +14,30 @@ import math
 import os
 import re
 import time
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from atma_jax.config import Config, check_context_divides
 from atma_jax.errors import UserError
-from atma_jax.models.definition import ModelDefinition
+from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.models.operations import training_flops_per_token
 from atma_jax.ops import token_losses
+from atma_jax.ops.core.devices import PLANNED, Device
 from atma_jax.planning.hlo import Traffic, traffic
 from atma_jax.sharding import make_mesh, named_sharding, shard_count
-from atma_jax.training.state import TrainState, abstract_state, optimizer_for
-from atma_jax.training.step import make_train_step
+from atma_jax.training.state import abstract_state, optimizer_for
+from atma_jax.training.train_step import make_train_step
 
 MODES = ("train", "evaluate")
 GIB = 2.0**30
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """One TPU chip. Rates from its page of cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); gigabytes are 1e9."""
-
-  tflops: float  # dense bfloat16
-  memory_gib: float  # what a program may use of the HBM, as the compiler enforces it
-  memory_gbps: float
-  link_gbps: float  # into the chip over all of its inter-chip links: half the bidirectional rate of the datasheet
-  network_gbps: float  # a chip's share of the data-centre network, between slices
-
-
-CHIPS = {
-  "v4": Chip(275, 30.75, 1228, 150, 3.1),  # 300 GB/s of links; 25 Gbit/s a chip between slices
-  "v5e": Chip(197, 15.75, 819, 200, 3.1),  # 400 GB/s of links; 6.4 Tbit/s a pod of 256
-  "v5p": Chip(459, 95.73, 2765, 600, 6.2),  # 1200 GB/s of links; 50 Gbit/s a chip
-  "v6e": Chip(918, 31.24, 1638, 400, 12.5),  # 800 GB/s of links; 25.6 Tbit/s a pod of 256
-}
-ENVIRONMENT = {  # libtpu looks for a TPU machine around it, in vain: no metadata server, no other workers, no chip to lock
+ENVIRONMENT = {  # keeps libtpu from looking for a TPU machine: no metadata server, no other workers, no chip to lock
   "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
@@ -59,7 +45,23 @@ ENVIRONMENT = {  # libtpu looks for a TPU machine around it, in vain: no metadat
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What compiling said; memory in bytes of one device, `flops` of all devices together in one step."""
+  """What a step takes; bytes are those of one device.
+
+  Attributes:
+    topology: generation, shape and number of slices.
+    devices: number of devices.
+    mesh: devices along every mesh axis.
+    mode: one of `MODES`.
+    tokens: target tokens in a step, of all devices.
+    compile_seconds: how long tracing and compiling took.
+    parameter_bytes, optimizer_bytes, batch_bytes: what the step is given.
+    temporary_bytes: activations and other temporaries.
+    output_bytes: results, including those that reuse the memory of arguments.
+    peak_bytes: all of it.
+    flops: useful operations in a step, of all devices together.
+    traffic: what the compiled program does.
+    chip: the rates of a device.
+  """
 
   topology: str
   devices: int
@@ -75,13 +77,13 @@ class Plan:
   peak_bytes: int
   flops: float
   traffic: Traffic
-  chip: Chip
+  chip: Device
 
   @property
   def seconds(self) -> dict[str, float]:
-    """Time of each part at the chip's full rate."""
+    """The time that each part would take by itself at the full rate of the chip."""
     links = sum(moved for _, moved in self.traffic.collectives.values())
-    ran = max(self.traffic.flops, self.flops / self.devices)  # more, where loops are counted as one round
+    ran = max(self.traffic.flops, self.flops / self.devices)  # a loop of unknown length was counted as one round
     return {"arithmetic": ran / (self.chip.tflops * 1e12),
             "memory": self.traffic.memory_bytes / (self.chip.memory_gbps * 1e9),
             "links": links / (self.chip.link_gbps * 1e9),
@@ -89,16 +91,16 @@ class Plan:
 
   @property
   def step_seconds(self) -> float:
-    """The roofline: the longest part."""
+    """The roofline: the time of the longest part."""
     return max(self.seconds.values())
 
   @property
   def mfu(self) -> float:
-    """Useful operations over what all devices could have done in a step."""
+    """Useful operations as a share of what all devices could do in the time of a step."""
     return self.flops / self.devices / (self.chip.tflops * 1e12) / self.step_seconds
 
   def lines(self) -> list[str]:
-    """The plan as lines of text."""
+    """The plan as text, line by line."""
     seconds = self.seconds
     mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "one device"
     ran = self.traffic.flops * self.devices
@@ -111,7 +113,7 @@ class Plan:
       f"useful operations    {self.flops:.3e} a step, {self.flops / self.tokens:.3e} a token",
       f"operations run       {ran:.3e} a step, {ran / self.flops:.2f} times the useful ones",
       "roofline             " + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items() if value)
-      + f"; limit: {max(seconds, key=seconds.get)}",
+      + f"; limit: {max(seconds, key=lambda name: seconds[name])}",
       f"estimate             step {1e3 * self.step_seconds:.1f} ms or more, {self.tokens / self.step_seconds:,.0f} tokens/s or "
       f"less, MFU {100 * self.mfu:.0f} % or less",
     ]
@@ -129,53 +131,66 @@ class Plan:
 
 def plan(config: Config, topology: str, *, slices: int = 1, mode: str = "train", length: int | None = None,
          batch: int | None = None) -> Plan:
-  """Compiles `config` for `topology`, such as ``v5e:16x16``, times `slices` of them joined by the data-centre network.
+  """Compiles a step of a recipe for a TPU topology.
 
   Args:
     config: a validated recipe; ``config.mesh`` is laid over the topology.
-    mode: ``train``, the step of `atma_jax.training.step`; or ``evaluate``, the losses of (batch, length) tokens.
-    length: tokens of a sequence in mode ``evaluate``; the training length where None.
-    batch: sequences in mode ``evaluate``; one for each part of the batch axes where None.
+    topology: generation and shape, such as ``v5e:16x16``.
+    slices: number of such slices, joined by the data-centre network along the data axis.
+    mode: ``train``, the step of `atma_jax.training.train_step`; or ``evaluate``, the losses of (batch, length) tokens.
+    length: tokens of a sequence in mode ``evaluate``; None is the training length.
+    batch: sequences in mode ``evaluate``; None is one for each shard of the batch axes.
 
   Raises:
     UserError: no such topology, no libtpu, sizes that do not divide, or a program that does not fit the memory.
   """
   if mode not in MODES:
     raise UserError(f"--mode={mode}: must be one of {', '.join(MODES)}")
-  chip = CHIPS.get(topology.partition(":")[0])
+  chip = PLANNED.get(topology.partition(":")[0])
   if chip is None:
-    raise UserError(f"--topology={topology}: must be one of {', '.join(CHIPS)} and a shape, such as v5e:16x16 or v5p:4x4x8")
+    raise UserError(f"--topology={topology}: must be one of {', '.join(PLANNED)} and a shape, such as v5e:16x16 or v5p:4x4x8")
   mesh = _mesh(config, topology, slices)
   definition = ModelDefinition(config.model)
   started = time.perf_counter()
   with jax.set_mesh(mesh):
     if mode == "train":
-      lowered, state, tokens, rows = _lower_training(config, definition, mesh)
+      step = _lower_training(config, definition, mesh)
     else:
-      lowered, state, tokens, rows = _lower_evaluation(config, definition, mesh, length, batch)
-    compiled = _compile(lowered, topology, chip)
+      step = _lower_evaluation(config, definition, mesh, length, batch)
+    compiled = _compile(step.lowered, topology, chip)
   seconds = time.perf_counter() - started
-  memory = compiled.memory_analysis()
-  flops = training_flops_per_token(definition, rows.shape[1] - 1) * tokens
-  parameters = _bytes(state.params)
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  assert memory is not None and text is not None, "the TPU compiler reports both"
+  rows, columns = step.batch.shape
+  tokens = rows * (columns - 1)
+  flops = training_flops_per_token(definition, columns - 1) * tokens
   return Plan(
     topology=topology if slices == 1 else f"{slices} x {topology}", devices=mesh.size, mesh=dict(mesh.shape), mode=mode,
-    tokens=tokens, compile_seconds=seconds, parameter_bytes=parameters, optimizer_bytes=_bytes(state.opt_state),
-    batch_bytes=_bytes(rows), temporary_bytes=memory.temp_size_in_bytes, output_bytes=memory.output_size_in_bytes,
+    tokens=tokens, compile_seconds=seconds, parameter_bytes=_bytes(step.params), optimizer_bytes=_bytes(step.opt_state),
+    batch_bytes=_bytes(step.batch), temporary_bytes=memory.temp_size_in_bytes, output_bytes=memory.output_size_in_bytes,
     peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
-    flops=flops if mode == "train" else flops / 3, traffic=traffic(compiled.as_text()), chip=chip)
+    flops=flops if mode == "train" else flops / 3, traffic=traffic(text), chip=chip)
+
+
+class _Lowered(NamedTuple):
+  """A step that is ready to be compiled, and the shapes of its arguments."""
+
+  lowered: jax.stages.Lowered
+  params: Any
+  opt_state: Any
+  batch: jax.ShapeDtypeStruct  # (rows, tokens of a row + 1)
 
 
 def _mesh(config: Config, topology: str, slices: int) -> Mesh:
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   try:
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if set(re.findall(r"\d+", topology.partition(":")[2])) == {"1"}:
-      options["chips_per_host_bounds"] = (1, 1, 1)  # a host has several chips unless one is asked for
+      options["chips_per_host_bounds"] = (1, 1, 1)  # unless one is asked for, a host has several chips
     description = topologies.get_topology_desc(topology, "tpu", **options)
-  except Exception as error:  # libtpu raises plain RuntimeErrors and ValueErrors of its own for either cause
+  except Exception as error:  # libtpu raises its own RuntimeErrors and ValueErrors for a bad shape and for not being there
     reason = re.sub(r"\s+", " ", str(error))[:160]
     if "libtpu" in reason or "Unable to initialize backend" in reason:
       raise UserError(f"--topology={topology}: needs libtpu, install atma_jax[tpu] or [dev]: {reason}") from error
@@ -187,30 +202,31 @@ def _mesh(config: Config, topology: str, slices: int) -> Mesh:
     raise UserError(f"config.mesh on {topology}: {error}") from error
 
 
-def _lower_training(config: Config, definition: ModelDefinition, mesh: Mesh):
+def _lower_training(config: Config, definition: ModelDefinition, mesh: Mesh) -> _Lowered:
   optimizer = optimizer_for(config, definition)
   state = abstract_state(config, definition, optimizer, mesh)
-  rows = _rows(config.data.batch_size, config.data.sequence_length, mesh, "config.data.batch_size")
+  tokens = _tokens(config.data.batch_size, config.data.sequence_length, mesh, "config.data.batch_size")
   step = make_train_step(config, definition, optimizer, mesh, state)
-  return step.lower(state, rows), state, config.data.batch_size * config.data.sequence_length, rows
+  return _Lowered(step.lower(state, tokens), state.params, state.opt_state, tokens)
 
 
-def _lower_evaluation(config: Config, definition: ModelDefinition, mesh: Mesh, length: int | None, batch: int | None):
+def _lower_evaluation(config: Config, definition: ModelDefinition, mesh: Mesh, length: int | None,
+                      batch: int | None) -> _Lowered:
   params = definition.abstract_params(mesh)
   length = length or config.data.sequence_length
-  rows = _rows(batch or mesh.shape["data"] * mesh.shape["fsdp"], length, mesh, "--batch")
+  shape = _tokens(batch or mesh.shape["data"] * mesh.shape["fsdp"], length, mesh, "--batch")
   check_context_divides("--length", length, mesh.shape["context"])
 
-  def losses(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+  def losses(params: Params, tokens: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
     model = definition.merge(params)
     return token_losses(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
                         cap=config.model.logit_cap, chunk=config.train.loss_chunk, time_shards=shard_count("sequence"))
 
-  lowered = jax.jit(losses, out_shardings=named_sharding(mesh, ("batch", "sequence"))).lower(params, rows)
-  return lowered, TrainState(None, params, None, {}, None, None), rows.shape[0] * length, rows
+  lowered = jax.jit(losses, out_shardings=named_sharding(mesh, ("batch", "sequence"))).lower(params, shape)
+  return _Lowered(lowered, params, {}, shape)
 
 
-def _rows(batch: int, length: int, mesh: Mesh, name: str) -> jax.ShapeDtypeStruct:
+def _tokens(batch: int, length: int, mesh: Mesh, name: str) -> jax.ShapeDtypeStruct:
   try:
     sharding = named_sharding(mesh, ("batch", None), (batch, length + 1))
   except ValueError as error:
@@ -218,7 +234,7 @@ def _rows(batch: int, length: int, mesh: Mesh, name: str) -> jax.ShapeDtypeStruc
   return jax.ShapeDtypeStruct((batch, length + 1), jnp.int32, sharding=sharding)
 
 
-def _compile(lowered: jax.stages.Lowered, topology: str, chip: Chip) -> jax.stages.Compiled:
+def _compile(lowered: jax.stages.Lowered, topology: str, chip: Device) -> jax.stages.Compiled:
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -233,8 +249,8 @@ def _compile(lowered: jax.stages.Lowered, topology: str, chip: Chip) -> jax.stag
                     "(config.model.remat=block)") from error
 
 
-def _bytes(tree) -> int:
-  """Bytes that one device holds of a tree of shapes with shardings."""
+def _bytes(tree: Any) -> int:
+  """The bytes that one device holds of a tree of `jax.ShapeDtypeStruct` with shardings."""
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -29,7 +29,7 @@ from atma_jax.sharding import make_mesh
 from atma_jax.training.batches import GlobalBatches, check_divides
 from atma_jax.training.metrics import MetricWriter, log_progress
 from atma_jax.training.state import TrainState, abstract_state, create_state, optimizer_for
-from atma_jax.training.step import Metrics, TrainStep, make_train_step
+from atma_jax.training.train_step import Metrics, TrainStep, make_train_step
 from atma_jax.training.validation import make_validation
 from atma_jax.training.workdir import data_directory, make_workdir
 

@@ -11,7 +11,7 @@ from atma_jax.config import AuxiliaryConfig, Config, DataConfig, MemoryConfig, M
 from atma_jax.models.definition import ModelDefinition
 from atma_jax.sharding import make_mesh, named_sharding
 from atma_jax.training.state import create_state, optimizer_for
-from atma_jax.training.step import make_train_step
+from atma_jax.training.train_step import make_train_step
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
 

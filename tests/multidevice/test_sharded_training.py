@@ -17,7 +17,7 @@ from atma_jax.sharding import make_mesh, named_sharding
 from atma_jax.training.batches import check_divides
 from atma_jax.training.objective import language_model_loss
 from atma_jax.training.state import abstract_state, create_state, optimizer_for
-from atma_jax.training.step import make_train_step
+from atma_jax.training.train_step import make_train_step
 
 STEPS = 5
 MESHES = [{"fsdp": 8}, {"data": 2, "tensor": 4}, {"context": 8}, {"fsdp": 2, "tensor": 2, "context": 2}]

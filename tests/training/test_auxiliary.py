@@ -23,7 +23,7 @@ from atma_jax.models.definition import ModelDefinition
 from atma_jax.sharding import make_mesh
 from atma_jax.training.objective import auxiliary_loss
 from atma_jax.training.state import create_state, optimizer_for
-from atma_jax.training.step import make_train_step
+from atma_jax.training.train_step import make_train_step
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype(np.int32)
 

@@ -23,7 +23,7 @@ from atma_jax.errors import RunError, UserError
 from atma_jax.models.definition import ModelDefinition, params_of
 from atma_jax.sharding import make_mesh
 from atma_jax.training import loop
-from atma_jax.training import step as step_module
+from atma_jax.training import train_step as step_module
 from atma_jax.training.loop import DONE, train
 from atma_jax.training.state import create_state, optimizer_for
 
