@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from atma_jax.benchmarks.kernel_tables import delta_inputs, gradients, milliseconds, polar_inputs
 from atma_jax.config import Config
 from atma_jax.errors import UserError
-from atma_jax.ops.core import dispatch, tiles
+from atma_jax.ops.core import devices, dispatch, tiles
 from atma_jax.ops.core import pallas as kernels
 from atma_jax.ops.core.tiles import Carry, Tile, Tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
@@ -55,7 +55,7 @@ def tune(config: Config, shapes: list[tuple[int, int]], repeats: int, seed: int)
         + ("; interpreted, the times mean nothing" if interpret else ""))
   for (B, T), name in itertools.product(shapes, KERNELS if interpret else [platform]):
     itemsize = jnp.dtype(config.model.activation_dtype).itemsize
-    start = tiles.polar(name, itemsize, D, T)
+    start = tiles.polar_tiles(name, itemsize, D, T)
     candidates, carries = TILES[name], CARRIES[name]
     if interpret:
       candidates, carries = TINY_TILES[name], TINY_CARRIES[name]
@@ -64,7 +64,7 @@ def tune(config: Config, shapes: list[tuple[int, int]], repeats: int, seed: int)
     arrays, raw = polar_inputs(config, B, T, K, key)
     found = _tune_polar(f"{name} polar", polar, (*arrays, raw), start, candidates, repeats)
     carry = _tune_delta(f"{name} delta", delta, delta_inputs(config, B, T, key), carries, repeats)
-    entry = (tiles.generation(), itemsize, D, tiles.bucket(T))
+    entry = (devices.generation(), itemsize, D, tiles.bucket(T))
     print(f"POLAR  {entry}: {found},\nDELTA  {entry}: {carry},", flush=True)
 
 

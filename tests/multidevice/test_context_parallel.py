@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from atma_jax import ops
-from atma_jax.ops.context_parallel import api as context_parallel
+from atma_jax.ops import context_parallel
+from atma_jax.ops.context_parallel import delta, ring_attention
 from atma_jax.ops.core import dispatch
 from atma_jax.ops.core.tiles import Tile, Tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu

@@ -53,20 +53,20 @@ def oracle(q, k, v, keys, values, lengths, scale, *, window=None, scales=None, l
 
 @functools.partial(jax.jit, static_argnames=("window", "layer", "splits"), compiler_options=QUICK)
 def gpu(*arrays, scales=None, window=None, layer=None, table=None, splits=None):
-  return pallas_gpu.cached_statistics(*arrays, window=window, scales=scales, reach=None, layer=layer, table=table, splits=splits,
+  return pallas_gpu.cached_statistics(*arrays, window=window, scales=scales, cache_slots=None, layer=layer, table=table, splits=splits,
                                       interpret=True)
 
 
 @functools.partial(jax.jit, static_argnames=("window", "layer", "splits"), compiler_options=QUICK)
 def tpu(*arrays, scales=None, window=None, layer=None, table=None, splits=None):
   block = 2048 if splits is None else 128 * -(-arrays[3].shape[-2] // (128 * splits))
-  return pallas_tpu.cached_statistics(*arrays, window=window, scales=scales, reach=None, layer=layer, table=table, block=block,
+  return pallas_tpu.cached_statistics(*arrays, window=window, scales=scales, cache_slots=None, layer=layer, table=table, block=block,
                                       interpret=True)
 
 
 def plain(*arrays, scales=None, window=None, layer=None, table=None, splits=None):
   del splits
-  return xla.cached_statistics(*arrays, window=window, scales=scales, reach=None, layer=layer, table=table)
+  return xla.cached_statistics(*arrays, window=window, scales=scales, cache_slots=None, layer=layer, table=table)
 
 
 every_kernel = pytest.mark.parametrize("kernel", [gpu, tpu], ids=["gpu", "tpu"])
@@ -164,18 +164,18 @@ def test_what_the_kernels_do_not_serve(name, monkeypatch):
   """Is left to XLA by "auto", and refused by name: head sizes they have no tiles for, some chunks, other machines."""
   monkeypatch.setattr(api.dispatch, "platform", lambda: name)
   arrays = inputs([3])
-  assert api.OP.choose(*arrays) == f"pallas_{name}"
+  assert api.ATTENTION.choose(*arrays) == f"pallas_{name}"
   assert api.skips_unused_slots(arrays[3], 4, jnp.dtype("float32"))
   assert not api.skips_unused_slots(inputs([3], D=8)[3], 4, jnp.dtype("float32"))
   chunk = inputs([3], T=2)
-  assert api.OP.choose(*chunk) == ("pallas_gpu" if name == "gpu" else "xla")
+  assert api.ATTENTION.choose(*chunk) == ("pallas_gpu" if name == "gpu" else "xla")
   for other in (inputs([3], D=8), [x.astype(jnp.int8) if i in (3, 4) else x for i, x in enumerate(chunk)]):
-    assert api.OP.choose(*other) == "xla"
+    assert api.ATTENTION.choose(*other) == "xla"
     with pytest.raises(NotImplementedError, match=f"cached_attention: 'pallas_{name}' takes"):
       api.cached_statistics(*other, implementation=f"pallas_{name}")
   for gib in (1, 3, 5):  # beyond 4 GiB Pallas counts with 64 bits, and up to 2 GiB 32 will do
     ring = jax.ShapeDtypeStruct((1, gib << 14, 2, 512, 64), jnp.int8)
-    chosen = api.OP.choose(*arrays[:3], ring, ring, *arrays[5:])
+    chosen = api.ATTENTION.choose(*arrays[:3], ring, ring, *arrays[5:])
     assert chosen == ("xla" if (name, gib) == ("gpu", 3) else f"pallas_{name}")
   monkeypatch.undo()
   with pytest.raises(NotImplementedError, match=f"needs a {name.upper()}"):

@@ -20,8 +20,9 @@ from atma_jax.ops import rotary_embedding
 from atma_jax.ops.core.dispatch import fitting_implementation
 from atma_jax.ops.distractors import polar_distractor_loss, softmax_distractor_loss
 from atma_jax.ops.polar_attention.cached.api import cached_polar_attention, cached_softmax_attention
-from atma_jax.ops.polar_attention.formula import per_query
-from atma_jax.sharding import parts
+from atma_jax.ops.polar_attention import formula
+from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
+from atma_jax.sharding import shard_count
 
 ROPE_SCALE = 0.12
 
@@ -63,8 +64,9 @@ class PolarCore(nnx.Module):
     """Mean softmax mass that random keys (R, K, D) take from the null."""
     del values
     T, D = trace["q"].shape[1], self.config.head_dim
-    numbers = {name: value for name, value in self.parameters().items() if name != "v_null"}
-    temperature, null, _ = per_query(**numbers, queries=T, keys=T)
+    raw = self.parameters()
+    attention = AttentionSpec(*(raw.pop(name) for name in ("window", "null_length", "count_length")))
+    temperature, null, _ = formula.of_positions(PolarParams(**raw), formula.last_positions(T, T), attention)
     return polar_distractor_loss(trace["q"], keys, temperature / math.sqrt(D), null)
 
   def parameters(self) -> dict[str, Any]:
@@ -221,7 +223,7 @@ class GlobalMixer(nnx.Module):
     heads, shape = self.config.num_heads, x.shape[:-1]
     if not hasattr(self, "inputs"):
       split = first.split(x, 2, groups=heads)
-      if parts("heads") > 1:  # each has its own piece of every matrix, not of two side by side
+      if shard_count("heads") > 1:  # each has its own piece of every matrix, not of two side by side
         return [*split, *(part(x) for part in others)]
       # Products of few outputs in pairs: each gradient with respect to x is as large as x, and all are stored and added up.
       pairs = others[:2], others[2:4], others[4:]

@@ -56,7 +56,7 @@ def head_refusal(*arrays: jax.Array) -> str | None:
 def elsewhere(device: str) -> str | None:
   """Why a kernel for one `device`, "gpu" or "tpu", cannot run where this program will, or None if it can."""
   if dispatch.platform() != device:
-    return f"needs a {device.upper()}, and this runs on {dispatch.platform()}"
-  if dispatch.undivided():
+    return dispatch.needs(device)
+  if dispatch.sees_whole_arrays():
     return "takes what lies on one device: on a mesh of several it must be called inside shard_map"
   return None

@@ -9,15 +9,22 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from atma_jax.ops.core import dispatch
+from atma_jax.ops.core import devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """What one step of an attention kernel works on, and how a GPU runs it."""
+  """Block sizes of one step of an attention kernel, and how a GPU runs it.
 
-  q: int  # queries; on a TPU rows of one matrix product, which are queries times the query heads of a group
-  k: int  # keys
+  Attributes:
+    q: queries; on a TPU rows of one matrix product, which are queries times the query heads of a group.
+    k: keys.
+    warps: GPU: warps of a program.
+    stages: GPU: depth of the software pipeline over blocks of keys.
+  """
+
+  q: int
+  k: int
   warps: int = 4
   stages: int = 2
 
@@ -33,15 +40,22 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Carry:
-  """What a program of the gated delta carries from chunk to chunk."""
+  """How much state a program of the gated delta carries from chunk to chunk, and how a GPU runs it.
 
-  columns: int = 0  # GPU: of a head's state; 0 leaves it to the number of programs that makes
+  Attributes:
+    columns: GPU: columns of a head's state; 0 takes as many as leave enough programs.
+    warps: GPU: warps of a program.
+    stages: GPU: depth of the software pipeline over chunks.
+    heads: TPU: heads side by side, whose chains of products hide each other's latency.
+  """
+
+  columns: int = 0
   warps: int = 4
   stages: int = 3
-  heads: int = 8  # TPU: heads side by side, whose chains of products hide each other's latency
+  heads: int = 8
 
 
-# A key is (generation, bytes of an element, head size) or, where a length matters, that and the power of two above it.
+# Keys are (generation, bytes of an element, head size) or, where the length matters, that and the `bucket` of the length.
 POLAR: dict[tuple[Any, ...], Tiles] = {
   ("hopper", 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
   ("hopper", 2, 128): Tiles(Tile(128, 128, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
@@ -50,65 +64,46 @@ POLAR: dict[tuple[Any, ...], Tiles] = {
 }
 DELTA: dict[tuple[Any, ...], Carry] = {}
 
-GENERATIONS = {  # what a device's kind starts with, the longer first
-  "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e", "TPU v4": "v4", "TPU7": "v7",
-  "NVIDIA H100": "hopper", "NVIDIA H200": "hopper", "NVIDIA GH200": "hopper",
-}
-VMEM_MIB = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "v7": 64}  # on-chip memory of a TPU core, as Pallas knows it
 
-
-def generation() -> str:
-  """Name of the device generation that is computed for, such as ``hopper`` or ``v5e``; else the device's own kind."""
-  kind = dispatch.device_kind()
-  return next((name for start, name in GENERATIONS.items() if kind.startswith(start)), kind)
-
-
-def vmem_bytes(device: str) -> int:
-  """What a TPU kernel may use of the on-chip memory: half of it, the rest is the compiler's."""
-  return VMEM_MIB.get(device, 32) * 2**19 if device != "v4" else 16 * 2**20
-
-
-def polar(platform: str, itemsize: int, head_dim: int, length: int) -> Tiles:
-  """Tiles of polar attention on the device that is computed for.
+def polar_tiles(platform: str, itemsize: int, head_dim: int, length: int) -> Tiles:
+  """Tiles of polar attention on the current device.
 
   Args:
-    platform: ``gpu`` or ``tpu``, whose kernel asks.
+    platform: ``gpu`` or ``tpu``, the kernels that ask.
     itemsize: bytes of an element of q, k and v.
     head_dim: D.
     length: T.
   """
-  device = generation()
-  found = lookup(POLAR, device, itemsize, head_dim, length)
+  found = lookup(POLAR, devices.generation(), itemsize, head_dim, length)
   if found is not None:
     return found
-  return POLAR["hopper", itemsize, head_dim] if platform == "gpu" else _tpu_tiles(device, itemsize)
+  return POLAR["hopper", itemsize, head_dim] if platform == "gpu" else _tpu_tiles(itemsize)
 
 
 def delta(itemsize: int, head_dim: int, length: int) -> Carry:
-  """What a program of the gated delta carries; see `polar`."""
-  device = generation()
-  found = lookup(DELTA, device, itemsize, head_dim, length)
-  heads = 8 if VMEM_MIB.get(device, 32) >= 32 else 2
+  """What a program of the gated delta carries; arguments as for `polar_tiles`."""
+  found = lookup(DELTA, devices.generation(), itemsize, head_dim, length)
+  heads = 8 if devices.vmem_mib() >= 32 else 2
   return found or (Carry(heads=heads) if itemsize == 2 else Carry(columns=32, stages=1, heads=heads))
 
 
-def lookup(table: Mapping[tuple[Any, ...], Any], device: str, itemsize: int, head_dim: int, length: int) -> Any:
+def lookup(table: Mapping[tuple[Any, ...], Any], generation: str, itemsize: int, head_dim: int, length: int) -> Any:
   """The entry of this length, else of any length, else None."""
-  key = device, itemsize, head_dim
+  key = generation, itemsize, head_dim
   return table.get((*key, bucket(length))) or table.get(key)
 
 
 def bucket(length: int) -> int:
-  """The power of two at or above a length."""
+  """A length rounded up to a power of two, as the tables are keyed."""
   return 1 << (length - 1).bit_length()
 
 
-def _tpu_tiles(device: str, itemsize: int) -> Tiles:
+def _tpu_tiles(itemsize: int) -> Tiles:
   """The largest tile whose scores, three or four arrays of (rows, keys) float32, leave half of the memory free.
 
   1024 x 512 keeps the matrix unit busy for thousands of cycles a step; more only adds masked pairs at the diagonal.
   """
   rows, keys = (1024, 512) if itemsize == 2 else (512, 512)
-  while 6 * rows * keys * 4 > vmem_bytes(device):
+  while 6 * rows * keys * 4 > devices.vmem_budget():
     rows, keys = (rows // 2, keys) if rows > keys else (rows, keys // 2)
   return Tiles(*(Tile(rows, keys),) * 3)

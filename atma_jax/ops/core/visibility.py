@@ -38,13 +38,13 @@ def visible_keys(position: jax.Array, window: int | None) -> jax.Array:
   return keys if window is None else jnp.minimum(keys, window)
 
 
-def first_key(position: Position, window: int) -> Position:
+def first_key(position: Position, window: int | None) -> Position:
   """Position of the first key that the query at `position` sees."""
-  return at_least(position - window + 1, 0)
+  return 0 if window is None else at_least(position - window + 1, 0)
 
 
 def last_query(position: Position, window: int) -> Position:
-  """Position of the last query that sees the key at `position`, in a sequence that does not end before it."""
+  """Position of the last query that sees the key at `position`, if the sequence goes on as far."""
   return position + window - 1
 
 

@@ -1,53 +1,56 @@
-"""Polar attention as the paper writes it (arXiv 2606.25156), every score in memory: the oracle of the other files."""
+"""Polar attention as the paper writes it (arXiv 2606.25156), every score in memory: the oracle of all other implementations."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from atma_jax.ops.polar_attention import formula
+from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 
 
-def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
-                    null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    null_length: int | None = None, count_length: int | None = None) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.polar_attention`; computed in float32 or wider, differentiable any number of times."""
-  numbers = null_base, null_slope, len_gain, mag_beta
-  weights, w_null, n_eff, rate = _weights(q, k, numbers, window, null_length, count_length)
-  v = _repeat(v.astype(weights.dtype), q.shape[2])
-  attended = jnp.einsum("bhts,bshd->bthd", weights, v) + w_null[..., None] * v_null.astype(weights.dtype)
+def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], params: PolarParams,
+           spec: AttentionSpec) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+  """See `atma_jax.ops.polar_attention.api`; computed in float32 or wider, differentiable any number of times."""
+  weights = _weights(q, k, params, spec)
+  v = _repeat(v.astype(weights.keys.dtype), q.shape[2])
+  attended = jnp.einsum("bhts,bshd->bthd", weights.keys, v) + weights.null[..., None] * params.v_null.astype(weights.keys.dtype)
   direction = formula.normalize(attended, formula.NORM_FLOOR).astype(q.dtype)
-  return direction, formula.magnitude(n_eff, 1 - w_null, rate)
+  return direction, formula.magnitude(weights.n_eff, 1 - weights.null, weights.curve)
 
 
-def polar_statistics(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
-                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                     null_length: int | None = None, count_length: int | None = None) -> dict[str, jax.Array]:
-  """See `atma_jax.ops.polar_statistics`."""
-  del v, v_null
-  numbers = null_base, null_slope, len_gain, mag_beta
-  _, w_null, n_eff, _ = _weights(q, k, numbers, window, null_length, count_length)
-  return {"n_eff": n_eff, "w_null": w_null}
+def attention_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"],
+                         params: PolarParams, spec: AttentionSpec) -> dict[str, Float[Array, "B T H"]]:
+  """See `atma_jax.ops.polar_attention.api`."""
+  del v
+  weights = _weights(q, k, params, spec)
+  return {"n_eff": weights.n_eff, "w_null": weights.null}
 
 
-def _weights(q, k, numbers, window, null_length, count_length) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Weights on keys (B, H, T, S), weight of the null (B, T, H), participation ratio (B, T, H), the magnitude's rate.
+class _Weights(NamedTuple):
+  keys: Float[Array, "B H T S"]
+  null: Float[Array, "B T H"]
+  n_eff: Float[Array, "B T H"]  # participation ratio of the keys
+  curve: formula.Curve
 
-  The softmax over keys and null is taken in two steps, keys first, so that nothing is 0/0 where the null takes all.
-  """
+
+def _weights(q: jax.Array, k: jax.Array, params: PolarParams, spec: AttentionSpec) -> _Weights:
+  """The softmax over keys and null, taken in two steps, keys first, so that nothing is 0/0 where the null takes all."""
   (_, T, H, D), S = q.shape, k.shape[1]
   dtype = formula.accumulator(q)
-  temp, null, rate = formula.per_query(*numbers, queries=T, keys=S, window=window, null_length=null_length,
-                                       count_length=count_length)
+  positions = formula.last_positions(T, S)
+  temp, null, curve = formula.of_positions(params, positions, spec)
   temp, null = temp.T.astype(dtype), null.T.astype(dtype)  # (H, T)
   scores = jnp.einsum("bthd,bshd->bhts", q.astype(dtype), _repeat(k.astype(dtype), H)) * D**-0.5
-  distance = jnp.arange(S - T, S)[:, None] - jnp.arange(S)
-  visible = (distance >= 0) & (distance < (S if window is None else window))
+  visible = spec.sees(positions[:, None] - jnp.arange(S))
   logits = jnp.where(visible, temp[..., None] * scores, -jnp.inf)
   keys = jax.nn.softmax(logits, axis=-1)
   w_null = jax.nn.sigmoid(null - jax.nn.logsumexp(logits, axis=-1))
   n_eff = 1 / jnp.sum(keys * keys, axis=-1)
-  return keys * (1 - w_null)[..., None], jnp.swapaxes(w_null, 1, 2), jnp.swapaxes(n_eff, 1, 2), rate
+  return _Weights(keys * (1 - w_null)[..., None], jnp.swapaxes(w_null, 1, 2), jnp.swapaxes(n_eff, 1, 2), curve)
 
 
 def _repeat(x: jax.Array, heads: int) -> jax.Array:

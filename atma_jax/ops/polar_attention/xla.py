@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import jax
+from jaxtyping import Array, Float
 
 from atma_jax.ops.core import streaming
+from atma_jax.ops.core.streaming import Statistics
 from atma_jax.ops.polar_attention import formula
+from atma_jax.ops.polar_attention.formula import PerQuery
+from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 
 
-def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
-                    null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    null_length: int | None = None, count_length: int | None = None, block_q: int | None = None,
-                    block_k: int | None = None) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.polar_attention`; saves q, k, v and the statistics for the backward pass."""
-  numbers = null_base, null_slope, len_gain, mag_beta
-  statistics, null, rate = _statistics(q, k, v, numbers, window, null_length, count_length, block_q, block_k)
-  direction, magnitude = jax.checkpoint(formula.finalise)(statistics, null, v_null, rate)
+def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], params: PolarParams,
+           spec: AttentionSpec, *, block_q: int | None = None,
+           block_k: int | None = None) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+  """See `atma_jax.ops.polar_attention.api`; saves q, k, v and the statistics for the backward pass."""
+  statistics, per_query = _statistics(q, k, v, params, spec, block_q, block_k)
+  direction, magnitude = jax.checkpoint(formula.finalise)(statistics, per_query, params.v_null)
   return direction.astype(q.dtype), magnitude
 
 
-def polar_statistics(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
-                     null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                     null_length: int | None = None, count_length: int | None = None) -> dict[str, jax.Array]:
-  """See `atma_jax.ops.polar_statistics`."""
-  del v_null
-  numbers = null_base, null_slope, len_gain, mag_beta
-  statistics, null, _ = _statistics(q, k, v, numbers, window, null_length, count_length, None, None)
-  return {"n_eff": statistics.L**2 / statistics.Q, "w_null": 1 - formula.weight_found(statistics, null)}
+def attention_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"],
+                         params: PolarParams, spec: AttentionSpec) -> dict[str, Float[Array, "B T H"]]:
+  """See `atma_jax.ops.polar_attention.api`."""
+  statistics, per_query = _statistics(q, k, v, params, spec)
+  return {"n_eff": statistics.L**2 / statistics.Q, "w_null": 1 - formula.found_weight(statistics, per_query.null)}
 
 
-def _statistics(q, k, v, numbers, window, null_length, count_length, block_q, block_k):
-  temp, null, rate = formula.per_query(*numbers, queries=q.shape[1], keys=k.shape[1], window=window, null_length=null_length,
-                                       count_length=count_length)
-  dtype = formula.accumulator(q)
-  scale = temp.astype(dtype) * q.shape[-1]**-0.5
-  statistics = streaming.attention_statistics(q, k, v, scale, window=window, block_q=block_q, block_k=block_k)
-  return statistics, null.astype(dtype), rate.astype(dtype)
+def _statistics(q: jax.Array, k: jax.Array, v: jax.Array, params: PolarParams, spec: AttentionSpec, block_q: int | None = None,
+                block_k: int | None = None) -> tuple[Statistics, PerQuery]:
+  positions = formula.last_positions(q.shape[1], k.shape[1])
+  per_query = formula.of_positions(params, positions, spec, formula.accumulator(q))
+  scale = per_query.temp * q.shape[-1]**-0.5
+  return streaming.attention_statistics(q, k, v, scale, window=spec.window, block_q=block_q, block_k=block_k), per_query

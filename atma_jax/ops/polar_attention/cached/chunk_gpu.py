@@ -1,12 +1,13 @@
-"""Cached attention of a chunk of queries a row as a GPU kernel, for prefill: the sums of `polar_attention.pallas_gpu`.
+"""Cached attention of a chunk of queries a row as a GPU kernel, for prefill: the sums of `polar_attention.gpu.pallas_gpu`.
 
-A program takes a block of one head's queries, goes over the slots that its row has filled, whatever the row's length, and
-then over the chunk's own keys up to its last query.
+A program takes a block of one head's queries over the slots that its row has filled, and then over the chunk's own keys up to
+its last query.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -14,12 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from atma_jax.ops.core import pallas as kernels
-from atma_jax.ops.core import tiles as table
+from atma_jax.ops.core import pallas, visibility
 from atma_jax.ops.core.pallas import LOG2_E, cdiv
 from atma_jax.ops.core.streaming import Statistics
-from atma_jax.ops.core.tiles import Tiles
-from atma_jax.ops.polar_attention.gpu.pallas_gpu import Call, Grid, by_queries, fold, rows_of, three_loops
+from atma_jax.ops.core.tiles import Tiles, polar_tiles
+from atma_jax.ops.polar_attention.cached.api import tokens_since
+from atma_jax.ops.polar_attention.gpu.gpu_grid import Call, Grid, Ref, by_queries, rows_of, three_loops
+from atma_jax.ops.polar_attention.gpu.pallas_gpu import fold
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, scale: jax.Array,
@@ -31,16 +33,16 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, scale: j
     return "takes rings, not pages, for several new tokens a row"
   if scale.dtype != jnp.float32:
     return f"gathers in float32, not {scale.dtype}"
-  return kernels.refusal("gpu", q, k, v)
+  return pallas.refusal("gpu", q, k, v)
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
                       scale: jax.Array, *, window: int | None, layer: int, tiles: Tiles | None = None,
                       interpret: bool = False) -> Statistics:
-  """See `atma_jax.ops.polar_attention.cached.api`; keys and values are stacked, `tiles` overrides the table."""
+  """See `atma_jax.ops.polar_attention.cached.api`; keys and values are those of all layers, `tiles` overrides the table."""
   (B, T, H, D), K, R = q.shape, k.shape[2], keys.shape[3]
-  tiles = tiles or table.polar("gpu", q.dtype.itemsize, D, T)
-  call, tile = Call(T, T, T if window is None else window, window is not None, tiles, interpret), tiles.forward
+  tiles = tiles or polar_tiles("gpu", q.dtype.itemsize, D, T)
+  call, tile = Call(T, T, window, tiles, interpret), tiles.forward
   if R % tile.k:  # a ring of less than a block of slots
     keys, values = (jnp.pad(x[layer : layer + 1], ((0, 0),) * 3 + ((0, -R % tile.k), (0, 0))) for x in (keys, values))
     layer = 0
@@ -59,26 +61,25 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
   return Statistics(M / LOG2_E, L, Q, S[:, :T])
 
 
-def _kernel(length_ref, scale_ref, q_ref, keys_ref, values_ref, k_ref, v_ref, M_ref, L_ref, Q_ref, S_ref, *, call: Call,
-            slots: int, window: int | None):
+def _kernel(length_ref: Ref, scale_ref: Ref, q_ref: Ref, keys_ref: Ref, values_ref: Ref, k_ref: Ref, v_ref: Ref, M_ref: Ref,
+            L_ref: Ref, Q_ref: Ref, S_ref: Ref, *, call: Call, slots: int, window: int | None) -> None:
   tile, q, scale, length = call.tiles.forward, q_ref[...], scale_ref[...], length_ref[...]
   row = Grid.first_row(tile)
   held = jnp.minimum(length, slots)
 
-  def past(masked, j, carry):
-    def visible():
+  def past(masked: bool, j: jax.Array, carry: Any) -> Any:
+    def visible() -> jax.Array:
       slot = j * tile.k + jnp.arange(tile.k)[None, :]
       if window is None:
         return slot < held
       query = row + jnp.arange(tile.q)[:, None]
-      age = lax.rem(jnp.maximum(length - 1 - slot, -slots) + slots, slots)  # of a slot's token at the chunk's start, from 0
-      return (slot < held) & (query + 1 + age < window)
+      return (slot < held) & visibility.within(query + 1 + tokens_since(slot, length, slots), window)
 
     return fold(call, q, scale, keys_ref, values_ref, pl.ds(j * tile.k, tile.k), masked and visible, carry)
 
-  def own(masked, j, carry):
-    def visible():
-      return call.visible(row + jnp.arange(tile.q)[:, None] - (j * tile.k + jnp.arange(tile.k)[None, :]))
+  def own(masked: bool, j: jax.Array, carry: Any) -> Any:
+    def visible() -> jax.Array:
+      return call.sees(row + jnp.arange(tile.q)[:, None] - (j * tile.k + jnp.arange(tile.k)[None, :]))
 
     return fold(call, q, scale, k_ref, v_ref, pl.ds(j * tile.k, tile.k), masked and visible, carry)
 

@@ -1,14 +1,14 @@
 """Cached attention of a single query a row as a GPU kernel: Pallas through Triton, split over the keys.
 
-A program takes one row's queries of one key/value head (the group reads every key and value once) and a share of the
-slots that the row has filled, whatever its length: shares are equal, and what lies beyond the length or before the
-window is not read. Scores are in base 2. The first share holds the new token too. Shares merge exactly, in a second
-kernel that gives every query head a program, by the law of `streaming.merge`.
+A program takes one row's queries of one key/value head (the group reads every key and value once) and an equal share of the slots
+that the row has filled; what lies beyond the row's length or before its window is not read. Scores are in base 2. The first
+share also holds the new token. A second kernel, with a program for every query head, merges the shares as `streaming.merge` does.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -16,40 +16,41 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from atma_jax.ops.core import visibility
 from atma_jax.ops.core.pallas import LOG2_E, MASKED, dot
 from atma_jax.ops.core.streaming import Statistics
-from atma_jax.ops.polar_attention.cached import chunk_gpu as chunk_pallas_gpu
-from atma_jax.ops.polar_attention.cached.api import Scales, decoding_refusal
+from atma_jax.ops.polar_attention.cached import chunk_gpu
+from atma_jax.ops.polar_attention.cached.api import Scales, decoding_refusal, tokens_since
 
 KEYS = 64  # in a step of a program: with values, 32 KiB of bfloat16 on their way while the step before is worked on
 ROWS = 16  # of the smallest matrix product; a group has no more query heads
 PROGRAMS = 256  # enough for the memory of a large GPU to be busy
 COLUMNS = 64  # of a head's values that a program merges
+Ref = Any  # a Pallas reference
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
-             scale: jax.Array, *, table: jax.Array | None = None, **options) -> str | None:
+             scale: jax.Array, *, table: jax.Array | None = None, **options: Any) -> str | None:
   """Why the kernel cannot serve this call, or None if it can."""
   del values, lengths, options
   if q.shape[1] > 1:
-    return chunk_pallas_gpu.supports(q, k, v, keys, scale, table)
+    return chunk_gpu.supports(q, k, v, keys, scale, table)
   if keys.dtype.itemsize == 1 and 2**31 < keys.size <= 2**32:
     return f"would be given signed offsets of 32 bits by Pallas, too few for {keys.size / 2**30:.3g} GiB of int8 keys"
   return decoding_refusal("gpu", q, k, keys, scale, table, group=ROWS, page=KEYS)
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
-                      scale: jax.Array, *, window: int | None, scales: Scales, reach: int | None, layer: int | None,
+                      scale: jax.Array, *, window: int | None, scales: Scales, cache_slots: int | None, layer: int | None,
                       table: jax.Array | None = None, splits: int | None = None, interpret: bool = False) -> Statistics:
   """See `atma_jax.ops.polar_attention.cached.api`; `splits`, a power of two, overrides the number of shares of the keys."""
-  del reach  # every row is read up to its own length
+  del cache_slots  # every row is read up to its own length
   (B, _, H, D), K, R = q.shape, k.shape[2], keys.shape[-2]
   G = H // K
   if layer is None:
     layer, keys, values, scales = 0, *jax.tree.map(lambda x: x[None], (keys, values, scales))
   if q.shape[1] > 1:
-    return chunk_pallas_gpu.cached_statistics(q, k, v, keys, values, lengths, scale, window=window, layer=layer,
-                                              interpret=interpret)
+    return chunk_gpu.cached_statistics(q, k, v, keys, values, lengths, scale, window=window, layer=layer, interpret=interpret)
   P, R, paged = keys.shape[1], R if table is None else R * table.shape[1], table is not None
   splits = splits or splits_for(B * K, R)
 
@@ -77,27 +78,27 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
 
 
 def splits_for(rows: int, slots: int) -> int:
-  """Shares of the keys, a power of two: enough programs with `rows` of them a share, none of less than a step."""
+  """Into how many shares to split the slots, a power of two: `rows` programs each, enough of them, none with less than a step."""
   most = min(PROGRAMS // rows, -(-slots // KEYS))
   return 1 << max(most.bit_length() - 1, 0)
 
 
-def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *refs, group, window, splits, slots, paged,
-                  quantised):
+def _share_kernel(length_ref: Ref, scale_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, keys_ref: Ref, values_ref: Ref, *refs: Ref,
+                  group: int, window: int | None, splits: int, slots: int, paged: bool, quantised: bool) -> None:
   *scale_refs, M_ref, L_ref, Q_ref, S_ref = refs
   table_ref = scale_refs.pop() if paged else None
   share, length = pl.program_id(0), length_ref[...]
-  heads = pl.ds(pl.program_id(1) * group, ROWS)  # the group's, and others' or none, which come to nothing
+  heads = pl.ds(pl.program_id(1) * group, ROWS)  # the group's; what follows them is masked
   own_heads = jnp.arange(ROWS) < group
   scale = plgpu.load(scale_ref.at[heads], mask=own_heads, other=0)
   q = plgpu.load(q_ref.at[heads, :], mask=jnp.broadcast_to(own_heads[:, None], (ROWS, q_ref.shape[1])), other=0)
   held = jnp.minimum(length, slots)
   first = 0
   if window is not None:  # a ring that has wrapped is no larger than its window needs
-    first = jnp.where(length <= slots, lax.div(jnp.maximum(length + 1 - window, 0), KEYS), 0)
+    first = jnp.where(length <= slots, lax.div(visibility.first_key(length, window), KEYS), 0)
   count = lax.div(held + KEYS - 1, KEYS) - first
 
-  def step(block, carry):
+  def step(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     m, L, Q, S = carry
     slot = block * KEYS + jnp.arange(KEYS)
     if paged:
@@ -106,7 +107,7 @@ def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_r
     else:
       place = (pl.ds(block * KEYS, KEYS),)
 
-    def read(ref):
+    def read(ref: Ref) -> jax.Array:
       columns = ref.shape[1 + paged :]
       taken = ref.at[(*place, *(slice(None),) * len(columns))]
       if slots % KEYS == 0:
@@ -119,7 +120,7 @@ def _share_kernel(length_ref, scale_ref, q_ref, k_ref, v_ref, keys_ref, values_r
       scores = scores * read(scale_refs[0])[None, :]
     visible = slot < held
     if window is not None:
-      visible &= lax.rem(jnp.maximum(length - 1 - slot, 0), slots) < window - 1
+      visible &= visibility.within(tokens_since(slot, length, slots) + 1, window)
     scores = jnp.where(visible[None, :], scores, MASKED)
     m_next = jnp.maximum(m, jnp.max(scores, axis=1))
     p, shrink = jnp.where(visible[None, :], jnp.exp2(scores - m_next[:, None]), 0), jnp.exp2(m - m_next)
@@ -156,7 +157,7 @@ def _merged(parts: list[jax.Array], G: int, interpret: bool) -> Statistics:
   return Statistics(M, L, Q, S)
 
 
-def _merge_kernel(M_ref, L_ref, Q_ref, S_ref, M_out, L_out, Q_out, S_out):
+def _merge_kernel(M_ref: Ref, L_ref: Ref, Q_ref: Ref, S_ref: Ref, M_out: Ref, L_out: Ref, Q_out: Ref, S_out: Ref) -> None:
   M = M_ref[...]
   top = jnp.max(M)
   w = jnp.exp2(M - top)

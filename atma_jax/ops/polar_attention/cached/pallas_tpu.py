@@ -1,13 +1,14 @@
 """Cached attention of a single query a row, and the write of its key and value, as TPU kernels (Pallas through Mosaic).
 
-The grid runs over rows and, in turn, over blocks of slots or over pages: the fetch of a block beyond a row's length, or before
-its window, is that of the nearest one inside, which is there already. All key/value heads of a block are taken together, the
-group of a head reads its keys and values once. The new token starts the sums.
+The grid runs over rows and, within a row, over blocks of slots or over pages. A block beyond the row's length, or before its
+window, is not fetched: its index maps to the nearest block inside, which is already there. All key/value heads of a block are
+taken together, and the group of a head reads its keys and values once. The new token starts the sums.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -15,19 +16,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from atma_jax.ops.core import pallas as kernels
+from atma_jax.ops.core import pallas, visibility
 from atma_jax.ops.core.pallas import MASKED, dot
 from atma_jax.ops.core.streaming import Statistics
-from atma_jax.ops.polar_attention.cached.api import Scales, decoding_refusal
+from atma_jax.ops.polar_attention.cached.api import Scales, decoding_refusal, tokens_since
 
 KEYS = 2048  # in a step, of each head: a MiB of bfloat16 keys and values for two heads of 128
 ROWS = 16  # rows of a tile of bfloat16; a group has no more query heads
 LANES = 128
 TILE = 32  # slots that are read and written around a new one: rows of a tile of int8
+Ref = Any  # a Pallas reference
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
-             scale: jax.Array, *, table: jax.Array | None = None, **options) -> str | None:
+             scale: jax.Array, *, table: jax.Array | None = None, **options: Any) -> str | None:
   """Why the kernel cannot serve this call, or None if it can."""
   del v, values, lengths, options
   return decoding_refusal("tpu", q, k, keys, scale, table, group=ROWS, page=LANES)
@@ -41,14 +43,14 @@ def supports_append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts:
     return f"writes one new vector a row, not {new.shape[3]} of shape {new.shape[4:]}"
   if ring.dtype not in (jnp.int8, jnp.bfloat16, jnp.float32):
     return f"takes int8, bfloat16 or float32 vectors, not {ring.dtype}"
-  return kernels.head_refusal(ring) or kernels.elsewhere("tpu")
+  return pallas.head_refusal(ring) or pallas.elsewhere("tpu")
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
-                      scale: jax.Array, *, window: int | None, scales: Scales, reach: int | None, layer: int | None,
+                      scale: jax.Array, *, window: int | None, scales: Scales, cache_slots: int | None, layer: int | None,
                       table: jax.Array | None = None, block: int = KEYS, interpret: bool = False) -> Statistics:
   """See `atma_jax.ops.polar_attention.cached.api`; `block` overrides how many keys a step takes where there are no pages."""
-  del reach  # every row is read up to its own length
+  del cache_slots  # every row is read up to its own length
   (B, _, H, D), K = q.shape, k.shape[2]
   G, paged = H // K, table is not None
   if layer is None:
@@ -62,7 +64,7 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
     return jnp.pad(x, ((0, 0), (0, 0), (0, ROWS - G), *((0, 0),) * (x.ndim - 3)))
 
   def ring(*shape: int) -> pl.BlockSpec:
-    def index(b, n, lengths, *tables):
+    def index(b: Any, n: Any, lengths: Ref, *tables: Ref) -> tuple[Any, ...]:
       first, last = _blocks(lengths[b], slots, block, window)
       n = jnp.clip(n, first, last)
       place = (jnp.minimum(tables[0][b, n], rings - 1), 0, 0) if paged else (b, 0, n)
@@ -88,22 +90,23 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
 
 
 def _blocks(length: jax.Array, slots: int, block: int, window: int | None) -> tuple[jax.Array, jax.Array]:
-  """The first and the last block that a row looks at; the first of all where it has cached nothing."""
+  """The first and the last block that a row looks at; both 0 where it has cached nothing."""
   last = jnp.maximum(lax.div(jnp.minimum(length, slots) + block - 1, block) - 1, 0)
   if window is None:
     return jnp.zeros_like(last), last
-  return jnp.where(length <= slots, jnp.minimum(lax.div(jnp.maximum(length + 1 - window, 0), block), last), 0), last
+  first = jnp.minimum(lax.div(visibility.first_key(length, window), block), last)
+  return jnp.where(length <= slots, first, 0), last  # a ring that has wrapped is no larger than its window needs
 
 
-def _kernel(lengths_ref, *refs, window, slots, block, paged, quantised):
-  scale_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *refs = refs[paged:]
-  *scale_refs, M_ref, L_ref, Q_ref, S_ref = refs
+def _kernel(lengths_ref: Ref, *refs: Ref, window: int | None, slots: int, block: int, paged: bool, quantised: bool) -> None:
+  scale_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *others = refs[paged:]
+  *scale_refs, M_ref, L_ref, Q_ref, S_ref = others
   b, n = pl.program_id(0), pl.program_id(1)
   length = lengths_ref[b]
   first, last = _blocks(length, slots, block, window)
 
   @pl.when(n == 0)
-  def _start():
+  def _start() -> None:
     for head in range(q_ref.shape[0]):
       k, v = (ref[0, head][None, :].astype(jnp.float32) for ref in (k_ref, v_ref))
       own = jnp.sum(q_ref[head].astype(jnp.float32) * k, axis=1, keepdims=True) * scale_ref[head]
@@ -112,12 +115,12 @@ def _kernel(lengths_ref, *refs, window, slots, block, paged, quantised):
       S_ref[head] = jnp.broadcast_to(v, S_ref.shape[1:])
 
   @pl.when((n >= first) & (n <= last) & (length > 0))
-  def _step():
+  def _step() -> None:
     def visible(axis: int) -> jax.Array:
       slot = n * block + lax.broadcasted_iota(jnp.int32, (1, block) if axis else (block, 1), axis)
       seen = slot < jnp.minimum(length, slots)
       if window is not None:
-        seen &= lax.rem(jnp.maximum(length - 1 - slot, 0), slots) < window - 1
+        seen &= visibility.within(tokens_since(slot, length, slots) + 1, window)
       return seen
 
     across, down = visible(1), visible(0)
@@ -147,13 +150,13 @@ def append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts: jax.Arra
   slot, written = lengths % slots, (counts > 0).astype(jnp.int32)
   page = jnp.arange(B, dtype=jnp.int32) if table is None else jnp.minimum(
     jnp.take_along_axis(table, (slot // length)[:, None], axis=1)[:, 0], rings - 1)
-  # A row that writes nothing goes where the one before went, whose tile then simply stays a little longer: the pages that it
-  # had may be another's.
+  # A row that writes nothing visits the tile of the row before it, which merely stays a little longer: the pages that the row
+  # once had may be another's by now.
   source = lax.cummax(jnp.where(written > 0, jnp.arange(B), 0))
   source = jnp.maximum(source, jnp.argmax(written))
   page, place = page[source], (slot % length)[source]
 
-  def at(b, page, place, written):
+  def at(b: Any, page: Ref, place: Ref, written: Ref) -> tuple[Any, ...]:
     del written
     return 0, page[b], 0, lax.div(place[b], tile), 0
 
@@ -168,17 +171,18 @@ def append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts: jax.Arra
   )(page, place, written, new.astype(ring.dtype), ring)
 
 
-def _append_kernel(page_ref, place_ref, written_ref, new_ref, ring_ref, out_ref, *, tile):
+def _append_kernel(page_ref: Ref, place_ref: Ref, written_ref: Ref, new_ref: Ref, ring_ref: Ref, out_ref: Ref, *,
+                   tile: int) -> None:
   b = pl.program_id(0)
   before = jnp.maximum(b - 1, 0)
   same = (b > 0) & (page_ref[b] == page_ref[before]) & (lax.div(place_ref[b], tile) == lax.div(place_ref[before], tile))
 
   @pl.when(~same)
-  def _fetch():
+  def _fetch() -> None:
     out_ref[...] = ring_ref[...]
 
   @pl.when(written_ref[b] > 0)
-  def _write():
+  def _write() -> None:
     wide = jnp.int32 if out_ref.dtype == jnp.int8 else jnp.float32
     row = lax.broadcasted_iota(jnp.int32, (1, 1, tile, 1), 2) == lax.rem(place_ref[b], tile)
     out_ref[...] = jnp.where(row, new_ref[...].astype(wide), out_ref[...].astype(wide)).astype(out_ref.dtype)

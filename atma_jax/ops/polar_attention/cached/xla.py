@@ -1,74 +1,74 @@
-"""Cached attention in XLA: key blocks streamed, or taken at once by a single query.
-
-`atma_jax.ops.polar_attention.cached.api` says what it computes.
-"""
+"""Cached attention in XLA: several queries stream over key blocks, a single query takes all blocks at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from atma_jax.ops.core import streaming
+from atma_jax.ops.core import streaming, visibility
 from atma_jax.ops.core.streaming import Statistics
-from atma_jax.ops.polar_attention.cached.api import BLOCK, Scales, slots_for
+from atma_jax.ops.polar_attention.cached.api import BLOCK, Scales, slots_for, tokens_since
 
-NOWHERE = jnp.iinfo(jnp.int32).max  # position of a slot that holds nothing: after every query, so never visible
+NOWHERE = jnp.iinfo(jnp.int32).max  # position given to an empty slot: after every query, so never visible
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
-                      scale: jax.Array, *, window: int | None, scales: Scales, reach: int | None,
+                      scale: jax.Array, *, window: int | None, scales: Scales, cache_slots: int | None,
                       layer: int | None, table: jax.Array | None = None) -> Statistics:
   """See `atma_jax.ops.polar_attention.cached.api`.
 
-  Several queries stream over key blocks, as far as the longest row reaches; a single one (decoding) takes all blocks
-  at once and merges them. A block without a visible key contributes exact zeros.
+  Several queries stream over key blocks, up to the length of the longest row; a single one (decoding) takes all blocks at once
+  and merges them. A block without a visible key contributes exact zeros.
   """
   if layer is not None:
     keys, values, scales = jax.tree.map(lambda x: x[layer], (keys, values, scales))
   if table is not None:
-    return _paged(q, k, v, keys, values, lengths, scale, window, scales, reach, table)
+    return _paged(q, k, v, keys, values, lengths, scale, window, scales, cache_slots, table)
   R = keys.shape[2]
-  return _statistics(q, k, v, keys, values, lengths, scale, window, scales, R if reach is None else min(reach, R), R)
+  return _statistics(q, k, v, keys, values, lengths, scale, window, scales, R if cache_slots is None else min(cache_slots, R), R)
 
 
-def _statistics(q, k, v, keys, values, lengths, scale, window, scales, reach, R) -> Statistics:
-  """Over the first `reach` slots of rings of R, of which no more need be there."""
+def _statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
+                scale: jax.Array, window: int | None, scales: Scales, cache_slots: int, R: int) -> Statistics:
+  """`cached_statistics` over the first `cache_slots` slots of rings of R slots; keys need hold no more."""
   (B, T, H, _), K = q.shape, k.shape[2]
   positions = lengths[:, None] + jnp.arange(T)
 
   def group(x: jax.Array) -> jax.Array:  # (B, T, H, ...) -> (B, K, G, T, ...)
     return jnp.moveaxis(x.reshape(B, T, K, H // K, *x.shape[3:]), 1, 3)
 
-  def ungroup(x: jax.Array) -> jax.Array:
+  def ungroup(x: jax.Array) -> jax.Array:  # the inverse
     return jnp.moveaxis(x, 3, 1).reshape(B, T, H, *x.shape[4:])
 
-  gather = functools.partial(_gather, group(q), group(scale), positions, NOWHERE if window is None else window)
+  gather = functools.partial(_gather, group(q), group(scale), positions, window)
   block = min(BLOCK, slots_for(T)) if T > 1 else 1
   pad = -T % block
   new = [jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v)]
   new_positions = jnp.pad(positions, ((0, 0), (0, pad)), constant_values=NOWHERE)
   own = gather(*new, new_positions, block, jnp.int32((T + pad) // block))
-  held = jnp.minimum(jnp.max(lengths, initial=0), reach)
-  block = min(BLOCK, reach)
-  keys, values, *scales = (x[:, :, :reach] for x in (keys, values, *(scales or ())))
-  past = gather(keys, values, slot_positions(lengths, R)[:, :reach], block, (held + block - 1) // block, scales)
+  held = jnp.minimum(jnp.max(lengths, initial=0), cache_slots)
+  block = min(BLOCK, cache_slots)
+  keys, values, *scales = (x[:, :, :cache_slots] for x in (keys, values, *(scales or ())))
+  past = gather(keys, values, slot_positions(lengths, R)[:, :cache_slots], block, (held + block - 1) // block, scales)
   return jax.tree.map(ungroup, streaming.merge(past, own))
 
 
-def _paged(q, k, v, keys, values, lengths, scale, window, scales, reach, table) -> Statistics:
-  """`cached_statistics` of rings gathered from their pages, as far as `reach`."""
+def _paged(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array, scale: jax.Array,
+           window: int | None, scales: Scales, cache_slots: int | None, table: jax.Array) -> Statistics:
+  """`cached_statistics` over rings whose first `cache_slots` slots are gathered from their pages."""
   R = keys.shape[2] * table.shape[1]
-  reach = R if reach is None else min(reach, R)
-  table = table[:, : -(-reach // keys.shape[2])]
+  cache_slots = R if cache_slots is None else min(cache_slots, R)
+  table = table[:, : -(-cache_slots // keys.shape[2])]
 
   def gather(pool: jax.Array) -> jax.Array:  # (P, K, page, ...) -> (B, K, slots, ...)
     rings = jnp.moveaxis(pool.at[table].get(mode="fill", fill_value=0), 2, 1)
     return rings.reshape(*rings.shape[:2], -1, *rings.shape[4:])
 
   keys, values, scales = jax.tree.map(gather, (keys, values, scales))
-  return _statistics(q, k, v, keys, values, lengths, scale, window, scales, reach, R)
+  return _statistics(q, k, v, keys, values, lengths, scale, window, scales, cache_slots, R)
 
 
 def append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts: jax.Array, table: jax.Array | None) -> jax.Array:
@@ -87,26 +87,26 @@ def append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts: jax.Arra
 
 
 def slot_positions(lengths: jax.Array, slots: int) -> jax.Array:
-  """(B, slots) position that each slot of a ring holds after `lengths` (B,) tokens; `NOWHERE` for an empty one."""
-  last = lengths[:, None] - 1
-  position = last - (last - jnp.arange(slots)) % slots
-  return jnp.where(position >= 0, position, NOWHERE)
+  """(B, slots) position of the token in each slot of a ring after `lengths` (B,) tokens; `NOWHERE` for an empty slot."""
+  length, slot = lengths[:, None], jnp.arange(slots)
+  return jnp.where(slot < length, length - 1 - tokens_since(slot, length, slots), NOWHERE)
 
 
-def _gather(q, scale, positions, window, keys, values, key_positions, block, count, scales=()) -> Statistics:
+def _gather(q: jax.Array, scale: jax.Array, positions: jax.Array, window: int | None, keys: jax.Array, values: jax.Array,
+            key_positions: jax.Array, block: int, count: jax.Array, scales: Sequence[jax.Array] = ()) -> Statistics:
   """Statistics of q (B, K, G, T, D) over the first `count` blocks of keys (B, K, S, D) at positions (B, S)."""
   B, K, G, T, D = q.shape
   S, dtype = keys.shape[2], scale.dtype
 
   def blocks(keys: jax.Array, values: jax.Array, key_positions: jax.Array, *scales: jax.Array) -> Statistics:
-    """Of N blocks, each by itself: (B, K, N, G, T) and (B, K, N, G, T, D)."""
+    """Statistics over each of N blocks: (B, K, N, G, T) and (B, K, N, G, T, D)."""
     scales = [x.reshape(B, K, -1, 1, 1, block).astype(dtype) for x in scales]
     keys, values = (x.reshape(B, K, -1, block, D).astype(q.dtype) for x in (keys, values))
     scores = jnp.einsum("bkgtd,bknsd->bkngts", q, keys, preferred_element_type=dtype)
     if scales:
       scores = scores * scales[0]
     distance = positions[:, None, :, None] - key_positions.reshape(B, -1, 1, block)  # (B, N, T, block)
-    visible = ((distance >= 0) & (distance < window))[:, None, :, None]
+    visible = visibility.sees(distance, window)[:, None, :, None]
     logits = jnp.where(visible, scale[:, :, None, ..., None] * scores, -jnp.inf)
     M = jnp.maximum(jnp.max(logits, -1), jnp.finfo(dtype).min)  # finite: exp(M - M) is a number for an empty block
     p = jnp.exp(logits - M[..., None])
@@ -130,7 +130,7 @@ def _gather(q, scale, positions, window, keys, values, key_positions, block, cou
 
 
 def _merge_all(parts: Statistics) -> Statistics:
-  """Merges over axis 2 down to one part, at once: what `streaming.merge` gives in any order."""
+  """Merges statistics over axis 2, which keeps a size of 1, as `streaming.merge` does pair by pair."""
   M = jnp.max(parts.M, axis=2, keepdims=True)
   w = jnp.exp(parts.M - M)
   L, Q, S = (jnp.sum(x, axis=2, keepdims=True) for x in (w * parts.L, w * w * parts.Q, w[..., None] * parts.S))

@@ -1,13 +1,13 @@
 """One device's work in a ring of keys and values, as GPU kernels: the matrix products and layouts of `pallas_gpu`.
 
-Three kernels, one call each a stop. They take the sums so far and add to them in place; where the segments of queries and of
-keys start comes as an array. Statistics are relative to M in base 2; a query that has seen nothing has ``M = NOTHING``, which
-lies above every masked logit and below every other, so that L, Q and S stay 0.
+Three kernels, each called once a hop of the ring. They add to the sums of the hops before, in place; the positions at which the
+segments of queries and of keys start come as an array. Statistics are relative to M in base 2; a query that has seen nothing has
+``M = NOTHING``, which lies above every masked logit and below every other, so that L, Q and S stay 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -17,12 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from atma_jax.ops.core import tiles as table
 from atma_jax.ops.core.pallas import LOG2_E
 from atma_jax.ops.core.streaming import Statistics
-from atma_jax.ops.core.tiles import Tile, Tiles
+from atma_jax.ops.core.tiles import Tile, Tiles, polar_tiles
 from atma_jax.ops.polar_attention.gpu import pallas_gpu
-from atma_jax.ops.polar_attention.gpu.pallas_gpu import Call, Grid, Total, by_queries, rows_of, three_loops
+from atma_jax.ops.polar_attention.gpu.gpu_grid import Call, Grid, Ref, by_queries, rows_of, three_loops
+from atma_jax.ops.polar_attention.gpu.pallas_gpu import RowSum
 
 NOTHING = -(2.0**60)
 
@@ -35,9 +35,8 @@ class RingSteps:
   def __init__(self, q: jax.Array, k: jax.Array, *, window: int | None, query_starts: Sequence[jax.Array],
                tiles: Tiles | None = None, interpret: bool = False):
     (self._B, T, self._H, self._D), (S, self._K), self._segments = q.shape, k.shape[1:3], len(query_starts)
-    tiles = tiles or table.polar("gpu", q.dtype.itemsize, self._D, T)
-    windowed = window is not None
-    self._call = Call(T // self._segments, S // self._segments, window if windowed else 2**30, windowed, tiles, interpret)
+    tiles = tiles or polar_tiles("gpu", q.dtype.itemsize, self._D, T)
+    self._call = Call(T // self._segments, S // self._segments, window, tiles, interpret)
     self._dtype, self._query_starts = q.dtype, query_starts
 
   def queries(self, q: jax.Array, scale: jax.Array) -> tuple[Any, Any]:
@@ -65,10 +64,11 @@ class RingSteps:
     scalars = self._rows(scale * LOG2_E), statistics.M, self._rows(2 * gQ * scale), self._rows(-gL * scale)
     return (q, go, *scalars), (jnp.zeros(q.shape, jnp.float32), jnp.zeros(statistics.M.shape, jnp.float32))
 
-  def no_gradients(self, keys: Any) -> Any:
+  def zero_gradients(self, keys: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), keys)
 
-  def spread(self, rows: Any, dqueries: Any, keys: Any, dkeys: Any, key_starts: Sequence[jax.Array]) -> tuple[Any, Any]:
+  def add_gradients(self, rows: Any, dqueries: Any, keys: Any, dkeys: Any,
+                    key_starts: Sequence[jax.Array]) -> tuple[Any, Any]:
     q, go, *scalars = rows
     inputs = q, *keys, go, *scalars
     tile = self._call.tiles.dq
@@ -93,7 +93,8 @@ class RingSteps:
     dk, dv = (self._uncut(x, 1) for x in dkeys)
     return dk, dv
 
-  def _run(self, name, kernel, tile, grid, key_starts, inputs, specs, sums, sum_specs):
+  def _run(self, name: str, kernel: Callable[..., None], tile: Tile, grid: tuple[int, ...], key_starts: Sequence[jax.Array],
+           inputs: Sequence[jax.Array], specs: Sequence[pl.BlockSpec], sums: Any, sum_specs: Sequence[pl.BlockSpec]) -> Any:
     """One `pallas_call` that adds to `sums` in place."""
     starts = jnp.stack([jnp.asarray(x, jnp.int32) for x in (*self._query_starts, *key_starts)])
     whole = pl.BlockSpec(starts.shape, lambda h, b, i: (0,))
@@ -121,26 +122,26 @@ class RingSteps:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _over_keys(call: Call, tile: Tile, segments: int, starts_ref: Any, row: jax.Array, lengths: tuple[int, int], step: Any,
-               carry: Any) -> Any:
+def _over_keys(call: Call, tile: Tile, segments: int, starts_ref: Ref, row: jax.Array, lengths: tuple[int, int],
+               step: Callable[..., Any], carry: Any) -> Any:
   """Folds ``step(keys, visible, carry)`` over the blocks of keys that `tile.q` queries from `row` on see.
 
-  `lengths`, here and below, are those of padded segments of queries and of keys; `visible` is what the sums of `pallas_gpu` take.
+  `lengths`, here and below, are the padded lengths of a segment of queries and of keys; `visible` is as for `pallas_gpu.fold`.
   """
   length_q, length_k = lengths
   position = starts_ref[lax.div(row, length_q)] + lax.rem(row, length_q)
   ragged = call.keys < length_k  # keys past the end of a segment have positions that queries may see
 
-  def segment(index, carry):
+  def segment(index: Any, carry: Any) -> Any:
     row = position - starts_ref[segments + index]
     first, full, full_end, end = call.key_blocks(row, tile, -(-call.keys // tile.k))
     if ragged:
       full_end = jnp.clip(call.keys // tile.k, full, full_end)
 
-    def body(masked, j, carry):
-      def visible():
+    def body(masked: bool, j: jax.Array, carry: Any) -> Any:
+      def visible() -> jax.Array:
         key = j * tile.k + jnp.arange(tile.k)[None, :]
-        seen = call.visible(row + jnp.arange(tile.q)[:, None] - key)
+        seen = call.sees(row + jnp.arange(tile.q)[:, None] - key)
         return seen & (key < call.keys) if ragged else seen
 
       return step(pl.ds(index * length_k + j * tile.k, tile.k), masked and visible, carry)
@@ -150,12 +151,13 @@ def _over_keys(call: Call, tile: Tile, segments: int, starts_ref: Any, row: jax.
   return lax.fori_loop(0, segments, segment, carry) if segments > 1 else segment(0, carry)
 
 
-def _gather_kernel(starts_ref, q_ref, k_ref, v_ref, scale_ref, m_ref, L_ref, Q_ref, S_ref, m_out_ref, L_out_ref, Q_out_ref,
-                   S_out_ref, *, call: Call, segments: int, lengths: tuple[int, int]):
+def _gather_kernel(starts_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, scale_ref: Ref, m_ref: Ref, L_ref: Ref, Q_ref: Ref,
+                   S_ref: Ref, m_out_ref: Ref, L_out_ref: Ref, Q_out_ref: Ref, S_out_ref: Ref, *, call: Call, segments: int,
+                   lengths: tuple[int, int]) -> None:
   tile, q, scale = call.tiles.forward, q_ref[...], scale_ref[...]
   row = Grid.first_row(tile)
 
-  def step(keys, visible, carry):
+  def step(keys: pl.Slice, visible: pallas_gpu.Visible, carry: Any) -> Any:
     return pallas_gpu.fold(call, q, scale, k_ref, v_ref, keys, visible, carry)
 
   carry = m_ref[...], L_ref[...], Q_ref[...], S_ref[...]
@@ -163,35 +165,37 @@ def _gather_kernel(starts_ref, q_ref, k_ref, v_ref, scale_ref, m_ref, L_ref, Q_r
   m_out_ref[...], L_out_ref[...], Q_out_ref[...], S_out_ref[...] = m, L, Q, S
 
 
-def _dq_kernel(starts_ref, q_ref, k_ref, v_ref, go_ref, scale_ref, m_ref, twice_ref, delta_ref, dq_ref, total_ref, dq_out_ref,
-               total_out_ref, *, call: Call, segments: int, lengths: tuple[int, int]):
+def _dq_kernel(starts_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref, m_ref: Ref, twice_ref: Ref,
+               delta_ref: Ref, dq_ref: Ref, total_ref: Ref, dq_out_ref: Ref, total_out_ref: Ref, *, call: Call, segments: int,
+               lengths: tuple[int, int]) -> None:
   tile, q, go = call.tiles.dq, q_ref[...], go_ref[...]
   row = Grid.first_row(tile)
   scalars = scale_ref[...], m_ref[...], twice_ref[...], delta_ref[...]
 
-  def step(keys, visible, carry):
+  def step(keys: pl.Slice, visible: pallas_gpu.Visible, carry: Any) -> Any:
     return pallas_gpu.add_dq(call, q, go, *scalars, k_ref, v_ref, keys, visible, carry)
 
-  carry = dq_ref[...], Total.zero(tile.q, q.dtype)
+  carry = dq_ref[...], RowSum.zero(tile.q, q.dtype)
   dq_out_ref[...], total = _over_keys(call, tile, segments, starts_ref, row, lengths, step, carry)
-  total_out_ref[...] = total_ref[...] + Total.of(total)
+  total_out_ref[...] = total_ref[...] + RowSum.of(total)
 
 
-def _dkv_kernel(starts_ref, q_ref, k_ref, v_ref, go_ref, scale_ref, m_ref, twice_ref, delta_ref, dk_ref, dv_ref, dk_out_ref,
-                dv_out_ref, *, call: Call, segments: int, lengths: tuple[int, int]):
+def _dkv_kernel(starts_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref, m_ref: Ref, twice_ref: Ref,
+                delta_ref: Ref, dk_ref: Ref, dv_ref: Ref, dk_out_ref: Ref, dv_out_ref: Ref, *, call: Call, segments: int,
+                lengths: tuple[int, int]) -> None:
   tile, k, v = call.tiles.dkv, k_ref[...], v_ref[...]
   length_q, length_k = lengths
   key = pl.program_id(1) * tile.k
   position = starts_ref[segments + lax.div(key, length_k)] + lax.rem(key, length_k)
   queries = q_ref, go_ref, scale_ref, m_ref, twice_ref, delta_ref
 
-  def head(h, carry):
-    def segment(index, carry):
+  def head(h: jax.Array, carry: Any) -> Any:
+    def segment(index: Any, carry: Any) -> Any:
       row = position - starts_ref[index]  # of the query at the first key's position
 
-      def step(masked, i, carry):
-        def visible():
-          return call.visible(i * tile.q + jnp.arange(tile.q)[None, :] - (row + jnp.arange(tile.k)[:, None]))
+      def step(masked: bool, i: jax.Array, carry: Any) -> Any:
+        def visible() -> jax.Array:
+          return call.sees(i * tile.q + jnp.arange(tile.q)[None, :] - (row + jnp.arange(tile.k)[:, None]))
 
         rows = pl.ds(index * length_q + i * tile.q, tile.q)
         return pallas_gpu.add_dkv(call, k, v, *queries, h, rows, masked and visible, carry)

@@ -1,15 +1,15 @@
 """Polar attention as TPU kernels: Pallas through Mosaic, forward and backward, O(T) residuals.
 
-The notation and the residuals are those of `atma_jax.ops.polar_attention.gpu.pallas_gpu`: base-2 log-sum-exp over real keys,
-crowding ``sum p^2``, and one number delta a query. What differs is how the work is laid out:
+Notation and residuals are those of `atma_jax.ops.polar_attention.gpu.pallas_gpu`: the base-2 log-sum-exp over real keys,
+``sum_p2 = sum_j p_j^2``, and one number delta per query. What differs is how the work is laid out:
 
-* A program owns the query heads of one key/value head for a block of queries, stacked as ``rows = G * block_q`` of one matrix
-  product: keys and values are read once a group. The last grid axis walks the other operand's blocks, only those that the
-  causal order and the window leave; the pipeline brings the next one while the current one is used.
-* Scores are kept transposed, (keys, rows): what there is one of a query lies along lanes, so that sums over keys run over
-  sublanes and nothing has to be turned before the end of a block.
-* Arrays are (B, K, G, T, D): a program's rows lie together, and XLA lets their makers write that order. (Compiled for v5e,
-  forward and backward of 8 x 2048 with H=8, K=2, D=128 then move 0.37 GB; taking slices of (B, T, H * D) they moved 1.79.)
+* A program owns the query heads of one key/value head for a block of queries, stacked as the ``rows = G * block_q`` of one
+  matrix product: keys and values are read once per group. The last grid axis walks the other operand's blocks, only those that
+  the causal order and the window leave; the pipeline fetches the next one while the current one is used.
+* Scores are kept transposed, (keys, rows): numbers of a query lie along lanes, so that sums over keys run over sublanes and
+  nothing has to be transposed before the end of a block.
+* Arrays are (B, K, G, T, D): a program's rows are contiguous, and XLA lets the producers write that order. (Compiled for v5e,
+  forward and backward of 8 x 2048 with H=8, K=2, D=128 then move 0.37 GB; with slices of (B, T, H * D) they moved 1.79.)
 
 Keys after a query are masked by causality, so sequences are padded at their end to whole blocks and no other mask is needed.
 """
@@ -25,35 +25,35 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from atma_jax.ops.core import pallas as kernels
-from atma_jax.ops.core import tiles as table
+from atma_jax.ops.core import dispatch, pallas, visibility
 from atma_jax.ops.core.pallas import LOG2_E, MASKED, dot
-from atma_jax.ops.core.tiles import Tile, Tiles
+from atma_jax.ops.core.tiles import Tile, Tiles, polar_tiles
 from atma_jax.ops.polar_attention import formula
-from atma_jax.ops.polar_attention.tpu.tpu_grid import Call, Starts, line, stack, steps_of
+from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
+from atma_jax.ops.polar_attention.tpu.tpu_grid import Call, Index, Ref, Starts, line, stack, steps_of
+
+Mask = jax.Array | None  # (keys, rows); None where every query sees every key
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters) -> str | None:
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
-  del parameters
-  return kernels.refusal("tpu", q, k, v)
+  return pallas.refusal("tpu", q, k, v)
 
 
-def polar_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, v_null: jax.Array, null_base: jax.Array,
-                    null_slope: jax.Array, len_gain: jax.Array, mag_beta: jax.Array, window: int | None = None,
-                    null_length: int | None = None, count_length: int | None = None, tiles: Tiles | None = None,
-                    interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.polar_attention`; `tiles` overrides the table, `interpret` runs the kernels without a TPU."""
+def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], params: PolarParams,
+           spec: AttentionSpec, *, tiles: Tiles | None = None,
+           interpret: bool = False) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+  """See `atma_jax.ops.polar_attention.api`; `tiles` overrides the table, `interpret` runs the kernels without a TPU."""
   (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-  tiles = tiles or table.polar("tpu", q.dtype.itemsize, D, T)
-  temp, null, rate = formula.per_query(null_base, null_slope, len_gain, mag_beta, queries=T, keys=S, window=window,
-                                       null_length=null_length, count_length=count_length)
-  window = S if window is None else min(window, S)
-  call = Call(B, T, S, K, H // K, D, window, window < S, tiles, interpret)
-  direction, lse, crowding = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32),
-                                     v_null.astype(jnp.float32), call)
-  return direction, formula.magnitude(1 / crowding, jax.nn.sigmoid(lse - null), rate)
+  tiles = tiles or polar_tiles("tpu", q.dtype.itemsize, D, T)
+  temp, null, curve = formula.of_positions(params, formula.last_positions(T, S), spec)
+  window = None if spec.window is None or spec.window >= S else spec.window
+  call = Call(B, T, S, K, H // K, D, window, tiles, interpret)
+  direction, lse, sum_p2 = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32),
+                                   params.v_null.astype(jnp.float32), call)
+  return direction, formula.magnitude(1 / sum_p2, jax.nn.sigmoid(lse - null), curve)
 
 
 def _starts(call: Call) -> Starts:
@@ -62,28 +62,28 @@ def _starts(call: Call) -> Starts:
 
 
 def _pairs(call: Call) -> int:
-  pairs = call.window * (call.keys - call.window) + call.window * (call.window + 1) // 2
-  return min(pairs, call.queries * call.keys)
+  return visibility.visible_pairs(call.queries, call.keys, call.window)
 
 
 def _longest(ranges: Callable[..., list[tuple[int, int]]], count: int, tile: Tile, starts: Starts) -> int:
-  """The longest walk of all `count` blocks, which is the size of the grid's last axis."""
+  """How many blocks the longest walk from any of `count` blocks has: the size of the grid's last axis."""
   return max(steps_of(ranges(index, tile, starts)) for index in range(count))
 
 
-def when_visible(call: Call, tile: Tile, starts: Starts, active: Any, i: Any, j: Any,
-                 body: Callable[[jax.Array | None], None]) -> None:
-  """Runs ``body(mask)`` on a pair of blocks that meet; the mask is None where every query sees every key."""
+def when_visible(call: Call, tile: Tile, starts: Starts, active: jax.Array, i: Index, j: Index,
+                 body: Callable[[Mask], None]) -> None:
+  """Runs ``body(mask)`` on a pair of blocks if it is `active`."""
   whole = call.whole(i, j, tile, starts)
   pl.when(active & whole)(lambda: body(None))
   pl.when(active & jnp.logical_not(whole))(lambda: body(call.mask(i, j, tile, starts)))
 
 
-# What a pair of blocks adds to the sums of each kernel. References to sums are called by what they hold; all are transposed.
+# What a pair of blocks adds to the sums of each kernel. Sums are named for what they hold; all are transposed.
 
 
-def fold(mask, k, v, rows, scale, m_ref, L_ref, Q_ref, S_ref):
-  """Statistics (1, rows) and S (D, rows), with m the largest logit in base 2."""
+def fold(mask: Mask, k: jax.Array, v: jax.Array, rows: jax.Array, scale: jax.Array, m_ref: Ref, L_ref: Ref, Q_ref: Ref,
+         S_ref: Ref) -> None:
+  """Adds a block of keys to the statistics of rows of queries: m, the largest logit in base 2, L, Q (1, rows) and S (D, rows)."""
   m = m_ref[...]
   scores = dot(k, rows, (1, 1))
   if mask is not None:
@@ -96,8 +96,9 @@ def fold(mask, k, v, rows, scale, m_ref, L_ref, Q_ref, S_ref):
   S_ref[...] = S_ref[...] * shrink + dot(v, p.astype(v.dtype), (0, 0))
 
 
-def add_dq(mask, k, v, q, go, scale, lse, twice, delta, dq_ref, total_ref):
-  """dq (D, rows) and the sum of a query's dlogit, times its scale (1, rows)."""
+def add_dq(mask: Mask, k: jax.Array, v: jax.Array, q: jax.Array, go: jax.Array, scale: jax.Array, lse: jax.Array,
+           twice: jax.Array, delta: jax.Array, dq_ref: Ref, total_ref: Ref) -> None:
+  """Adds a block of keys to dq (D, rows) and to each query's sum of dlogit, times its scale (1, rows)."""
   p = jnp.exp2(dot(k, q, (1, 1)) * scale - lse)
   if mask is not None:
     p = jnp.where(mask, p, 0)
@@ -107,8 +108,9 @@ def add_dq(mask, k, v, q, go, scale, lse, twice, delta, dq_ref, total_ref):
   dq_ref[...] += dot(k, ds, (0, 0))
 
 
-def add_dkv(mask, k, v, q, go, scale, lse, twice, delta, dk_ref, dv_ref):
-  """dk and dv (keys, D)."""
+def add_dkv(mask: Mask, k: jax.Array, v: jax.Array, q: jax.Array, go: jax.Array, scale: jax.Array, lse: jax.Array,
+            twice: jax.Array, delta: jax.Array, dk_ref: Ref, dv_ref: Ref) -> None:
+  """Adds rows of queries to dk and dv (keys, D)."""
   p = jnp.exp2(dot(k, q, (1, 1)) * scale - lse)
   if mask is not None:
     p = jnp.where(mask, p, 0)
@@ -121,29 +123,30 @@ def add_dkv(mask, k, v, q, go, scale, lse, twice, delta, dk_ref, dv_ref):
 # Forward.
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, scale_ref, null_ref, v_null_ref, direction_ref, lse_ref, crowding_ref, norm_ref,
-                    rows_ref, scales_ref, m_ref, L_ref, Q_ref, S_ref, *, call: Call, steps: int):
+def _forward_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, scale_ref: Ref, null_ref: Ref, v_null_ref: Ref, direction_ref: Ref,
+                    lse_ref: Ref, sum_p2_ref: Ref, norm_ref: Ref, rows_ref: Ref, scales_ref: Ref, m_ref: Ref, L_ref: Ref,
+                    Q_ref: Ref, S_ref: Ref, *, call: Call, steps: int) -> None:
   tile, starts, i, step = call.tiles.forward, _starts(call), pl.program_id(2), pl.program_id(3)
   j, active = call.key_block(i, step, tile, starts)
 
   @pl.when(step == 0)
-  def _():
+  def _start() -> None:
     rows_ref[...], scales_ref[...] = stack(q_ref), line(scale_ref)
     m_ref[...] = jnp.full(m_ref.shape, -jnp.inf, jnp.float32)
     for ref in (L_ref, Q_ref, S_ref):
       ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
-  def body(mask):
+  def body(mask: Mask) -> None:
     fold(mask, k_ref[0], v_ref[0], rows_ref[...], scales_ref[...], m_ref, L_ref, Q_ref, S_ref)
 
   when_visible(call, tile, starts, active, i, j, body)
 
   @pl.when(step == steps - 1)
-  def _():
+  def _finish() -> None:
     L, null = L_ref[...], line(null_ref)
     lse = m_ref[...] + jnp.log2(L)
     w_key, w_null = 1 / (1 + jnp.exp2(null - lse)), 1 / (1 + jnp.exp2(lse - null))
-    share, crowding = w_key / L, Q_ref[...] / (L * L)
+    share, sum_p2 = w_key / L, Q_ref[...] / (L * L)
     block = lse_ref.shape[1]
     for g in range(call.members):
       at = slice(g * block, (g + 1) * block)
@@ -151,24 +154,25 @@ def _forward_kernel(q_ref, k_ref, v_ref, scale_ref, null_ref, v_null_ref, direct
       norm = jnp.sqrt(jnp.sum(attended * attended, axis=0, keepdims=True))
       direction = (attended / jnp.maximum(norm, formula.NORM_FLOOR)).T
       direction_ref[g] = direction.astype(direction_ref.dtype)
-      lse_ref[g : g + 1, :], crowding_ref[g : g + 1, :], norm_ref[g : g + 1, :] = lse[:, at], crowding[:, at], norm
+      lse_ref[g : g + 1, :], sum_p2_ref[g : g + 1, :], norm_ref[g : g + 1, :] = lse[:, at], sum_p2[:, at], norm
 
 
-def _forward(q, k, v, temp, null, v_null, call: Call):
-  """Direction (B, T, H, D); lse in base 2, crowding, norm of the attended vector (B, T, H)."""
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, temp: jax.Array, null: jax.Array, v_null: jax.Array,
+             call: Call) -> tuple[jax.Array, ...]:
+  """Direction (B, T, H, D); lse in base 2, sum_p2 and norm of the attended vector, (B, T, H) each."""
   tile, K, G, D = call.tiles.forward, call.groups, call.members, call.dim
   (block_q, block_k), (count_q, _), H = call.blocks(tile), call.counts(tile), K * G
   starts = _starts(call)
   steps = _longest(call.key_blocks, count_q, tile, starts)
 
-  def own(i, s):
+  def own(i: Index, s: Index) -> Index:
     return i
 
-  def other(i, s):
+  def other(i: Index, s: Index) -> Index:
     return call.key_block(i, s, tile, starts)[0]
 
   rows, length = G * block_q, count_q * block_q
-  line = pltpu.VMEM((1, rows), jnp.float32)
+  vector = pltpu.VMEM((1, rows), jnp.float32)
   scalars = jax.ShapeDtypeStruct((call.batch, K, G, length), jnp.float32)
   direction, *statistics = call.run(
     "polar_attention", functools.partial(_forward_kernel, call=call, steps=steps), (call.batch, K, count_q, steps),
@@ -179,7 +183,7 @@ def _forward(q, k, v, temp, null, v_null, call: Call):
      (jnp.swapaxes(v_null.reshape(K, G, D), 1, 2), pl.BlockSpec((None, D, G), lambda b, h, i, s: (h, 0, 0)))],
     [(jax.ShapeDtypeStruct(call.shape(H, length), q.dtype), call.spec(H, block_q, own)),
      *[(scalars, call.row_spec(block_q, own, True))] * 3],
-    [pltpu.VMEM((rows, D), q.dtype), line, line, line, line, pltpu.VMEM((D, rows), jnp.float32)], products=2,
+    [pltpu.VMEM((rows, D), q.dtype), vector, vector, vector, vector, pltpu.VMEM((D, rows), jnp.float32)], products=2,
     pairs=_pairs(call))
   return call.unarray(direction, H, call.queries), *map(call.unrows, statistics)
 
@@ -187,24 +191,25 @@ def _forward(q, k, v, temp, null, v_null, call: Call):
 # Backward: one kernel for dq, one for dk and dv, each recomputing p.
 
 
-def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dq_ref, q_dq_ref,
-               total_ref, q_rows_ref, go_rows_ref, sum_ref, totals_ref, *, call: Call, steps: int):
+def _dq_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref, lse_ref: Ref, twice_ref: Ref, delta_ref: Ref,
+               dq_ref: Ref, q_dq_ref: Ref, total_ref: Ref, q_rows_ref: Ref, go_rows_ref: Ref, sum_ref: Ref, totals_ref: Ref, *,
+               call: Call, steps: int) -> None:
   tile, starts, i, step = call.tiles.dq, _starts(call), pl.program_id(2), pl.program_id(3)
   j, active = call.key_block(i, step, tile, starts)
 
   @pl.when(step == 0)
-  def _():
+  def _start() -> None:
     q_rows_ref[...], go_rows_ref[...] = stack(q_ref), stack(go_ref)
     sum_ref[...], totals_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32), jnp.zeros(totals_ref.shape, jnp.float32)
 
-  def body(mask):
+  def body(mask: Mask) -> None:
     add_dq(mask, k_ref[0], v_ref[0], q_rows_ref[...], go_rows_ref[...], line(scale_ref), line(lse_ref), line(twice_ref),
            line(delta_ref), sum_ref, totals_ref)
 
   when_visible(call, tile, starts, active, i, j, body)
 
   @pl.when(step == steps - 1)
-  def _():
+  def _finish() -> None:
     block = q_dq_ref.shape[1]
     for g in range(call.members):
       at = slice(g * block, (g + 1) * block)
@@ -214,36 +219,38 @@ def _dq_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta
       dq_ref[g] = dq.T.astype(dq_ref.dtype)
 
 
-def _dkv_kernel(q_ref, k_ref, v_ref, go_ref, scale_ref, lse_ref, twice_ref, delta_ref, dk_ref, dv_ref, dk_sum_ref,
-                dv_sum_ref, *, call: Call, steps: int):
+def _dkv_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref, lse_ref: Ref, twice_ref: Ref, delta_ref: Ref,
+                dk_ref: Ref, dv_ref: Ref, dk_sum_ref: Ref, dv_sum_ref: Ref, *, call: Call, steps: int) -> None:
   tile, starts, j, step = call.tiles.dkv, _starts(call), pl.program_id(2), pl.program_id(3)
   i, active = call.query_block(j, step, tile, starts)
 
   @pl.when(step == 0)
-  def _():
+  def _start() -> None:
     for ref in (dk_sum_ref, dv_sum_ref):
       ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
-  def body(mask):
+  def body(mask: Mask) -> None:
     add_dkv(mask, k_ref[0], v_ref[0], stack(q_ref), stack(go_ref), line(scale_ref), line(lse_ref), line(twice_ref),
             line(delta_ref), dk_sum_ref, dv_sum_ref)
 
   when_visible(call, tile, starts, active, i, j, body)
 
   @pl.when(step == steps - 1)
-  def _():
+  def _finish() -> None:
     dk_ref[0], dv_ref[0] = dk_sum_ref[...].astype(dk_ref.dtype), dv_sum_ref[...].astype(dv_ref.dtype)
 
 
-def _backward(q, k, v, go, temp, lse, twice, delta, call: Call):
-  """Gradients of q, k, v; ``q.dq`` and the sum of a query's dlogit (B, T, H); from `go` (B, T, H, D) and (B, T, H) scalars."""
+def _backward(q: jax.Array, k: jax.Array, v: jax.Array, go: jax.Array, temp: jax.Array, lse: jax.Array, twice: jax.Array,
+              delta: jax.Array, call: Call) -> tuple[jax.Array, ...]:
+  """Gradients of q, k and v, ``q.dq`` and each query's sum of dlogit (B, T, H); go is (B, T, H, D), temp (T, H), the rest
+  (B, T, H)."""
   K, G, D = call.groups, call.members, call.dim
   H, natural, starts = K * G, temp * D**-0.5, _starts(call)
 
-  def own(i, s):
+  def own(i: Index, s: Index) -> Index:
     return i
 
-  def inputs(tile, queries, keys):
+  def inputs(tile: Tile, queries: Callable[..., Index], keys: Callable[..., Index]) -> list[tuple[jax.Array, pl.BlockSpec]]:
     block_q, block_k = call.blocks(tile)
     key, row = call.spec(K, block_k, keys), call.row_spec(block_q, queries, True)
     query = call.spec(H, block_q, queries)
@@ -257,7 +264,7 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: Call):
   (block_q, _), (count_q, _) = call.blocks(tile), call.counts(tile)
   steps, rows = _longest(call.key_blocks, count_q, tile, starts), G * block_q
 
-  def key_block(i, s):
+  def key_block(i: Index, s: Index) -> Index:
     return call.key_block(i, s, tile, starts)[0]
 
   scalars = jax.ShapeDtypeStruct((call.batch, K, G, count_q * block_q), jnp.float32)
@@ -273,7 +280,7 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: Call):
   (_, block_k), (_, count_k) = call.blocks(tile_kv), call.counts(tile_kv)
   steps = _longest(call.query_blocks, count_k, tile_kv, starts)
 
-  def query_block(j, s):
+  def query_block(j: Index, s: Index) -> Index:
     return call.query_block(j, s, tile_kv, starts)[0]
 
   shape, spec = call.shape(K, count_k * block_k), call.spec(K, block_k, own)
@@ -288,21 +295,24 @@ def _backward(q, k, v, go, temp, lse, twice, delta, call: Call):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, temp, null, v_null, call: Call):
-  """Direction (B, T, H, D), and natural log-sum-exp and crowding (B, T, H), from temp and null (T, H)."""
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, temp: jax.Array, null: jax.Array, v_null: jax.Array,
+            call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Direction (B, T, H, D), natural log-sum-exp and sum_p2 (B, T, H), from temp and null (T, H)."""
   return _attend_forward(q, k, v, temp, null, v_null, call)[0]
 
 
-def _attend_forward(q, k, v, temp, null, v_null, call: Call):
-  direction, lse, crowding, norm = checkpoint_name(_forward(q, k, v, temp, null, v_null, call), "polar_attention")
-  return (direction, lse / LOG2_E, crowding), (q, k, v, temp, null, v_null, direction, lse, crowding, norm)
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, temp: jax.Array, null: jax.Array, v_null: jax.Array,
+                    call: Call) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+  outputs = checkpoint_name(_forward(q, k, v, temp, null, v_null, call), dispatch.POLAR_ATTENTION)
+  direction, lse, sum_p2, norm = outputs
+  return (direction, lse / LOG2_E, sum_p2), (q, k, v, temp, null, v_null, direction, lse, sum_p2, norm)
 
 
-def _attend_backward(call: Call, residuals, cotangents):
-  q, k, v, temp, null, v_null, direction, lse, crowding, norm = residuals
-  through = formula.through_null(cotangents, direction, lse / LOG2_E - null, crowding, norm, v_null)
+def _attend_backward(call: Call, residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  q, k, v, temp, null, v_null, direction, lse, sum_p2, norm = residuals
+  through = formula.through_null(cotangents, direction, lse / LOG2_E - null, sum_p2, norm, v_null)
   dq, dk, dv, q_dq, total = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, through.twice, through.delta, call)
-  dtemp = formula.temperature_gradient(q_dq, total, through.d_lse, lse / LOG2_E, crowding, temp)
+  dtemp = formula.temperature_gradient(q_dq, total, through.d_lse, lse / LOG2_E, sum_p2, temp)
   return dq, dk, dv, jnp.sum(dtemp, axis=0), through.d_null, through.d_v_null
 
 
