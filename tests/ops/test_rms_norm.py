@@ -1,4 +1,4 @@
-"""The residual sum and its norm: every implementation, with all gradients, against the formula in float64."""
+"""Residual sum and RMS norm: every implementation against the plain formula in float64, with all gradients."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from atma_jax.ops.rms_norm import pallas_gpu as rms_norm_pallas_gpu
-from atma_jax.ops.rms_norm.api import OP, formula, sum_and_norm
+from atma_jax.ops.rms_norm import reference
+from atma_jax.ops.rms_norm.api import OP, sum_and_norm
 
 KERNELS = functools.partial(rms_norm_pallas_gpu.sum_and_norm, interpret=True)
-IMPLEMENTATIONS = {"xla": formula, "pallas_gpu": KERNELS}
+IMPLEMENTATIONS = {"reference": reference.sum_and_norm, "pallas_gpu": KERNELS}
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 EPS = 1e-6
 
@@ -24,22 +25,22 @@ def small_programs(monkeypatch):
 
 
 def inputs(B, T, C, count):
-  """x, what is added, bias and weight, and the cotangents of the sum and the norm."""
+  """x and its terms, bias and weight, and the cotangents of the sum and the norm, in float64."""
   rng = np.random.default_rng(T)
   return [rng.normal(size=shape) for shape in ((B, T, C),) * (1 + count) + ((C,),) * 2 + ((B, T, C),) * 2]
 
 
 def run(op, arguments, dtype):
-  """Both results and all gradients; vectors in float32 or wider."""
-  *summands, bias, weight, ds, dnormed = (jnp.asarray(z, dtype if z.ndim == 3 else jnp.promote_types(dtype, jnp.float32))
-                                          for z in arguments)
+  """Both results and all gradients; bias and weight are float32 or wider."""
+  wide = jnp.promote_types(dtype, jnp.float32)
+  *terms, bias, weight, ds, dnormed = (jnp.asarray(z, dtype if z.ndim == 3 else wide) for z in arguments)
 
   @jax.jit
-  def both(summands, bias, weight, cotangents):
-    results, transpose = jax.vjp(lambda x, *rest: op(x, rest[:-2], *rest[-2:], EPS), *summands, bias, weight)
+  def both(terms, bias, weight, cotangents):
+    results, transpose = jax.vjp(lambda x, *rest: op(x, rest[:-2], *rest[-2:], EPS), *terms, bias, weight)
     return *results, *transpose(cotangents)
 
-  return both(summands, bias, weight, (ds, dnormed))
+  return both(terms, bias, weight, (ds, dnormed))
 
 
 @every
@@ -49,7 +50,7 @@ def test_results_and_gradients_equal_the_formula(implementation, B, T, C, count)
   for dtype, tolerance in {jnp.float32: 16 * 2.0**-24, jnp.bfloat16: 4 * 2.0**-8}.items():
     narrow = [np.asarray(jnp.asarray(z, dtype), np.float64) if z.ndim == 3 else z for z in arguments]
     with jax.enable_x64(True):
-      expected = [np.asarray(z) for z in run(formula, narrow, jnp.float64)]
+      expected = [np.asarray(z) for z in run(reference.sum_and_norm, narrow, jnp.float64)]
     actual = run(IMPLEMENTATIONS[implementation], narrow, dtype)
     assert len(actual) == len(expected) == 5 + count
     for a, b in zip(actual, expected, strict=True):
@@ -64,7 +65,7 @@ def test_the_kernels_repeat_bitwise():
 
 
 def test_large_and_small_rows_keep_their_norms():
-  """The mean of squares is float32's, and eps matters only where it should."""
+  """The mean of squares is taken in float32, and eps matters only for rows near zero."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 64)) * [[[1e-12], [1.0], [1e12]]], jnp.bfloat16)
   ones, zeros = jnp.ones(64), jnp.zeros(64)
   for op in IMPLEMENTATIONS.values():
@@ -77,9 +78,11 @@ def test_the_choice(monkeypatch):
   x, v = jnp.zeros((1, 4, 64)), jnp.zeros(64)
   with pytest.raises(NotImplementedError, match="needs a GPU"):
     sum_and_norm(x, [x], v, v, eps=EPS, implementation="pallas_gpu")
-  with pytest.raises(ValueError, match=r"added \[\(1, 2, 64\)\]"):
+  with pytest.raises(ValueError, match=r"terms \[\(1, 2, 64\)\]"):
     sum_and_norm(x, [x[:, :2]], v, v, eps=EPS)
   assert OP.choose(x, (x,), v, v, EPS) == "xla"  # on a CPU
+  with pytest.raises(NotImplementedError, match="needs a TPU"):
+    sum_and_norm(x, [x], v, v, eps=EPS, implementation="pallas_tpu")
   monkeypatch.setattr(rms_norm_pallas_gpu.kernels, "elsewhere", lambda device: None)
 
   def refusal(C, dtype=jnp.bfloat16):

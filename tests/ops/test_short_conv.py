@@ -1,4 +1,4 @@
-"""The short convolutions: the plain one's formula, and all implementations of the gated one against it in float64."""
+"""Short convolutions: the plain one against its formula, and the gated one, in every implementation, against the plain one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import pytest
 
 from atma_jax.ops import gated_short_conv, short_conv
 from atma_jax.ops.short_conv import pallas_gpu as short_conv_pallas_gpu
-from atma_jax.ops.short_conv.api import shifted_products
+from atma_jax.ops.short_conv import xla as short_conv_xla
 
-GATED = {"xla": shifted_products, "pallas_gpu": functools.partial(short_conv_pallas_gpu.gated_short_conv, interpret=True)}
+GATED = {
+  "xla": short_conv_xla.gated_short_conv,
+  "pallas_gpu": functools.partial(short_conv_pallas_gpu.gated_short_conv, interpret=True),
+}
 every = pytest.mark.parametrize("implementation", GATED)
 
 
@@ -27,26 +30,29 @@ def test_short_conv_is_the_shifted_sum():
   np.testing.assert_allclose(short_conv(x, jnp.asarray([[100.0], [10.0], [1.0]]))[0, :, 0], [1, 12, 123, 234, 345])
 
 
-def parts(gate, output_gate, x, weight, bias):
+def composed(gate, output_gate, x, weight, bias):
+  """The gated convolution as it is defined."""
   return (output_gate + bias[1]) * short_conv((gate + bias[0]) * (x + bias[2]), weight)
 
 
 def inputs(B, T, C, taps):
-  """Gates, x, weight and bias, and a cotangent, in float64."""
+  """Gate, output gate, x, weight, bias and a cotangent, in float64."""
   rng = np.random.default_rng(T)
   return [rng.normal(size=s) for s in ((B, T, C),) * 3 + ((taps, C), (3, C), (B, T, C))]
 
 
-def apart(op):
+def separate(op):
+  """`op` with gate, output gate and x in three arrays."""
   return lambda gate, output_gate, x, *vectors: op((gate, output_gate, x), *vectors)
 
 
-def side_by_side(op):
+def concatenated(op):
+  """`op` with gate, output gate and x in one array."""
   return lambda gate, output_gate, x, *vectors: op((jnp.concatenate([gate, output_gate, x], axis=-1),), *vectors)
 
 
 def run(op, arguments, dtype):
-  """The result and all gradients; activations and cotangent in `dtype`, weight and bias in float32 or wider."""
+  """The result and all gradients; weight and bias are float32 or wider, all else is in `dtype`."""
   wide = jnp.promote_types(dtype, jnp.float32)
   *arrays, cotangent = (jnp.asarray(z, dtype if z.ndim == 3 else wide) for z in arguments)
 
@@ -59,12 +65,13 @@ def run(op, arguments, dtype):
 
 
 @every
-@pytest.mark.parametrize("B, T, C, taps, arranged", [(1, 1, 64, 3, apart), (3, 2, 64, 4, side_by_side), (2, 13, 192, 3, apart),
-                                                     (2, 13, 192, 3, side_by_side), (1, 24, 64, 4, apart), (1, 9, 64, 1, apart)])
-def test_gated_short_conv_equals_its_parts(implementation, B, T, C, taps, arranged):
+@pytest.mark.parametrize("B, T, C, taps, arranged", [
+  (1, 1, 64, 3, separate), (3, 2, 64, 4, concatenated), (2, 13, 192, 3, separate), (2, 13, 192, 3, concatenated),
+  (1, 24, 64, 4, separate), (1, 9, 64, 1, separate)])
+def test_gated_short_conv_equals_its_definition(implementation, B, T, C, taps, arranged):
   arguments = inputs(B, T, C, taps)
   with jax.enable_x64(True):
-    expected = [np.asarray(z) for z in run(parts, arguments, jnp.float64)]
+    expected = [np.asarray(z) for z in run(composed, arguments, jnp.float64)]
   # Each term is rounded a few times; weight and bias sum up B T of them.
   tolerances = {jnp.float32: 8 * 2.0**-24, jnp.bfloat16: 6 * 2.0**-8}
   for dtype, tolerance in tolerances.items():
@@ -75,7 +82,7 @@ def test_gated_short_conv_equals_its_parts(implementation, B, T, C, taps, arrang
 
 
 def test_the_kernels_repeat_bitwise():
-  first, second = (run(apart(GATED["pallas_gpu"]), inputs(2, 19, 64, 3), jnp.bfloat16) for _ in range(2))
+  first, second = (run(separate(GATED["pallas_gpu"]), inputs(2, 19, 64, 3), jnp.bfloat16) for _ in range(2))
   for a, b in zip(first, second, strict=True):
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
@@ -84,7 +91,7 @@ def test_no_bias_is_a_bias_of_zero_and_nothing_after_a_step_reaches_it():
   gate, output_gate, x, weight, _, _ = (jnp.asarray(z, jnp.float32) for z in inputs(1, 17, 64, 3))
   for op in GATED.values():
     whole = op((gate, output_gate, x), weight)
-    np.testing.assert_allclose(whole, parts(gate, output_gate, x, weight, jnp.zeros((3, 64))), atol=1e-5)
+    np.testing.assert_allclose(whole, composed(gate, output_gate, x, weight, jnp.zeros((3, 64))), atol=1e-5)
     np.testing.assert_array_equal(op([z[:, :10] for z in (gate, output_gate, x)], weight), whole[:, :10])
 
 
@@ -92,6 +99,10 @@ def test_the_choice(monkeypatch):
   gate, weight = jnp.zeros((1, 4, 64)), jnp.zeros((3, 64))
   with pytest.raises(NotImplementedError, match="needs a GPU"):
     gated_short_conv([gate] * 3, weight, implementation="pallas_gpu")
+  with pytest.raises(NotImplementedError, match="needs a TPU"):
+    gated_short_conv([gate] * 3, weight, implementation="pallas_tpu")
+  np.testing.assert_array_equal(gated_short_conv([gate + 1] * 3, weight + 1, implementation="reference"),
+                                gated_short_conv([gate + 1] * 3, weight + 1, implementation="xla"))
   with pytest.raises(ValueError, match=r"projected .*\(1, 4, 64\)"):
     gated_short_conv([gate] * 2, weight)
   with pytest.raises(ValueError, match=r"bias \(2, 64\)"):

@@ -1,4 +1,4 @@
-"""Routed slot memory: chunks equal steps, forward and gradients; states continue."""
+"""Routed slot memory: the chunked form equals the oracle, gradients included, and a state continues a sequence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.ops.slot_memory.api import chunked, reference, slot_memory
+from atma_jax.ops.slot_memory import reference, xla
+from atma_jax.ops.slot_memory.api import slot_memory
 
 B, H, D, M = 2, 3, 4, 5
 
@@ -27,13 +28,13 @@ def test_chunks_equal_steps(x64, T, chunk):
 
   def loss(implementation, *arrays):
     q, k, v, log_decay, state = arrays
-    options = {"chunk": chunk} if implementation is chunked else {}
-    out, state = implementation(q, k, v, log_decay=log_decay, scale=0.5, initial_state=state, **options)
+    options = {"chunk": chunk} if implementation is xla else {}
+    out, state = implementation.slot_memory(q, k, v, log_decay=log_decay, scale=0.5, initial_state=state, **options)
     return jnp.sum(out * weights) + sum(jnp.sum(jnp.sin(s)) for s in state), (out, state)
 
   def both(*arrays):
     return tuple(jax.value_and_grad(lambda *a, f=f: loss(f, *a), argnums=range(5), has_aux=True)(*arrays)
-                 for f in (reference, chunked))
+                 for f in (reference, xla))
 
   a, b = jax.jit(both)(*arrays)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11), a, b)
@@ -53,3 +54,10 @@ def test_untouched_slots_keep_what_they_hold(x64):
   _, (keys, values) = slot_memory(q, k, v, log_decay=log_decay.at[..., 2].set(0), scale=0.5, initial_state=state)
   np.testing.assert_array_equal(keys[:, :, 2], state[0][:, :, 2])
   np.testing.assert_array_equal(values[:, :, 2], state[1][:, :, 2])
+
+
+def test_kernels_without_their_device_are_refused():
+  (q, k, v, log_decay, _), _ = draw(3)
+  for name in ("pallas_gpu", "pallas_tpu"):
+    with pytest.raises(NotImplementedError, match=f"needs a {name[-3:].upper()}"):
+      slot_memory(q, k, v, log_decay=log_decay, scale=0.5, implementation=name)

@@ -1,4 +1,4 @@
-"""The gradients of the MLP's gate: every implementation, and the product with it, against the derivative in float64."""
+"""The MLP's gate: its gradients in every implementation, and the gated projection, against autodiff in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 
 from atma_jax.models import parallel
 from atma_jax.ops.squared_gate import pallas_gpu as squared_gate_pallas_gpu
-from atma_jax.ops.squared_gate.api import GRADIENTS, RESULT, divided, squared_gate, squared_gate_gradients
+from atma_jax.ops.squared_gate import reference
+from atma_jax.ops.squared_gate.api import CHECKPOINT_NAME, GRADIENTS, squared_gate, squared_gate_gradients
 
 KERNEL = functools.partial(squared_gate_pallas_gpu.squared_gate_gradients, interpret=True)
-IMPLEMENTATIONS = {"xla": divided, "pallas_gpu": KERNEL}
+IMPLEMENTATIONS = {"reference": reference.squared_gate_gradients, "pallas_gpu": KERNEL}
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
@@ -25,7 +26,7 @@ def small_programs(monkeypatch):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-  """The program is made as for a GPU, its kernel interpreted; the shapes that the kernel saw."""
+  """Traces programs as for a GPU, with the kernel interpreted; returns the list of shapes that the kernel gets."""
   seen = []
 
   class Entry(type(GRADIENTS.implementations["pallas_gpu"])):
@@ -71,8 +72,8 @@ def test_the_kernel_repeats_bitwise_and_sums_in_float32():
 
 
 @pytest.mark.parametrize("T, dtype", [(1, jnp.float32), (11, jnp.float32), (11, jnp.bfloat16)])
-def test_the_product_with_its_gate(on_gpu, T, dtype):
-  """Result and all gradients are those of two products and the gate; u and the result are kept, g is not."""
+def test_the_gated_projection(on_gpu, T, dtype):
+  """Result and gradients are those of two products and the gate; the backward pass keeps u and the result, but not g."""
   rng, B, C, F = np.random.default_rng(T), 2, 32, 64
   arrays = [rng.normal(size=shape) for shape in ((B, T, C), (C, 2 * F), (2 * F,), (B, T, F))]
 
@@ -95,7 +96,7 @@ def test_the_product_with_its_gate(on_gpu, T, dtype):
   kept = jax.tree.leaves(jax.vjp(jax.checkpoint(
     functools.partial(parallel.gated_projection, implementation="auto"),
     policy=jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-                                                           jax.checkpoint_policies.save_only_these_names(RESULT))),
+                                                           jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME))),
     x, kernel, bias)[1])
   assert sorted(z.shape for z in kept if z.ndim == 3) == sorted([(B, T, C), (B, T, F), (B, T, F)])
 

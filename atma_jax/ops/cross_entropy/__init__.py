@@ -1,1 +1,4 @@
-"""Next-token cross-entropy that never stores the logits. Callers want `atma_jax.ops.cross_entropy`."""
+"""Next-token cross-entropy of a soft-capped linear head, without logits of a whole sequence in memory.
+
+Call `atma_jax.ops.cross_entropy` in training; `token_losses` and `token_predictions` give per-token results.
+"""

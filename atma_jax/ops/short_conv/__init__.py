@@ -1,1 +1,1 @@
-"""Depthwise causal convolutions of a few taps. Callers want `atma_jax.ops.short_conv`."""
+"""Depthwise causal convolutions of a few taps: `atma_jax.ops.short_conv` and `atma_jax.ops.gated_short_conv`."""

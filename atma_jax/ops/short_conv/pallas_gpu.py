@@ -1,14 +1,14 @@
-"""The gated short convolution as GPU kernels: Pallas through Triton, one pass over the arrays each way, no atomics.
+"""The gated short convolution as GPU kernels (Pallas through Triton): one pass over the arrays each way, without atomics.
 
-A program takes some channels of some steps and goes from step to step, keeping the steps before that the taps reach in
-registers, so that every array is read and written once. The backward pass is ``taps - 1`` steps late with the gradients of
-what is filtered, which need the steps after. Every program writes its sums for the weight's and the biases' gradients, and
-XLA adds those up.
+A program takes some channels of some steps and goes from step to step, keeping in registers the previous steps that the filter
+reaches, so that every array is read and written once. In the backward pass the gradient of a filter input needs the ``taps - 1``
+steps after it, and is stored that many steps later. Every program writes its share of the weight's and the biases' gradients, and
+XLA adds up the shares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -22,14 +22,17 @@ import jax.numpy as jnp
 from atma_jax.ops.core import dispatch
 from atma_jax.ops.core import pallas as kernels
 
-CHANNELS = 512  # of a program, at most
-THREAD_CHANNELS = 4  # which leaves registers for enough programs at once to keep the memory busy
-STEPS = {"forward": 64, "backward": 128}  # of a program; more make less of what is read twice or summed afterwards
-UNROLLED = 4  # steps whose loads are under way together
+# Of one program.
+CHANNELS = 512  # at most
+THREAD_CHANNELS = 4  # leaves registers for enough concurrent programs to keep memory busy
+STEPS = {"forward": 64, "backward": 128}  # the more there are, the less is read twice or left to add up
+UNROLLED = 4  # steps that are loaded ahead of their use
+
+Values = tuple[jax.Array, ...]  # float32 values of a program's channels: consecutive steps, or one value a tap
 
 
 def supports(projected: Sequence[jax.Array], weight: jax.Array, bias: jax.Array | None) -> str | None:
-  """Why the kernels cannot serve this call, or None if they can."""
+  """Returns why the kernels cannot serve this call, or None if they can."""
   dtypes = {z.dtype.name for z in projected}
   if dtypes not in ({"bfloat16"}, {"float32"}):
     return f"takes gates and x all in bfloat16 or all in float32, not {', '.join(sorted(dtypes))}"
@@ -42,24 +45,26 @@ def supports(projected: Sequence[jax.Array], weight: jax.Array, bias: jax.Array 
 
 def gated_short_conv(projected: Sequence[jax.Array], weight: jax.Array, bias: jax.Array | None = None, *,
                      interpret: bool = False) -> jax.Array:
-  """See `atma_jax.ops.gated_short_conv`; `interpret` runs the kernels without a GPU."""
+  """Implements `atma_jax.ops.gated_short_conv`; `interpret` runs the kernels without a GPU."""
   if bias is None:
     bias = jnp.zeros((3, weight.shape[1]), jnp.float32)
   return _run(tuple(projected), weight.astype(jnp.float32), bias.astype(jnp.float32), interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _run(projected, weight, bias, interpret):
+def _run(projected: tuple[jax.Array, ...], weight: jax.Array, bias: jax.Array, interpret: bool) -> jax.Array:
   return _run_forward(projected, weight, bias, interpret)[0]
 
 
-def _run_forward(projected, weight, bias, interpret):
+def _run_forward(projected: tuple[jax.Array, ...], weight: jax.Array, bias: jax.Array,
+                 interpret: bool) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]:
   y = jax.ShapeDtypeStruct((*projected[0].shape[:2], weight.shape[1]), projected[0].dtype)
   (y,) = _call("forward", _forward_kernel, projected, (weight, bias), (y,), None, interpret)
   return checkpoint_name(y, dispatch.GATED_SHORT_CONV), (projected, weight, bias)
 
 
-def _run_backward(interpret, residuals, dy):
+def _run_backward(interpret: bool, residuals: tuple[tuple[jax.Array, ...], jax.Array, jax.Array],
+                  dy: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
   projected, weight, bias = residuals
   taps = weight.shape[0]
   *gradients, sums = _call("backward", _backward_kernel, (*projected, dy), (weight, bias), projected, taps + 3, interpret)
@@ -70,129 +75,149 @@ def _run_backward(interpret, residuals, dy):
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _call(direction: str, kernel: Any, arrays: tuple, vectors: tuple, outputs: tuple, sums: int | None, interpret: bool) -> Any:
-  """One program for `STEPS` of some channels of a row. Arrays and outputs are (B, T, C) or (B, T, 3 C), vectors (n, C); with
-  `sums` so many vectors of every program come last, (B, programs along T, sums, C) in float32."""
+def _call(direction: str, kernel: Callable[..., None], arrays: Sequence[jax.Array], vectors: Sequence[jax.Array],
+          outputs: Sequence[Any], sums: int | None, interpret: bool) -> Any:
+  """Runs a kernel with one program for some channels of each `STEPS` steps of a sequence.
+
+  Args:
+    direction: "forward" or "backward".
+    kernel: takes references to `arrays`, `vectors` and the results.
+    arrays: (B, T, C) or (B, T, 3 C) each.
+    vectors: (n, C) each.
+    outputs: shapes and dtypes of results (B, T, C) or (B, T, 3 C).
+    sums: if given, a last result (B, programs along T, sums, C) in float32 has so many vectors of each program.
+    interpret: run without a GPU.
+  """
   (B, T, _), C = arrays[0].shape, vectors[0].shape[1]
   steps = STEPS[direction]
   channels = kernels.columns_of(C, CHANNELS)
   grid = C // channels, pl.cdiv(T, steps), B
-  shapes, specs = [jax.ShapeDtypeStruct(z.shape, z.dtype) for z in outputs], [_row(z) for z in outputs]
+  shapes, specs = [jax.ShapeDtypeStruct(z.shape, z.dtype) for z in outputs], [_sequence(z) for z in outputs]
   if sums:
     shapes.append(jax.ShapeDtypeStruct((B, grid[1], sums, C), jnp.float32))
     specs.append(pl.BlockSpec((None, None, sums, channels), lambda c, t, b: (b, t, 0, c)))
   return pl.pallas_call(
     functools.partial(kernel, taps=vectors[0].shape[0], T=T, C=C, steps=steps),
     name="gated_short_conv" if direction == "forward" else "gated_short_conv_back", grid=grid,
-    in_specs=[*map(_row, arrays), *(pl.BlockSpec((z.shape[0], channels), lambda c, t, b: (0, c)) for z in vectors)],
+    in_specs=[*map(_sequence, arrays), *(pl.BlockSpec((z.shape[0], channels), lambda c, t, b: (0, c)) for z in vectors)],
     out_shape=shapes, out_specs=specs, interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=max(1, channels // (32 * THREAD_CHANNELS)), num_stages=1),
   )(*arrays, *vectors)
 
 
-def _row(x: Any) -> pl.BlockSpec:
+def _sequence(x: Any) -> pl.BlockSpec:
+  """Gives a program its whole sequence of x (B, T, channels)."""
   return pl.BlockSpec((None, *x.shape[1:]), lambda c, t, b: (b, 0, 0))
 
 
-class _Columns:
-  """A program's channels of some C of an array (T, ...)."""
+class _ChannelRef:
+  """Loads and stores steps of a program's channels: of array (T, C), or of the `part`-th third of an array (T, 3 C)."""
 
   def __init__(self, ref: Any, part: int, C: int, channels: int):
     self.ref, self.T, self.shape = ref, ref.shape[0], (channels,)
     self.columns = pl.ds(pl.program_id(0) * channels + part * C, channels)
 
   def load(self, t: jax.Array) -> jax.Array:
-    """Step t in float32; zeros outside the sequence."""
-    inside = jnp.broadcast_to((t >= 0) & (t < self.T), self.shape)
-    return plgpu.load(self.ref.at[jnp.maximum(t, 0), self.columns], mask=inside, other=0).astype(jnp.float32)
+    """Returns step t in float32; zeros outside the sequence."""
+    mask = jnp.broadcast_to((t >= 0) & (t < self.T), self.shape)
+    return plgpu.load(self.ref.at[jnp.maximum(t, 0), self.columns], mask=mask, other=0).astype(jnp.float32)
 
-  def store(self, t: jax.Array, value: jax.Array, inside: jax.Array) -> None:
-    """Step t, where it is `inside`."""
+  def store(self, t: jax.Array, value: jax.Array, valid: jax.Array) -> None:
+    """Stores step t where it is `valid`."""
     plgpu.store(self.ref.at[jnp.maximum(t, 0), self.columns], value.astype(self.ref.dtype),
-                mask=jnp.broadcast_to(inside, self.shape))
+                mask=jnp.broadcast_to(valid, self.shape))
 
 
-def _columns(refs: Sequence[Any], C: int, channels: int) -> list[_Columns]:
-  """Of each array, or of all parts of one."""
-  return [_Columns(ref, part, C, channels) for ref in refs for part in range(ref.shape[1] // C)]
+def _channel_refs(refs: Sequence[Any], C: int, channels: int) -> list[_ChannelRef]:
+  """Returns one `_ChannelRef` for each array (T, C), and three for an array (T, 3 C)."""
+  return [_ChannelRef(ref, part, C, channels) for ref in refs for part in range(ref.shape[1] // C)]
 
 
 def _vectors(ref: Any) -> list[jax.Array]:
+  """Returns the rows of a small array (n, channels)."""
   return [ref[i, :] for i in range(ref.shape[0])]
 
 
-def _before(columns: _Columns, bias: jax.Array, first: jax.Array, taps: int) -> tuple[jax.Array, ...]:
-  """The taps - 1 steps before `first`, bias added; zeros before the sequence."""
-  return tuple(jnp.where(t >= 0, columns.load(t) + bias, 0) for t in (first - i for i in range(taps - 1, 0, -1)))
+def _previous(array: _ChannelRef, bias: jax.Array, first: jax.Array, taps: int) -> Values:
+  """Returns the taps - 1 steps before `first` with the bias added; zeros before the sequence."""
+  return tuple(jnp.where(t >= 0, array.load(t) + bias, 0) for t in (first - i for i in range(taps - 1, 0, -1)))
 
 
-def _filtered(weight: list[jax.Array], values: tuple[jax.Array, ...]) -> jax.Array:
+def _filtered(weight: list[jax.Array], values: Values) -> jax.Array:
+  """Applies the filter to as many consecutive steps as it has taps."""
   return functools.reduce(jnp.add, (w * value for w, value in zip(weight, values, strict=True)))
 
 
-def _forward_kernel(*refs, taps: int, T: int, C: int, steps: int):
+def _iterations(first: jax.Array, T: int, steps: int) -> jax.Array:
+  """Returns the number of iterations, of `UNROLLED` steps each, of the program whose `steps` steps start at `first`."""
+  return kernels.cdiv(jnp.minimum(T - first, steps), UNROLLED)
+
+
+def _forward_kernel(*refs: Any, taps: int, T: int, C: int, steps: int) -> None:
+  """Takes references to gate, output gate and x in one array or three, weight, bias, and the result."""
   *array_refs, weight_ref, bias_ref, y_ref = refs
-  weight, (of_gate, of_output_gate, of_x) = _vectors(weight_ref), _vectors(bias_ref)
-  arrays, (y,) = (_columns(some, C, weight_ref.shape[1]) for some in (array_refs, (y_ref,)))
+  weight, (gate_bias, output_gate_bias, x_bias) = _vectors(weight_ref), _vectors(bias_ref)
+  arrays, (y,) = (_channel_refs(some, C, weight_ref.shape[1]) for some in (array_refs, (y_ref,)))
   first = pl.program_id(1) * steps
 
-  def some_steps(i, products):
+  def some_steps(i: jax.Array, products: Values) -> Values:
     times = [first + i * UNROLLED + j for j in range(UNROLLED)]
     loaded = [[array.load(t) for array in arrays] for t in times]
     for t, (gate, output_gate, x) in zip(times, loaded, strict=True):
-      products = *products, (gate + of_gate) * (x + of_x)
-      y.store(t, (output_gate + of_output_gate) * _filtered(weight, products), t < T)
+      products = *products, (gate + gate_bias) * (x + x_bias)
+      y.store(t, (output_gate + output_gate_bias) * _filtered(weight, products), t < T)
       products = products[1:]
     return products
 
-  before = (_before(array, bias, first, taps) for array, bias in ((arrays[0], of_gate), (arrays[2], of_x)))
-  lax.fori_loop(0, _iterations(first, T, steps), some_steps, tuple(gate * x for gate, x in zip(*before, strict=True)))
+  iterations = _iterations(first, T, steps)
+  gates, xs = (_previous(array, bias, first, taps) for array, bias in ((arrays[0], gate_bias), (arrays[2], x_bias)))
+  lax.fori_loop(0, iterations, some_steps, tuple(gate * x for gate, x in zip(gates, xs, strict=True)))
 
 
-def _backward_kernel(*refs, taps: int, T: int, C: int, steps: int):
-  arrays = (len(refs) - 4) // 2  # one or three, and as many gradients
+def _backward_kernel(*refs: Any, taps: int, T: int, C: int, steps: int) -> None:
+  """Takes references to gate, output gate and x in one array or three, dy, weight, bias, as many gradients, and sums.
+
+  The sums are the gradients of the taps of the weight and of the three biases.
+  """
+  arrays = (len(refs) - 4) // 2
   weight_ref, bias_ref = refs[arrays + 1 : arrays + 3]
-  weight, (of_gate, of_output_gate, of_x) = _vectors(weight_ref), _vectors(bias_ref)
-  inputs, (dgates, doutput_gates, dxs) = (_columns(some, C, weight_ref.shape[1])
+  weight, (gate_bias, output_gate_bias, x_bias) = _vectors(weight_ref), _vectors(bias_ref)
+  inputs, (dgates, doutput_gates, dxs) = (_channel_refs(some, C, weight_ref.shape[1])
                                           for some in (refs[: arrays + 1], refs[arrays + 3 : -1]))
   first = pl.program_id(1) * steps
 
-  def late(t, gate, x, dz, sums):
-    """Stores the gradients of step t - taps + 1, the first of gate and x; `dz` are those of the filter's outputs from there."""
+  def store_delayed(t: jax.Array, gate: jax.Array, x: jax.Array, dfiltered: Values, sums: Values) -> Values:
+    """Stores the gradients of gate and x at step t - taps + 1, given the filter outputs' gradients from there to t."""
     t -= taps - 1
-    du = jnp.where(t >= first, _filtered(weight[::-1], dz), 0)
-    dgate, dx = du * x, du * gate
-    for columns, gradient in ((dgates, dgate), (dxs, dx)):
-      columns.store(t, gradient, (t >= first) & (t < T))
+    dproduct = jnp.where(t >= first, _filtered(weight[::-1], dfiltered), 0)
+    dgate, dx = dproduct * x, dproduct * gate
+    for array, gradient in ((dgates, dgate), (dxs, dx)):
+      array.store(t, gradient, (t >= first) & (t < T))
     return *sums[:taps], sums[taps] + dgate, sums[taps + 1], sums[taps + 2] + dx
 
-  def some_steps(i, carry):
-    gates, xs, dz, sums = carry
+  def some_steps(i: jax.Array, carry: tuple[Values, ...]) -> tuple[Values, ...]:
+    gates, xs, dfiltered, sums = carry
     times = [first + i * UNROLLED + j for j in range(UNROLLED)]
-    loaded = [[columns.load(t) for columns in inputs] for t in times]
+    loaded = [[array.load(t) for array in inputs] for t in times]
     for t, (gate, output_gate, x, dy) in zip(times, loaded, strict=True):
-      gates, xs, dz = (*gates, gate + of_gate), (*xs, x + of_x), (*dz, dy * (output_gate + of_output_gate))
+      gates, xs, dfiltered = (*gates, gate + gate_bias), (*xs, x + x_bias), (*dfiltered, dy * (output_gate + output_gate_bias))
       products = tuple(gate * x for gate, x in zip(gates, xs, strict=True))
       doutput_gate = dy * _filtered(weight, products)
       doutput_gates.store(t, doutput_gate, t < T)
-      dweight = (total + dz[-1] * product for total, product in zip(sums[:taps], products, strict=True))
+      dweight = (total + dfiltered[-1] * product for total, product in zip(sums[:taps], products, strict=True))
       sums = *dweight, sums[taps], sums[taps + 1] + doutput_gate, sums[taps + 2]
-      sums = late(t, gates[0], xs[0], dz, sums)
-      gates, xs, dz = gates[1:], xs[1:], dz[1:]
-    return gates, xs, dz, sums
+      sums = store_delayed(t, gates[0], xs[0], dfiltered, sums)
+      gates, xs, dfiltered = gates[1:], xs[1:], dfiltered[1:]
+    return gates, xs, dfiltered, sums
 
-  nothing, iterations = jnp.zeros(weight_ref.shape[1:], jnp.float32), _iterations(first, T, steps)
-  before = (_before(columns, bias, first, taps) for columns, bias in ((inputs[0], of_gate), (inputs[2], of_x)))
-  gates, xs, dz, sums = lax.fori_loop(0, iterations, some_steps, (*before, (nothing,) * (taps - 1), (nothing,) * (taps + 3)))
+  zero, iterations = jnp.zeros(weight_ref.shape[1:], jnp.float32), _iterations(first, T, steps)
+  previous = (_previous(array, bias, first, taps) for array, bias in ((inputs[0], gate_bias), (inputs[2], x_bias)))
+  start = *previous, (zero,) * (taps - 1), (zero,) * (taps + 3)
+  gates, xs, dfiltered, sums = lax.fori_loop(0, iterations, some_steps, start)
   for i in range(taps - 1):
     t = first + iterations * UNROLLED + i
-    dz = *dz, inputs[3].load(t) * (inputs[1].load(t) + of_output_gate)
-    sums = late(t, gates[i], xs[i], dz, sums)
-    dz = dz[1:]
+    dfiltered = *dfiltered, inputs[3].load(t) * (inputs[1].load(t) + output_gate_bias)
+    sums = store_delayed(t, gates[i], xs[i], dfiltered, sums)
+    dfiltered = dfiltered[1:]
   for i, total in enumerate(sums):
     refs[-1][i, :] = total
-
-
-def _iterations(first: jax.Array, T: int, steps: int) -> jax.Array:
-  """How often `UNROLLED` steps are taken by the program of `steps` from `first` on."""
-  return kernels.cdiv(jnp.minimum(T - first, steps), UNROLLED)

@@ -1,1 +1,1 @@
-"""The slot memory of the Raven baseline."""
+"""Routed slot memory, the recurrence of the Raven baseline: call `atma_jax.ops.slot_memory.api.slot_memory`."""

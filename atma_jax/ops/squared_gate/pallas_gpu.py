@@ -1,13 +1,14 @@
-"""Gradients of the MLP's gate as a GPU kernel: Pallas through Triton, one pass over the arrays, no atomics.
+"""The gate's gradients as a GPU kernel (Pallas through Triton): one pass over the arrays, without atomics.
 
-A program takes some columns of some steps, goes from step to step and keeps the columns' sums, which are the biases'
-gradients, in registers; XLA adds up those of all programs. It writes the gradients of u and g side by side, so that one
-product makes those of what both are projected from.
+A program takes some columns of some steps and goes from step to step. It keeps the columns' sums, which are its share of the
+biases' gradients, in registers; XLA adds up the shares. The gradients of u and g are written side by side, so that one matrix
+product backpropagates both through the projection they come from.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -17,14 +18,15 @@ import jax.numpy as jnp
 
 from atma_jax.ops.core import pallas as kernels
 
-COLUMNS = 512  # of a program, at most
+# Of one program.
+COLUMNS = 512  # at most
 THREAD_COLUMNS = 4
-STEPS = 128  # of a program
-UNROLLED = 4  # steps whose loads are under way together
+STEPS = 128
+UNROLLED = 4  # steps that are loaded ahead of their use
 
 
 def supports(u: jax.Array, h: jax.Array, dh: jax.Array, bias: jax.Array) -> str | None:
-  """Why the kernel cannot serve this call, or None if it can."""
+  """Returns why the kernel cannot serve this call, or None if it can."""
   dtypes = {z.dtype.name for z in (u, h, dh)}
   if dtypes not in ({"bfloat16"}, {"float32"}):
     return f"takes u, h and dh all in bfloat16 or all in float32, not {', '.join(sorted(dtypes))}"
@@ -37,13 +39,16 @@ def supports(u: jax.Array, h: jax.Array, dh: jax.Array, bias: jax.Array) -> str 
 
 def squared_gate_gradients(u: jax.Array, h: jax.Array, dh: jax.Array, bias: jax.Array, *,
                            interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """See `atma_jax.ops.squared_gate.api.squared_gate_gradients`; `interpret` runs the kernel without a GPU."""
+  """Implements `atma_jax.ops.squared_gate.api.squared_gate_gradients`, with one partial sum for each `STEPS` steps.
+
+  `interpret` runs the kernel without a GPU.
+  """
   B, T, F = u.shape
   columns = kernels.columns_of(F, COLUMNS)
   grid = F // columns, pl.cdiv(T, STEPS), B
   row = pl.BlockSpec((None, T, F), lambda c, t, b: (b, 0, 0))
   return pl.pallas_call(
-    functools.partial(_kernel, columns=columns), name="squared_gate_gradients", grid=grid,
+    functools.partial(_gradients_kernel, columns=columns), name="squared_gate_gradients", grid=grid,
     in_specs=[row, row, row, pl.BlockSpec((columns,), lambda c, t, b: (c,))],
     out_shape=[jax.ShapeDtypeStruct((B, T, 2 * F), u.dtype), jax.ShapeDtypeStruct((B, grid[1], 2, F), jnp.float32)],
     out_specs=[pl.BlockSpec((None, T, 2 * F), lambda c, t, b: (b, 0, 0)),
@@ -53,24 +58,25 @@ def squared_gate_gradients(u: jax.Array, h: jax.Array, dh: jax.Array, bias: jax.
   )(u, h, dh, bias.astype(jnp.float32))
 
 
-def _kernel(u_ref, h_ref, dh_ref, bias_ref, gradients_ref, sums_ref, *, columns: int):
+def _gradients_kernel(u_ref: Any, h_ref: Any, dh_ref: Any, bias_ref: Any, gradients_ref: Any, sums_ref: Any, *,
+                      columns: int) -> None:
   T, F = u_ref.shape
   bias, first = bias_ref[...], pl.program_id(1) * STEPS
-  of_u, of_g = (pl.ds(start + pl.program_id(0) * columns, columns) for start in (0, F))
+  u_columns, g_columns = (pl.ds(start + pl.program_id(0) * columns, columns) for start in (0, F))
 
-  def some_steps(i, sums):
+  def add_steps(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
     times = [first + i * UNROLLED + j for j in range(UNROLLED)]
-    inside = [jnp.broadcast_to(t < T, (columns,)) for t in times]
-    loaded = [[plgpu.load(ref.at[t, of_u], mask=mask, other=0).astype(jnp.float32) for ref in (u_ref, h_ref, dh_ref)]
-              for t, mask in zip(times, inside, strict=True)]
-    for t, mask, (u, h, dh) in zip(times, inside, loaded, strict=True):
+    masks = [jnp.broadcast_to(t < T, (columns,)) for t in times]
+    loaded = [[plgpu.load(ref.at[t, u_columns], mask=mask, other=0).astype(jnp.float32) for ref in (u_ref, h_ref, dh_ref)]
+              for t, mask in zip(times, masks, strict=True)]
+    for t, mask, (u, h, dh) in zip(times, masks, loaded, strict=True):
       a = jnp.maximum(u + bias, 0)
       gradients = jnp.where(a > 0, 2 * dh * h / jnp.where(a > 0, a, 1), 0), dh * a * a
-      for of, gradient in zip((of_u, of_g), gradients, strict=True):
-        plgpu.store(gradients_ref.at[t, of], gradient.astype(gradients_ref.dtype), mask=mask)
+      for at, gradient in zip((u_columns, g_columns), gradients, strict=True):
+        plgpu.store(gradients_ref.at[t, at], gradient.astype(gradients_ref.dtype), mask=mask)
       sums = tuple(map(jnp.add, sums, gradients))
     return sums
 
   iterations = kernels.cdiv(jnp.minimum(T - first, STEPS), UNROLLED)
-  for i, total in enumerate(lax.fori_loop(0, iterations, some_steps, (jnp.zeros((columns,), jnp.float32),) * 2)):
+  for i, total in enumerate(lax.fori_loop(0, iterations, add_steps, (jnp.zeros((columns,), jnp.float32),) * 2)):
     sums_ref[i, :] = total
