@@ -1,25 +1,29 @@
-"""Half-truncated rotary position embedding: the upper half of the frequencies is zero."""
+"""Half-truncated rotary position embedding: half of the angular frequencies are zero, so half of each head is not rotated."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 BASE = 1024.0
 
 
-def rotary_embedding(x: jax.Array, positions: jax.Array) -> jax.Array:
+def rotary_embedding(x: Float[Array, "B T H D"],
+                     positions: Int[Array, " T"] | Int[Array, "B T"]) -> Float[Array, "B T H D"]:
   """Rotates the pairs (x_d, x_{d + D/2}) of every head by an angle proportional to the position.
 
-  The angular frequencies are ``(1/1024)^linspace(0, 1, D/4)`` followed by D/4 zeros. With x1, x2 the halves of a head:
-  ``(x1 cos + x2 sin, -x1 sin + x2 cos)``.
+  The angular frequencies are ``(1/1024)^linspace(0, 1, D/4)`` followed by D/4 zeros. With x1 and x2 the halves of a head, the
+  result is ``(x1 cos + x2 sin, -x1 sin + x2 cos)``.
 
   Args:
-    x: (B, T, H, D), D a multiple of 4.
-    positions: (T,) or (B, T) integers.
+    x: queries or keys; D is a multiple of 4.
+    positions: position of each token.
 
   Returns:
-    (B, T, H, D) in x's dtype; angles and rotation are float32 or wider.
+    The rotated heads in x's dtype; angles and rotation are computed in float32 or wider.
+
+  Raises:
+    ValueError: D is not a multiple of 4.
   """
   quarter, rest = divmod(x.shape[-1], 4)
   if rest:
