@@ -1,9 +1,9 @@
-"""Converts checkpoints: published PyTorch format, safetensors for transformers, and ours, each into the others.
+"""Converts checkpoints between the published PyTorch format, safetensors for transformers, and this package's own format.
 
     python -m atma_jax.convert --input=PUBLISHED --output=WORKDIR [--tokenizer=tokenizer.json]
     python -m atma_jax.convert --input=WORKDIR --output=DIR --format=pytorch|safetensors [--step=N]
 
-The input is recognised by its files. Weights keep their bits. PyTorch is not needed.
+The format of the input is recognised by its files. Weights are copied bit for bit. PyTorch is not needed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from atma_jax.errors import UserError
 from atma_jax.pytorch import FORMATS, is_published, read_published, write_published
 
 _INPUT = flags.DEFINE_string("input", None, "A published checkpoint (weights.pt or *.safetensors), or a training workdir.")
-_OUTPUT = flags.DEFINE_string("output", None, "A new directory.")
-_FORMAT = flags.DEFINE_enum("format", None, ("atma", *FORMATS), "Default: atma for a published input, pytorch for ours.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json or SentencePiece .model; default is the input's own.")
-_EMA = flags.DEFINE_boolean("ema", False, "Take the moving average of the weights (config.train.ema_decay).")
-_STEP = flags.DEFINE_integer("step", None, "Step of a training workdir; default is the newest good one.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to write; new or empty.")
+_FORMAT = flags.DEFINE_enum("format", None, ("atma", *FORMATS),
+                            "Format to write. Default: atma for a published input, pytorch for a training workdir.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None,
+                                "Tokenizer of a published input: tokenizer.json or SentencePiece .model. Default: its own.")
+_EMA = flags.DEFINE_boolean("ema", False, "Convert the exponential moving average of the weights (config.train.ema_decay).")
+_STEP = flags.DEFINE_integer("step", None, "Step of a training workdir to convert. Default: the newest good one.")
 
 
 def main() -> None:
-  """Writes `--input` to `--output` in the other format. Raises UserError on bad flags and checkpoints, naming the tensor."""
+  """Converts `--input` to `--output`; raises UserError on bad flags, and on bad checkpoints, naming the tensor."""
   for flag in (_INPUT, _OUTPUT):
     if not flag.value:
       raise UserError(f"--{flag.name}=DIR is required")

@@ -1,8 +1,9 @@
-"""Published PyTorch checkpoints to and from `Atma`, without PyTorch."""
+"""Reads checkpoints of the published PyTorch code into `Atma`, and writes them, without PyTorch."""
 
 from atma_jax.pytorch.archive import read_state_dict
 from atma_jax.pytorch.directory import FORMATS, is_published, load_pytorch, read_published, write_published
-from atma_jax.pytorch.layout import from_state_dict, model_config, parameter_names, to_published, to_state_dict
+from atma_jax.pytorch.published_config import model_config, to_published
+from atma_jax.pytorch.published_tensors import from_state_dict, parameter_names, to_state_dict
 
 __all__ = [
   "FORMATS",

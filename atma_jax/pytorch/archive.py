@@ -1,15 +1,16 @@
-"""Files of named tensors, without PyTorch: ``weights.pt`` (``torch.save({"model": state_dict})``) and safetensors.
+"""Reads and writes files of named tensors: ``weights.pt``, from ``torch.save({"model": state_dict})``, and safetensors.
 
-Tensors are read one at a time, when an array is asked of them, and written one at a time: neither direction ever holds a
-second copy of a model. The pickle inside ``weights.pt`` is read by an unpickler that knows tensors and nothing else: any
-other name in it is refused, so a hostile file cannot run code.
+A tensor is read when `numpy.asarray` is called on it, and tensors are written one at a time, so that neither direction holds a
+second copy of the model. The pickle inside ``weights.pt`` goes through an unpickler that knows tensors and plain values only. It
+refuses every other name, so a hostile file cannot run code.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -20,6 +21,7 @@ import zipfile
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from atma_jax.errors import UserError
 
@@ -28,14 +30,20 @@ STORAGE_DTYPES = {"FloatStorage": np.dtype(np.float32), "DoubleStorage": np.dtyp
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 _SAFETENSORS_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.float16): "F16",
                       np.dtype(ml_dtypes.bfloat16): "BF16"}
-_ALIGNMENT = 64  # bytes, of the tensors inside weights.pt
+_ALIGNMENT = 64  # bytes; where tensors start inside weights.pt
 
-Shaped = tuple[str, tuple[int, ...], np.dtype]  # name, shape and dtype of a tensor
+TensorSpec = tuple[str, tuple[int, ...], np.dtype]  # name, shape and dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-  """A tensor in a file; ``numpy.asarray`` reads it."""
+  """A tensor in a file, which `numpy.asarray` reads.
+
+  Attributes:
+    shape: of the tensor.
+    dtype: of its elements.
+    read: reads the array; a new copy at every call.
+  """
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -43,22 +51,50 @@ class StoredTensor:
 
   @property
   def size(self) -> int:
+    """Number of elements."""
     return math.prod(self.shape)
 
-  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-    del copy  # every reading is a copy
+  def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+    """Reads the array, as numpy's conversion protocol asks; `copy` is ignored because every read makes one."""
+    del copy
     array = self.read()
     return array if dtype is None else array.astype(dtype)
 
 
-Tensors = dict[str, "StoredTensor | np.ndarray"]
+Tensors = Mapping[str, StoredTensor | np.ndarray]  # by name
 
 
-def open_state_dict(path: pathlib.Path) -> Tensors:
-  """The tensors of ``weights.pt`` by name, none of them read yet.
+def required(tensors: Tensors, name: str, source: pathlib.Path | str) -> StoredTensor | np.ndarray:
+  """Returns the tensor of this name; raises `UserError`, naming `source`, if there is none."""
+  if name not in tensors:
+    raise UserError(f"{source}: tensor {name!r} is missing")
+  return tensors[name]
+
+
+def read_json(path: pathlib.Path, what: str, hint: str) -> Any:
+  """Reads a JSON file of a checkpoint.
+
+  Args:
+    path: the file.
+    what: what it should be, for the error if it is malformed.
+    hint: what to do if it is missing.
 
   Raises:
-    UserError: there is no such file, or it is no ``{"model": state_dict}`` of floating-point tensors.
+    UserError: it is missing or malformed.
+  """
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise UserError(f"{path}: no such file; {hint}") from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"{path}: not {what}: {error}") from error
+
+
+def open_state_dict(path: pathlib.Path) -> dict[str, StoredTensor]:
+  """Opens ``weights.pt`` and returns its tensors by name, none of them read yet.
+
+  Raises:
+    UserError: the file does not exist, or is not a ``{"model": state_dict}`` of floating-point tensors.
   """
   try:
     archive = zipfile.ZipFile(path)
@@ -73,73 +109,79 @@ def open_state_dict(path: pathlib.Path) -> Tensors:
   for name, tensor in content["model"].items():
     if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
       raise UserError(f"{path}: entry {name!r} of 'model' is {type(tensor).__name__}, not a tensor")
-  return {name.removeprefix("_orig_mod."): _named(tensor, path, name) for name, tensor in content["model"].items()}
+  return {name.removeprefix("_orig_mod."): _reporting_damage(tensor, path, name) for name, tensor in content["model"].items()}
 
 
 def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of ``weights.pt`` by name, as arrays."""
+  """Reads all tensors of ``weights.pt``, by name; raises what `open_state_dict` does."""
   return {name: np.asarray(tensor) for name, tensor in open_state_dict(path).items()}
 
 
-def open_safetensors(paths: Sequence[pathlib.Path]) -> Tensors:
-  """The tensors of safetensors files by name, none of them read yet.
+def open_safetensors(paths: Sequence[pathlib.Path]) -> dict[str, StoredTensor]:
+  """Opens safetensors files and returns their tensors by name, none of them read yet.
 
   Raises:
-    UserError: the library is not installed, or a file is damaged or repeats a name of another.
+    UserError: the library `safetensors` is not installed, a file is damaged, or two files hold a tensor of the same name.
   """
   try:
     import safetensors
   except ImportError as error:
     raise UserError(f"{paths[0]}: reading safetensors needs the extra: pip install 'atma_jax[convert]'") from error
   dtypes = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
-  tensors: Tensors = {}
+  tensors: dict[str, StoredTensor] = {}
   for path in paths:
     try:
       file = safetensors.safe_open(path, "numpy")
-      slices = {name: file.get_slice(name) for name in list(file.keys())}
+      views = {name: file.get_slice(name) for name in list(file.keys())}
     except (OSError, safetensors.SafetensorError) as error:
       raise UserError(f"{path}: not a safetensors file: {error}") from error
-    for name, part in slices.items():
+    for name, view in views.items():
       if name in tensors:
         raise UserError(f"{path}: tensor {name!r} is in another file too")
-      if part.get_dtype() not in dtypes:
-        raise UserError(f"{path}: tensor {name!r} is of type {part.get_dtype()}; legal: {', '.join(dtypes)}")
-      read = lambda file=file, name=name: file.get_tensor(name)
-      tensors[name] = StoredTensor(tuple(part.get_shape()), dtypes[part.get_dtype()], read)
+      if view.get_dtype() not in dtypes:
+        raise UserError(f"{path}: tensor {name!r} is of type {view.get_dtype()}; legal: {', '.join(dtypes)}")
+      tensors[name] = StoredTensor(tuple(view.get_shape()), dtypes[view.get_dtype()], functools.partial(file.get_tensor, name))
   return tensors
 
 
-def write_state_dict(path: pathlib.Path, shapes: Sequence[Shaped], arrays: Iterable[np.ndarray]) -> None:
-  """Writes ``weights.pt`` as ``torch.save({"model": state_dict})`` does; equal tensors give equal bytes.
+def write_state_dict(path: pathlib.Path, specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]) -> None:
+  """Writes ``weights.pt`` as ``torch.save({"model": state_dict})`` does; equal tensors give equal files.
 
   Args:
-    path: the file.
-    shapes: name, shape and dtype of every tensor.
-    arrays: the tensors, in the same order.
+    path: where to write.
+    specs: name, shape and dtype of every tensor.
+    arrays: the tensors in the same order, each made when it is written.
+
+  Raises:
+    ValueError: an array is not what its spec says.
   """
   with zipfile.ZipFile(path, "w") as archive:
 
     def add(name: str, content: bytes | memoryview) -> None:
       info = zipfile.ZipInfo(f"{path.stem}/{name}")
-      offset = archive.fp.tell() + 30 + len(info.filename) + 4  # of the content, after a header and an empty extra field
+      assert archive.fp is not None  # the archive is open
+      offset = archive.fp.tell() + 30 + len(info.filename) + 4  # where content starts after a header without padding
       padding = -offset % _ALIGNMENT
       info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
       info.file_size = len(content)
       with archive.open(info, "w") as member:
         member.write(content)
 
-    add("data.pkl", _pickle(shapes))
+    add("data.pkl", _pickle(specs))
     add("byteorder", b"little")
-    for index, array in enumerate(_checked(shapes, arrays)):
+    for index, array in enumerate(_checked(specs, arrays)):
       add(f"data/{index}", array.reshape(-1).view(np.uint8).data)
     add("version", b"3\n")
 
 
-def write_safetensors(path: pathlib.Path, shapes: Sequence[Shaped], arrays: Iterable[np.ndarray]) -> None:
-  """Writes a safetensors file, of the arguments of `write_state_dict`. The library's own writer wants all arrays at once."""
+def write_safetensors(path: pathlib.Path, specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]) -> None:
+  """Writes a safetensors file, one array at a time; the library's own writer needs all of them in memory.
+
+  Arguments and errors are those of `write_state_dict`.
+  """
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   start = 0
-  for name, shape, dtype in shapes:
+  for name, shape, dtype in specs:
     stop = start + math.prod(shape) * dtype.itemsize
     header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
     start = stop
@@ -147,29 +189,32 @@ def write_safetensors(path: pathlib.Path, shapes: Sequence[Shaped], arrays: Iter
   content += b" " * (-len(content) % 8)
   with open(path, "wb") as file:
     file.write(struct.pack("<Q", len(content)) + content)
-    for array in _checked(shapes, arrays):
+    for array in _checked(specs, arrays):
       file.write(array.reshape(-1).view(np.uint8).data)
 
 
-def _checked(shapes: Sequence[Shaped], arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-  """The arrays, contiguous and little-endian, once they are what was announced."""
-  for (name, shape, dtype), array in zip(shapes, arrays, strict=True):
+def _checked(specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+  """Yields the arrays, made contiguous, after comparing each with its spec."""
+  for (name, shape, dtype), array in zip(specs, arrays, strict=True):
     if array.shape != shape or array.dtype != dtype:
-      raise ValueError(f"{name}: {array.dtype}{array.shape} is not the {dtype}{shape} announced")
+      raise ValueError(f"{name}: array of {array.dtype} {array.shape} must be {dtype} {shape}")
     yield np.ascontiguousarray(array)
 
 
-def _pickle(shapes: Sequence[Shaped]) -> bytes:
-  """``{"model": state_dict}`` in the opcodes that PyTorch uses, its own names among them, which only it could import."""
+def _pickle(specs: Sequence[TensorSpec]) -> bytes:
+  """Returns the pickle of ``{"model": state_dict}``, with the opcodes that PyTorch writes.
+
+  It is written opcode by opcode because it names functions of PyTorch, which `pickle` would have to import.
+  """
 
   def plain(value: Any) -> bytes:
-    return pickle.dumps(value, 2)[2:-1]  # between the protocol and the stop
+    return pickle.dumps(value, 2)[2:-1]  # without the opcodes PROTO and STOP
 
   def name(module: str, attribute: str) -> bytes:
     return pickle.GLOBAL + f"{module}\n{attribute}\n".encode()
 
   parts = [pickle.PROTO, b"\x02", pickle.EMPTY_DICT, plain("model"), pickle.EMPTY_DICT, pickle.MARK]
-  for index, (tensor, shape, dtype) in enumerate(shapes):
+  for index, (tensor, shape, dtype) in enumerate(specs):
     strides = tuple(math.prod(shape[axis + 1:]) for axis in range(len(shape)))
     storage = [pickle.MARK, plain("storage"), name("torch", _STORAGE_NAMES[dtype]), plain(str(index)), plain("cpu"),
                plain(math.prod(shape)), pickle.TUPLE, pickle.BINPERSID]
@@ -180,13 +225,14 @@ def _pickle(shapes: Sequence[Shaped]) -> bytes:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-  """Reads tensors, dicts and plain values; refuses every other global."""
+  """Unpickles tensors, dicts and plain values; raises UnpicklingError for everything else."""
 
   def __init__(self, archive: zipfile.ZipFile, root: str):
     super().__init__(archive.open(root + "data.pkl"))
     self._archive, self._root = archive, root
 
   def find_class(self, module: str, name: str) -> Any:
+    """Resolves the few globals that a state dict needs."""
     if (module, name) == ("collections", "OrderedDict"):
       return collections.OrderedDict
     if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -195,7 +241,8 @@ class _TensorUnpickler(pickle.Unpickler):
       return STORAGE_DTYPES[name]
     raise pickle.UnpicklingError(f"refused global {module}.{name}")
 
-  def persistent_load(self, pid: tuple) -> _Storage:
+  def persistent_load(self, pid: Any) -> _Storage:
+    """Resolves a reference to a storage: a member of the archive that holds as many uncompressed numbers as it says."""
     kind, dtype, key, _, size = pid
     if kind != "storage":
       raise pickle.UnpicklingError(f"refused persistent id of kind {kind!r}")
@@ -207,7 +254,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-  """The numbers that tensors are views of."""
+  """A flat array of `size` numbers in a member of the archive, which tensors are views of."""
 
   archive: zipfile.ZipFile
   member: zipfile.ZipInfo
@@ -215,15 +262,18 @@ class _Storage:
   size: int
 
   def read(self) -> np.ndarray:
+    """Reads the whole array."""
     return np.frombuffer(self.archive.read(self.member), self.dtype)
 
 
 class _RebuildTensor:
-  """``torch._utils._rebuild_tensor_v2``; without attributes that a pickle could set."""
+  """Stands for ``torch._utils._rebuild_tensor_v2``; it has no attributes that a pickle could set."""
 
   __slots__ = ()
 
-  def __call__(self, storage: _Storage, offset: int, shape: tuple, strides: tuple, *unused: Any) -> StoredTensor:
+  def __call__(self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...],
+               *unused: Any) -> StoredTensor:
+    """Returns the view of a storage that the arguments describe."""
     del unused  # requires_grad and backward hooks
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else offset
     if min((offset, *strides, *shape)) < 0 or last >= max(storage.size, 1):
@@ -235,8 +285,8 @@ class _RebuildTensor:
     return StoredTensor(tuple(shape), storage.dtype, read)
 
 
-def _named(tensor: StoredTensor, path: pathlib.Path, name: str) -> StoredTensor:
-  """The same, whose damage is told with the name of the tensor."""
+def _reporting_damage(tensor: StoredTensor, path: pathlib.Path, name: str) -> StoredTensor:
+  """Makes the tensor raise a `UserError` with its name if it turns out to be damaged when it is read."""
 
   def read() -> np.ndarray:
     try:

@@ -1,4 +1,4 @@
-"""What `transformers` needs besides weights to describe a model: fields, a configuration class, a model card."""
+"""Describes a model to `transformers`: fields of config.json, a configuration class, a model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from atma_jax.config import Config
 from atma_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from atma_jax.models import Atma
-from atma_jax.pytorch.layout import to_state_dict
+from atma_jax.pytorch.published_tensors import to_state_dict
 
 _CONFIGURATION = '''"""Configuration of an Atma model, for AutoConfig.from_pretrained(..., trust_remote_code=True)."""
 
@@ -54,7 +54,18 @@ tensors have the names of that code. There is no modelling code for `transformer
 
 
 def describe(folder: pathlib.Path, config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
-  """Writes the configuration class, the tokenizer's configuration and the model card; returns further fields of config.json."""
+  """Writes the configuration class, the tokenizer's configuration and the model card into a folder.
+
+  Args:
+    folder: where to write.
+    config: of the model.
+    model: its weights.
+    tokenizer: of the model.
+    step: the training step of the weights.
+
+  Returns:
+    The fields that config.json needs in addition to the published ones.
+  """
   (folder / "configuration_atma.py").write_text(_CONFIGURATION)
   if isinstance(tokenizer, HuggingFaceTokenizer):
     end = tokenizer.end_of_text
@@ -72,15 +83,16 @@ def describe(folder: pathlib.Path, config: Config, model: Atma, tokenizer: Token
 
 
 def _card(config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> str:
+  """Returns the text of the model card."""
   m = config.model
   core = {"polar": "polar attention", "nope": "softmax attention without positions", "rope": "softmax attention with rotary "
           "positions"}[m.attention]
   kind = core + (" and gated-delta memory" if m.memory.enabled else "")
-  shapes, _ = to_state_dict(model)
-  parameters = sum(math.prod(shape) for _, shape, _ in shapes)
+  specs, _ = to_state_dict(model)
+  parameters = sum(math.prod(shape) for _, shape, _ in specs)
   rows = {"layers": m.num_layers, "width": m.width, "heads (keys and values)": f"{m.num_heads} ({m.num_kv_heads})",
           "head size": m.head_dim, "vocabulary": m.vocab_size, "tokenizer": tokenizer.kind,
           "window": "none" if m.window is None else m.window,
-          "weights": ", ".join(sorted({np.dtype(dtype).name for _, _, dtype in shapes}))}
+          "weights": ", ".join(sorted({np.dtype(dtype).name for _, _, dtype in specs}))}
   return _CARD.format(name=config.name, kind=kind, millions=parameters / 1e6, length=config.data.sequence_length, step=step,
                       rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()))

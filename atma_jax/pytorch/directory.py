@@ -1,6 +1,6 @@
-"""Checkpoint directories in the published format: tensors, ``config.json`` and ``tokenizer.json``.
+"""Reads and writes checkpoint directories in the published format: tensors, ``config.json`` and ``tokenizer.json``.
 
-Tensors are in ``weights.pt`` or, as `transformers` has them, in ``*.safetensors``.
+The tensors are in ``weights.pt`` or, for `transformers`, in ``*.safetensors``.
 """
 
 from __future__ import annotations
@@ -14,38 +14,40 @@ from atma_jax.config import Config, DataConfig
 from atma_jax.data.tokenizers import HuggingFaceTokenizer, NamedTokenizer, Tokenizer, load_tokenizer
 from atma_jax.errors import UserError
 from atma_jax.models import Atma
-from atma_jax.pytorch.archive import Tensors, open_safetensors, open_state_dict, write_safetensors, write_state_dict
+from atma_jax.pytorch.archive import Tensors, open_safetensors, open_state_dict, read_json, write_safetensors, write_state_dict
 from atma_jax.pytorch.description import describe
-from atma_jax.pytorch.layout import from_published, from_state_dict, model_config, read_config, to_published, to_state_dict
+from atma_jax.pytorch.published_config import from_published, model_config, read_config, to_published
+from atma_jax.pytorch.published_tensors import from_state_dict, to_state_dict
 
-FORMATS = {"pytorch": "weights.pt", "safetensors": "model.safetensors"}  # the file of weights of each
+FORMATS = {"pytorch": "weights.pt", "safetensors": "model.safetensors"}  # the file that holds the weights
 
 
 def is_published(directory: str | os.PathLike) -> bool:
-  """Whether a directory is a published checkpoint rather than one of ours."""
+  """Returns whether a directory is a published checkpoint, rather than one that this package trained."""
   folder = pathlib.Path(directory)
   return (folder / FORMATS["pytorch"]).is_file() or any(folder.glob("*.safetensors"))
 
 
 def load_pytorch(directory: str | os.PathLike) -> Atma:
-  """The model of a published checkpoint directory, its weights in the dtype they are stored in.
+  """Loads the model of a published checkpoint directory, with weights in the dtype that they are stored in.
 
   Raises:
-    UserError: a file is missing or malformed, or a tensor is missing, unexpected or of the wrong shape (named).
+    UserError: a file is missing or malformed, or a tensor, which is named, is missing, unexpected or of the wrong shape.
   """
   tensors = _open_tensors(pathlib.Path(directory))
   return from_state_dict(tensors, model_config(pathlib.Path(directory) / "config.json", tensors), str(directory))
 
 
 def read_published(directory: str | os.PathLike, tokenizer: str | None = None) -> tuple[Config, Atma, Tokenizer]:
-  """Configuration, model and tokenizer of a published checkpoint directory.
+  """Reads the configuration, model and tokenizer of a published checkpoint directory.
 
   Args:
     directory: the checkpoint.
-    tokenizer: as `load_tokenizer` takes it; None is the directory's own, which may only be named there.
+    tokenizer: a file or "bytes", as `load_tokenizer` takes it. None is the directory's own tokenizer, of which the directory
+      may hold no more than a name (see `NamedTokenizer`).
 
   Raises:
-    UserError: as `load_pytorch`, or the tokenizer is malformed.
+    UserError: in the cases of `load_pytorch`, or if the tokenizer is malformed.
   """
   folder = pathlib.Path(directory)
   if tokenizer not in (None, "bytes") and not pathlib.Path(tokenizer).is_file():
@@ -66,12 +68,19 @@ def read_published(directory: str | os.PathLike, tokenizer: str | None = None) -
 
 def write_published(directory: str | os.PathLike, kind: str, config: Config, model: Atma, tokenizer: Tokenizer,
                     step: int) -> None:
-  """Writes a directory, new or empty, in one of `FORMATS`; it appears as a whole or not at all.
+  """Writes a checkpoint directory, which appears as a whole or not at all.
 
-  Kind "safetensors" is for `transformers`: it adds a model card and what ``AutoConfig`` needs to describe the model.
+  Args:
+    directory: where to write; new or empty.
+    kind: one of `FORMATS`. "safetensors" is for `transformers`: it adds a model card and what ``AutoConfig`` needs to describe
+      the model.
+    config: of the model.
+    model: its weights.
+    tokenizer: of the model.
+    step: the training step of the weights, for the model card.
 
   Raises:
-    UserError: there is something in the directory already, or it cannot be written.
+    UserError: the directory is not empty, or cannot be written.
   """
   target = pathlib.Path(directory).absolute()
   partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -94,26 +103,24 @@ def write_published(directory: str | os.PathLike, kind: str, config: Config, mod
 
 
 def _open_tensors(folder: pathlib.Path) -> Tensors:
+  """Opens weights.pt if there is one, else all safetensors files."""
   weights, others = folder / FORMATS["pytorch"], sorted(folder.glob("*.safetensors"))
   return open_safetensors(others) if others and not weights.is_file() else open_state_dict(weights)
 
 
 def _read_tokenizer(folder: pathlib.Path) -> Tokenizer:
+  """Reads the directory's own tokenizer."""
   path = folder / "tokenizer.json"
   if (folder / "tokenizer.model").is_file():
     return load_tokenizer(str(folder / "tokenizer.model"))
-  try:
-    values = json.loads(path.read_text())
-  except FileNotFoundError as error:
-    raise UserError(f"{path}: no such file; give --tokenizer=FILE, the one the model was trained with") from error
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"{path} is not valid JSON: {error}") from error
+  values = read_json(path, "valid JSON", "give --tokenizer=FILE, the one the model was trained with")
   if isinstance(values, dict) and isinstance(values.get("tokenizer_name"), str):
     return NamedTokenizer(values["tokenizer_name"])
   return load_tokenizer(str(path))
 
 
 def _write_tokenizer(folder: pathlib.Path, kind: str, tokenizer: Tokenizer) -> None:
+  """Writes a tokenizer in the form that readers of this kind of checkpoint understand best."""
   if isinstance(tokenizer, NamedTokenizer):
     (folder / "tokenizer.json").write_text(json.dumps({"tokenizer_name": tokenizer.name}))
   elif isinstance(tokenizer, HuggingFaceTokenizer):

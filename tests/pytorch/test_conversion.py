@@ -1,4 +1,4 @@
-"""Conversion: bit-exact round trips, files that other libraries read, and one line for what is wrong."""
+"""Conversion: round trips keep every bit, other libraries read the files, and an error is one line that names what is wrong."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_published_to_published(golden, tmp_path, name, kind):
 
 
 def test_through_our_checkpoint(golden, tmp_path):
-  """Published -> ours -> published, each step by what restores it for evaluation."""
+  """Published to ours and back to published, each read as evaluation reads it."""
   source = golden.folder / "checkpoint_polar_mem1_win0"
   config, model, tokenizer = read_published(source)
   save_model(tmp_path / "ours", config, model, tokenizer, 0)
@@ -92,7 +92,7 @@ def test_a_published_directory_is_a_checkpoint(golden, name):
   ("rope", False, None, 4, "float32"), ("rope", True, 7, 6, "bfloat16"), ("nope", False, 5, 3, "float16"),
   ("polar", True, 1, 8, "bfloat16")])
 def test_every_kind_of_model(tmp_path, attention, memory, window, layers, dtype):
-  """Incomplete repetitions and narrow dtypes too; whatever is not as published comes back from fields of our own."""
+  """Round trips of incomplete repetitions of the block pattern, narrow dtypes, and fields that the published format lacks."""
   model = ModelConfig(vocab_size=19, num_layers=layers, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=24,
                       attention=attention, window=window, param_dtype=dtype, logit_cap=20.0, direction_scale=2.5, count_length=9,
                       memory=MemoryConfig(enabled=memory, gamma_bias=2.5, max_half_life=64.0 if memory else None))
@@ -109,7 +109,7 @@ def test_every_kind_of_model(tmp_path, attention, memory, window, layers, dtype)
 
 
 def test_weights_are_laid_out_as_pytorch_lays_them_out(golden, tmp_path):
-  """Members, their alignment and the opcodes are those of a file that PyTorch wrote."""
+  """Members, alignment and opcodes are those of a file that PyTorch wrote."""
   source = golden.folder / "checkpoint_polar_mem1_win0" / "weights.pt"
   tensors = read_state_dict(source)
   write_state_dict(tmp_path / "weights.pt", [(n, t.shape, t.dtype) for n, t in tensors.items()], tensors.values())
@@ -159,13 +159,13 @@ def test_the_export_describes_itself(golden, tmp_path):
   assert card.startswith("---\n") and "softmax attention without positions and gated-delta memory" in card and "step 7" in card
 
 
-# --- What is wrong is named ---------------------------------------------------------------------------------------------
+# --- Errors name what is wrong ------------------------------------------------------------------------------------------
 
 TENSORS = {"a": np.ones((2, 3), np.float32)}
 
 
 def rewrite(path: pathlib.Path, change) -> None:
-  """Replaces members of a zip file; `change` maps a name and its content to the new content, None to leave it out."""
+  """Rewrites a zip file; `change` maps a member's name and content to its new content, or to None to leave it out."""
   with zipfile.ZipFile(path) as old:
     members = {info.filename: old.read(info) for info in old.infolist()}
   with zipfile.ZipFile(path, "w") as new:
@@ -222,7 +222,7 @@ def test_flipped_bytes_of_a_tensor_are_found(tmp_path):
 
 
 def copy(golden, tmp_path, **fields) -> pathlib.Path:
-  """A golden checkpoint with other fields in its configuration; None leaves one out."""
+  """A golden checkpoint with some fields of its configuration replaced; the value "absent" leaves one out."""
   target = tmp_path / "copy"
   shutil.copytree(golden.folder / "checkpoint_polar_mem1_win0", target, copy_function=shutil.copyfile)
   config = json.loads((target / "config.json").read_text()) | fields
@@ -297,7 +297,7 @@ def test_state_dict_round_trip_names_what_is_wrong(golden):
 
 
 def test_command(main, golden, tmp_path):
-  """The main itself: both directions, and exit code 2 with one line for bad input."""
+  """The command itself: both directions, and exit code 2 with one line for bad input."""
   convert = functools.partial(main, "convert")
   source = golden.folder / "checkpoint_polar_mem0_win0"
   assert convert(f"--input={source}", f"--output={tmp_path / 'ours'}").returncode == 0

@@ -1,4 +1,4 @@
-"""Published checkpoints: whole-model parity with float64 logits, and refusal of what is not one."""
+"""Published checkpoints: logits of whole models equal the published code's, computed in float64; malformed ones are refused."""
 
 from __future__ import annotations
 
