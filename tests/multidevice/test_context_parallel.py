@@ -16,7 +16,9 @@ from atma_jax.ops.core import dispatch
 from atma_jax.ops.core.tiles import Tile, Tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
+from atma_jax.ops.polar_attention.api import attend
 from atma_jax.ops.polar_attention.gpu import ring_gpu
+from atma_jax.ops.polar_attention.spec import SCALARS, AttentionSpec, PolarParams
 from atma_jax.ops.polar_attention.tpu import ring_tpu
 from atma_jax.sharding import make_mesh
 
@@ -61,8 +63,8 @@ def assert_equal_split(whole, parts, args, tolerance):
 def attention_inputs(T, H, K, D=8, B=2):
   rng = np.random.default_rng(T)
   q, k, v = (jnp.asarray(rng.normal(size=(B, T, heads, D)), jnp.float32) for heads in (H, K, K))
-  raw = {"v_null": rng.normal(size=(H, D))} | {n: rng.normal(size=H) for n in ("null_base", "null_slope", "len_gain", "mag_beta")}
-  return q, k, v, {n: jnp.asarray(x, jnp.float32) for n, x in raw.items()}
+  raw = {"v_null": rng.normal(size=(H, D))} | {scalar.name: rng.normal(size=H) for scalar in SCALARS}
+  return q, k, v, PolarParams(**{name: jnp.asarray(x, jnp.float32) for name, x in raw.items()})
 
 
 # Gradients sum over at most 64 queries, 64 keys and 8 channels, each term rounded at 2^-24: 64 sqrt(8) 2^-24 = 1e-5 of the
@@ -79,12 +81,10 @@ CASES = [  # devices, T, query heads, key heads, window
 
 @pytest.mark.parametrize(("n", "T", "H", "K", "window"), CASES)
 def test_polar_attention(n, T, H, K, window):
-  def call(op, q, k, v, raw, **how):
-    return op(q, k, v, **raw, window=window, null_length=T // 3, count_length=T // 2, **how)
-
+  spec = AttentionSpec(window, null_length=T // 3, count_length=T // 2)
   assert_equal_split(
-    functools.partial(call, ops.polar_attention, implementation="reference"),
-    split(functools.partial(call, context_parallel.polar_attention), n, TIME, TIME, TIME, P()),
+    functools.partial(attend, spec=spec, implementation="reference"),
+    split(functools.partial(context_parallel.polar_attention, spec=spec), n, TIME, TIME, TIME, P()),
     attention_inputs(T, H, K), 2e-5)
 
 
@@ -98,26 +98,24 @@ def interpreted(monkeypatch):
     monkeypatch.setitem(op.implementations, name, Entry("", platforms=()))
 
   for name, steps in INTERPRETED.items():
-    put(context_parallel.ATTENTION, name, steps)
+    put(ring_attention.ATTENTION, name, steps)
   for name, kernels in (("pallas_gpu", delta_gpu), ("pallas_tpu", delta_tpu)):
-    put(context_parallel.MEMORY, name, functools.partial(kernels.gated_delta, interpret=True))
-    put(context_parallel.TRANSITION, name, functools.partial(kernels.transition, interpret=True))
+    put(delta.MEMORY, name, functools.partial(kernels.gated_delta, interpret=True))
+    put(delta.TRANSITION, name, functools.partial(kernels.transition, interpret=True))
 
 
 @pytest.mark.parametrize("implementation", INTERPRETED)
 @pytest.mark.parametrize(("n", "T", "H", "K", "window"), [
   (2, 600, 2, 1, None),  # zigzag, pieces of 150: two blocks on a TPU, five on a GPU
   (4, 56, 4, 2, 37),  # zigzag, pieces of 7
-  (4, 600, 2, 2, 160),  # consecutive pieces of 150, three stops
+  (4, 600, 2, 2, 160),  # consecutive pieces of 150, three hops
   (2, 540, 2, 2, 200),  # of 270: three blocks of queries on a TPU
 ])
 def test_polar_attention_kernels(interpreted, implementation, n, T, H, K, window):
-  def call(op, q, k, v, raw, **how):
-    return op(q, k, v, **raw, window=window, **how)
-
+  spec = AttentionSpec(window)
+  ring = functools.partial(context_parallel.polar_attention, spec=spec, implementation=implementation)
   assert_equal_split(
-    functools.partial(call, ops.polar_attention, implementation="reference"),
-    split(functools.partial(call, context_parallel.polar_attention, implementation=implementation), n, TIME, TIME, TIME, P()),
+    functools.partial(attend, spec=spec, implementation="reference"), split(ring, n, TIME, TIME, TIME, P()),
     attention_inputs(T, H, K, D=64, B=1), 2e-5)
 
 
@@ -125,12 +123,11 @@ def test_polar_attention_kernels(interpreted, implementation, n, T, H, K, window
 def test_softmax_attention(interpreted, implementation, D):
   n, T, H, K, window = CASES[0]
 
-  def call(op, q, k, v, **how):
-    return op(q, k, v, scale=0.3, window=window, **how)
-
+  ring = functools.partial(context_parallel.softmax_attention, scale=0.3, spec=AttentionSpec(window),
+                           implementation=implementation)
   assert_equal_split(
-    functools.partial(call, ops.softmax_attention, implementation="reference"),
-    split(functools.partial(call, context_parallel.softmax_attention, implementation=implementation), n, TIME, TIME, TIME),
+    functools.partial(ops.softmax_attention, scale=0.3, window=window, implementation="reference"),
+    split(ring, n, TIME, TIME, TIME),
     attention_inputs(T, H, K, D)[:3], 2e-5)
 
 
@@ -168,4 +165,5 @@ def test_zigzag_deals_out_early_and_late_pieces():
 
 def test_an_odd_piece_is_refused_with_the_numbers():
   with pytest.raises(ValueError, match=r"sequence of 12 .* multiple of 8"):
-    split(lambda x, axis: context_parallel.softmax_attention(x, x, x, scale=1.0, axis=axis), 4, TIME)(jnp.ones((1, 12, 1, 4)))
+    split(lambda x, axis: context_parallel.softmax_attention(x, x, x, scale=1.0, spec=AttentionSpec(), axis=axis), 4,
+          TIME)(jnp.ones((1, 12, 1, 4)))

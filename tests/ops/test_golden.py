@@ -14,12 +14,13 @@ from atma_jax.ops.core.tiles import Tile, Tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
 from atma_jax.ops.polar_attention.gpu import pallas_gpu
+from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 from atma_jax.ops.polar_attention.tpu import pallas_tpu
 
 IMPLEMENTATIONS = ["reference", "xla"]
 POLAR_KERNELS = {  # interpreted, in blocks that make several of the files
-  "pallas_gpu": functools.partial(pallas_gpu.polar_attention, tiles=Tiles(*(Tile(16, 16),) * 3), interpret=True),
-  "pallas_tpu": functools.partial(pallas_tpu.polar_attention, tiles=Tiles(*(Tile(128, 128),) * 3), interpret=True),
+  "pallas_gpu": functools.partial(pallas_gpu.attend, tiles=Tiles(*(Tile(16, 16),) * 3), interpret=True),
+  "pallas_tpu": functools.partial(pallas_tpu.attend, tiles=Tiles(*(Tile(128, 128),) * 3), interpret=True),
 }
 DELTA_KERNELS = {"pallas_gpu": delta_gpu.gated_delta, "pallas_tpu": delta_tpu.gated_delta}
 POLAR = ["causal", "gqa", "odd", "one", "sharp", "window"]
@@ -40,10 +41,11 @@ def forward_and_gradients(call, file, dtype, names, cotangents):
 def run_polar(file, dtype, implementation):
   window = None if file["window"] < 0 else int(file["window"])
 
-  op = POLAR_KERNELS.get(implementation) or functools.partial(polar_attention, implementation=implementation)
-
   def call(*args):
-    return op(*args[:3], **dict(zip(POLAR_NAMES[3:], args[3:])), window=window)
+    raw = dict(zip(POLAR_NAMES[3:], args[3:]))
+    if implementation in POLAR_KERNELS:
+      return POLAR_KERNELS[implementation](*args[:3], PolarParams(**raw), AttentionSpec(window))
+    return polar_attention(*args[:3], **raw, window=window, implementation=implementation)
 
   return forward_and_gradients(call, file, dtype, POLAR_NAMES, ("cot_direction", "cot_magnitude"))
 

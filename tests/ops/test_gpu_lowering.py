@@ -11,13 +11,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import pytest
 
 from atma_jax.models import parallel
-from atma_jax.ops import cross_entropy, gated_short_conv, sum_and_norm
-from atma_jax.ops.context_parallel import api as context_parallel
+from atma_jax.ops import context_parallel, cross_entropy, gated_short_conv, sum_and_norm
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta.step import gated_delta_step
 from atma_jax.ops.polar_attention.cached import api as cached
-from atma_jax.ops.polar_attention.cached import chunk_gpu as chunk_pallas_gpu
+from atma_jax.ops.polar_attention.cached import chunk_gpu
 from atma_jax.ops.polar_attention.gpu import pallas_gpu
+from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 
 DEVICE = AbstractDevice("NVIDIA H200", 132, "gpu")
 HOPPER = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=DEVICE)
@@ -35,13 +35,14 @@ def lowered(call, *shapes, mesh=HOPPER) -> str:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("T, K, D, window", [(300, 2, 64, 100), (256, 4, 128, None), (1, 4, 64, None)])
-def test_polar_attention(T, K, D, window, dtype):
+@pytest.mark.parametrize("T, K, D, window, count_length", [
+  (300, 2, 64, 100, None), (256, 4, 128, None, 77), (1, 4, 64, None, None)])
+def test_polar_attention(T, K, D, window, count_length, dtype):
   H, shape = 4, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  names = ["v_null", "null_base", "null_slope", "len_gain", "mag_beta"]
+  spec = AttentionSpec(window, count_length=count_length)
 
   def call(q, k, v, *raw):
-    return pallas_gpu.polar_attention(q, k, v, **dict(zip(names, raw, strict=True)), window=window)
+    return pallas_gpu.attend(q, k, v, PolarParams(*raw), spec)
 
   arrays = [jax.ShapeDtypeStruct((1, T, heads, D), dtype) for heads in (H, K, K)]
   text = lowered(call, *arrays, shape((H, D)), *[shape((H,))] * 4)
@@ -124,13 +125,11 @@ def test_decoding(R, dtype, page, kernels):
 
 @pytest.mark.parametrize("dtype, D, window", [(jnp.bfloat16, 128, None), (jnp.float32, 64, 300)])
 def test_a_ring(dtype, D, window):
-  """On four GPUs "auto" takes the kernels of attention and memory; one loop of stops forward, one backward."""
+  """On four GPUs "auto" takes the kernels of attention and memory; one loop of hops forward, one backward."""
   T, H, K = 1200, 4, 2
 
   def call(q, k, v, log_gamma, beta, *raw):
-    names = ["v_null", "null_base", "null_slope", "len_gain", "mag_beta"]
-    direction, magnitude = context_parallel.polar_attention(q, k, v, **dict(zip(names, raw, strict=True)), window=window,
-                                                            axis="context")
+    direction, magnitude = context_parallel.polar_attention(q, k, v, PolarParams(*raw), AttentionSpec(window), axis="context")
     readout, _ = context_parallel.gated_delta(q, q, q, log_gamma=log_gamma, beta=beta, axis="context")
     return direction, magnitude, readout
 
@@ -150,7 +149,7 @@ def test_cached_attention_of_a_chunk():
   vectors = [jax.ShapeDtypeStruct((B, T, heads, D), jnp.bfloat16) for heads in (H, K, K)]
 
   def call(q, k, v, keys, values, lengths, scale):
-    return chunk_pallas_gpu.cached_statistics(q, k, v, keys, values, lengths, scale, window=None, layer=0)
+    return chunk_gpu.cached_statistics(q, k, v, keys, values, lengths, scale, window=None, layer=0)
 
   shapes = *vectors, ring, ring, jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
   with jax.sharding.use_abstract_mesh(HOPPER):

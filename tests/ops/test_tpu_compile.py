@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from atma_jax.ops import gated_delta, polar_attention
-from atma_jax.ops.core import dispatch, tiles
+from atma_jax.ops.core import devices, dispatch
 from atma_jax.ops.polar_attention.cached import api as cached
 from atma_jax.planning.ahead import ENVIRONMENT
 from atma_jax.planning.hlo import traffic
@@ -59,7 +59,7 @@ def test_polar_attention(chip, generation, B, T, D, dtype):
     return polar_attention(q, k, v, **raw)  # "auto" on a TPU is the kernel
 
   with jax.set_mesh(mesh):
-    assert (dispatch.platform(), tiles.generation()) == ("tpu", generation)
+    assert (dispatch.platform(), devices.generation()) == ("tpu", generation)
   raw = {"v_null": jax.ShapeDtypeStruct((H, D), jnp.float32)} | {n: jax.ShapeDtypeStruct((H,), jnp.float32) for n in SCALARS}
   program = compiled(op, mesh, *(jax.ShapeDtypeStruct((B, T, n, D), dtype) for n in (H, K, K)), raw)
   assert traffic(program.as_text()).kernels == 3
