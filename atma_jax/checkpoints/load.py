@@ -44,9 +44,6 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
                overrides: Mapping[str, Any] | None = None) -> LoadedModel:
   """Loads configuration, model, tokenizer and step number; of the arrays only the parameters are read.
 
-      loaded = load_model("runs/x", overrides={"window": None, "count_length": 2048})
-      logits = loaded.model(tokens)
-
   Args:
     directory: a training workdir, its folder ``checkpoints``, or a published checkpoint (see `atma_jax.pytorch`).
     step: the step to read; None is the newest good one.
@@ -56,9 +53,17 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
       ``count_length`` (a number of keys), ``retention_cap`` (a half-life in tokens, or a `atma_jax.config.RetentionCap`). None
       stands for "without". See `atma_jax.checkpoints.overrides.OVERRIDES`.
 
+  Returns:
+    A `LoadedModel`: ``config``, ``model``, ``tokenizer`` and ``step`` by name, or unpacked in that order.
+
   Raises:
     UserError: no such directory or step, no good step, no average in it, a malformed published checkpoint, or an override that
       is unknown, not legal, or that the model has no use for.
+
+  Example:
+    >>> config, model, tokenizer, step = load_model("runs/quickstart")
+    >>> logits = model(jnp.asarray([tokenizer.encode("def main(")]))  # (1, T, V) float32
+    >>> windowed = load_model("runs/quickstart", overrides={"window": 64, "count_length": 256}).model
   """
   overrides = {} if overrides is None else overrides
   checked_overrides(overrides)  # a wrong name is told before anything is read

@@ -31,8 +31,20 @@ def is_published(directory: str | os.PathLike) -> bool:
 def load_pytorch(directory: str | os.PathLike) -> Atma:
   """Loads the model of a published checkpoint directory, with weights in the dtype that they are stored in.
 
+  PyTorch is not needed. `atma_jax.load_model` takes such a directory, too, and also reads the tokenizer.
+
+  Args:
+    directory: holds ``config.json``, and ``weights.pt`` or ``*.safetensors``.
+
+  Returns:
+    The model, its arrays on the default device.
+
   Raises:
     UserError: a file is missing or malformed, or a tensor, which is named, is missing, unexpected or of the wrong shape.
+
+  Example:
+    >>> model = load_pytorch("published/atma_378m")
+    >>> logits = model(jnp.zeros((1, 16), jnp.int32))  # (1, 16, V) float32
   """
   tensors = _open_tensors(pathlib.Path(directory))
   return from_state_dict(tensors, model_config(pathlib.Path(directory) / "config.json", tensors), str(directory))

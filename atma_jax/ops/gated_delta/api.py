@@ -41,6 +41,15 @@ def gated_delta(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float
   Raises:
     ValueError: the shapes do not fit together.
     NotImplementedError: the implementation asked for by name cannot serve the call.
+
+  Example:
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 16, 4, 64))
+    >>> q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    >>> gates = {"log_gamma": jnp.full((1, 16, 4), -0.01), "beta": jnp.full((1, 16, 4), 0.5)}
+    >>> readout, state = gated_delta(q, k, v, **gates)
+    >>> readout, state = gated_delta(q, k, v, initial_state=state, **gates)  # the sequence goes on
+    >>> readout.shape, state.shape
+    ((1, 16, 4, 64), (1, 4, 64, 64))
   """
   (B, T, H, D), (K, Dv) = q.shape, v.shape[2:]
   if k.shape != (B, T, K, D) or v.shape[:2] != (B, T) or H % K or log_gamma.shape != (B, T, H) or beta.shape != (B, T, H):

@@ -45,6 +45,13 @@ def polar_attention(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: F
   Raises:
     ValueError: shapes do not fit together, or a length is below 1.
     NotImplementedError: an implementation asked for by name cannot serve the call.
+
+  Example:
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 16, 4, 64))
+    >>> scalars = {name: jnp.zeros(4) for name in ("null_base", "null_slope", "len_gain", "mag_beta")}
+    >>> direction, magnitude = polar_attention(q, k, v, v_null=jnp.zeros((4, 64)), **scalars)
+    >>> direction.shape, magnitude.shape
+    ((1, 16, 4, 64), (1, 16, 4))
   """
   params = PolarParams(v_null=v_null, null_base=null_base, null_slope=null_slope, len_gain=len_gain, mag_beta=mag_beta)
   return attend(q, k, v, params, AttentionSpec(window, null_length, count_length), implementation=implementation)
