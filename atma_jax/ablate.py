@@ -2,10 +2,10 @@
 
     --axis model.attention=polar,nope --axis model.memory.enabled=true,false --seeds=0,1    axes over any field
     --list                            prints the cell ids
-    --output=DIR                      runs what nobody else runs, resumes, reports; without a grid: every cell in DIR
-    --jobs=slurm --launch=--time=4:00:00 [--dry_run]    one job a cell instead
+    --output=DIR                      runs cells that no other worker runs, resumes, reports; without a grid: every cell in DIR
+    --jobs=slurm --launch=--time=4:00:00 [--dry_run]    submits one job per cell instead
 
-Exit codes: 0 done, 1 cells failed (2 if all of those for bad input), the others being done, 2 bad input, 75 pre-empted.
+Exit codes: 0 done, 1 some cells failed and all others are done (2 if they failed for bad input), 2 bad input, 75 pre-empted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pathlib
 from absl import flags
 
 from atma_jax import cli
-from atma_jax.ablation import dashboard, grid, jobs, sweep
+from atma_jax.ablation import grid, jobs, summary, sweep
 from atma_jax.ablation.worker import FAILED, PREEMPTED, Worker, cell_command
 from atma_jax.config import Config
 from atma_jax.errors import UserError
@@ -24,29 +24,29 @@ _CONFIG = cli.define_config_flag()
 _PRESET = flags.DEFINE_string("preset", None, f"A grid by name: {', '.join(grid.PRESETS)}.")
 _AXIS = flags.DEFINE_multi_string("axis", [], "FIELD=VALUE,VALUE,...: an axis over a field of the configuration.")
 _SEEDS = flags.DEFINE_list("seeds", [], "Seeds, as one more axis.")
-_EXCLUDE = flags.DEFINE_multi_string("exclude", [], "LABEL,LABEL,...: drops the cells that have all of them.")
+_EXCLUDE = flags.DEFINE_multi_string("exclude", [], "LABEL,LABEL,...: leaves out the cells that have all of these labels.")
 _LIST = flags.DEFINE_bool("list", False, "Print the cell ids and end.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory of the sweep, shared by all workers.")
 _CELLS = flags.DEFINE_list("cells", [], "Only these cell ids.")
-_PARALLEL = flags.DEFINE_integer("parallel", 1, "Cells side by side on this machine, each a process.", lower_bound=1)
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Cells at a time on this machine, each in its own process.", lower_bound=1)
 _GPUS = flags.DEFINE_list("gpus", [], "GPU ids; every cell sees one of them, e.g. --gpus=0,1,2,3 --parallel=4.")
-_RETRY = flags.DEFINE_bool("retry_failed", False, "Try the cells again that failed.")
-_REPORT = flags.DEFINE_bool("report", False, "Only write the report over what is done.")
-_JOBS = flags.DEFINE_enum("jobs", None, tuple(jobs.LAUNCHERS), "Submit one job a cell.")
+_RETRY = flags.DEFINE_bool("retry_failed", False, "Retry the cells that failed.")
+_REPORT = flags.DEFINE_bool("report", False, "Only write the report over the cells that are done.")
+_JOBS = flags.DEFINE_enum("jobs", None, tuple(jobs.LAUNCHERS), "Submit one job per cell.")
 _LAUNCH = flags.DEFINE_multi_string("launch", [], "An option of the launcher, e.g. --launch=--partition=gpu.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the jobs' commands, run none.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands of the jobs instead of running them.")
 _SUITE = flags.DEFINE_list("suite", list(sweep.Evaluation.suite), "Evaluation suites.")
 _MULTIPLES = flags.DEFINE_list("multiples", [*map(str, sweep.Evaluation.multiples)], "Contexts, in training lengths.")
-_TRIALS = flags.DEFINE_integer("trials", sweep.Evaluation.trials, "Needles a distance.", lower_bound=1)
+_TRIALS = flags.DEFINE_integer("trials", sweep.Evaluation.trials, "Needles per distance.", lower_bound=1)
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", sweep.Evaluation.batch_tokens, "Tokens in a batch.", lower_bound=1)
-_DOCUMENTS = flags.DEFINE_integer("min_documents", sweep.Evaluation.min_documents, "Fewest of the full length.", lower_bound=1)
-_RUN_CELL = flags.DEFINE_string("run_cell", None, "Of the worker's own use: the folder of the cell that this process runs.")
+_DOCUMENTS = flags.DEFINE_integer("min_documents", sweep.Evaluation.min_documents, "Fewest full-length documents.", lower_bound=1)
+_RUN_CELL = flags.DEFINE_string("run_cell", None, "Used by the worker itself: the folder of the cell that this process runs.")
 
 
-def main() -> int:
-  """Runs, lists, submits or reports the cells of the flags; the exit code. Raises UserError on bad flags."""
+def main() -> int | None:
+  """Runs, lists, submits or reports cells, as the flags say; returns the exit code. Raises UserError on bad flags."""
   if _RUN_CELL.value:
-    from atma_jax.ablation.cell_process import run_cell  # JAX is for the cells' processes: a worker touches no device
+    from atma_jax.ablation.cell_process import run_cell  # imports JAX, which a worker must not: it would take the devices
     return cli.EXIT_PREEMPTED if run_cell(_RUN_CELL.value) == PREEMPTED else 0
   axes, exclude = grid.preset(_PRESET.value) if _PRESET.value else ([], ())
   axes += [grid.parse_axis(text, cli.parse_field) for text in _AXIS.value]
@@ -62,18 +62,17 @@ def main() -> int:
   directory = pathlib.Path(_OUTPUT.value)
   evaluation = sweep.Evaluation(tuple(_SUITE.value), cli.whole_numbers("multiples", _MULTIPLES.value), _TRIALS.value,
                                 _BATCH_TOKENS.value, _DOCUMENTS.value)
-  chosen = sweep.chosen(cells or sweep.find(directory), _CELLS.value, directory)
+  chosen = sweep.select_cells(cells or sweep.find(directory), _CELLS.value, directory)
   folders = sweep.create(directory, chosen, evaluation) if cells else chosen
   if _JOBS.value:
-    jobs.submit(_JOBS.value, folders, _OUTPUT.value, _LAUNCH.value, dry_run=_DRY_RUN.value)
-    return 0
+    return jobs.submit(_JOBS.value, folders, _OUTPUT.value, _LAUNCH.value, dry_run=_DRY_RUN.value)
   worker = Worker(folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value, gpus=_GPUS.value)
   outcome = None if _REPORT.value else worker.run()
   if outcome == PREEMPTED:
     return cli.EXIT_PREEMPTED
   if _REPORT.value or any(cell.done for cell in sweep.find(directory)):
-    dashboard.report(directory, sweep.find(directory))
-  return sweep.exit_code(folders) if outcome == FAILED else 0
+    summary.write_summary(directory, sweep.find(directory))
+  return sweep.failure_exit_code(folders) if outcome == FAILED else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The lm-evaluation-harness with model ``atma_jax``: its own command line, which also knows our checkpoints.
+"""The lm-evaluation-harness with the model ``atma_jax``, which reads the checkpoints of this package.
 
     python -m atma_jax.lm_eval --model_args checkpoint=DIR --tasks lambada_openai,hellaswag --batch_size auto
 
-All options of ``lm_eval`` (extra ``eval``) are passed on; ``--model atma_jax`` is implied.
+The command line is that of ``lm_eval`` (extra ``eval``); ``--model atma_jax`` is implied.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from atma_jax.errors import UserError
 
 
 def main() -> None:
-  """Runs the harness's own command line with the model `atma_jax` registered; bad input, or no harness, ends with exit code 2."""
+  """Runs the harness's command line with the model `atma_jax` registered; exit code 2 for bad input or a missing harness."""
   if importlib.util.find_spec("lm_eval") is None:
     bad_input("the lm-evaluation-harness is not installed: pip install 'atma_jax[eval]'")
   from lm_eval._cli import HarnessCLI

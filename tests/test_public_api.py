@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import doctest
 import importlib.metadata
 import inspect
 import pathlib
-import pydoc
 import re
 import subprocess
 import sys
 import textwrap
 import tomllib
 
+from flax import nnx
+import jax
+import jax.numpy as jnp
 import pytest
 
 import atma_jax
 from atma_jax.checkpoints.load import load_model
+from atma_jax.checkpoints.store import save_model
+from atma_jax.config import Config, DataConfig, ModelConfig
+from atma_jax.data.prepare import prepare
+from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
-from atma_jax.evaluation import runner
-from atma_jax.evaluation.options import Options
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
+from atma_jax.models import Atma
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 NAMES = ["Atma", "Config", "evaluate", "gated_delta", "generate", "load_model", "load_pytorch", "polar_attention"]
@@ -43,18 +51,22 @@ for script in sys.argv[1:]:
 """
 
 
+CONFIG = Config(
+  name="small",
+  model=ModelConfig(vocab_size=272, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
+                    block_pattern=("local", "global"), activation_dtype="float32"),
+  data=DataConfig(tokenizer="bytes", sequence_length=64, batch_size=2, validation_documents=8, heldout_documents=8))
+
+
 @pytest.fixture(scope="module")
-def trained(main, tmp_path_factory):
-  """The working directory of a small model after one step, its held-out documents long enough for four times its length."""
+def trained(tmp_path_factory):
+  """The working directory of a small model, beside the data it was to be trained on."""
   corpus, workdir = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("trained")
   for i in range(40):
     (corpus / f"{i:02}.txt").write_text(f"Document {i}. " + "The quick brown fox jumps over the lazy dog. " * (8 + i))
-  done = main(
-    "train", "--config=configs/debug.py", f"--workdir={workdir}", f"--config.data.sources=('text:{corpus}/*.txt',)",
-    "--config.data.weights=(1.0,)", "--config.data.tokenizer=bytes", "--config.data.sequence_length=64",
-    "--config.data.batch_size=2", "--config.data.validation_documents=8", "--config.data.heldout_documents=8",
-    "--config.train.steps=1", "--config.train.validate_every=0", "--config.train.accumulation=1", "--config.model.vocab_size=512")
-  assert done.returncode == 0, done.stderr
+  data = dataclasses.replace(CONFIG.data, sources=(f"text:{corpus}/*.txt",), directory=str(workdir / "data"))
+  prepare(data, workers=1)
+  save_model(workdir, dataclasses.replace(CONFIG, data=data), Atma(CONFIG.model, rngs=nnx.Rngs(0)), ByteTokenizer(), 1)
   return workdir
 
 
@@ -115,17 +127,30 @@ def test_the_package_can_be_patched(monkeypatch):
 def test_help_is_complete(name):
   """`help` of each name describes every argument, what comes back, what is raised, and how it is called."""
   value = getattr(atma_jax, name)
-  text = pydoc.render_doc(value, renderer=pydoc.plaintext)
-  assert "Example:" in text
+  text = inspect.cleandoc(value.__doc__)
+  for section in ("Attributes:", "Example:") if inspect.isclass(value) else ("Args:", "Returns:", "Raises:", "Example:"):
+    assert f"\n{section}\n" in text, section
   if inspect.isclass(value):
-    assert re.search(r"^\s*\|?\s*(Args|Attributes):", text, flags=re.MULTILINE)
     return
-  sections = inspect.getdoc(value)
-  for section in ("Args:", "Returns:", "Raises:", "Example:"):
-    assert f"\n{section}\n" in sections, section
-  arguments = sections[sections.index("Args:"):sections.index("Returns:")]
+  described = text[text.index("Args:"):text.index("Returns:")]
   for argument in inspect.signature(value).parameters:
-    assert re.search(rf"^\s+[\w*, ]*\b{argument}\b[\w*, ]*:", arguments, flags=re.MULTILINE), argument
+    assert re.search(rf"^\s+[\w*, ]*\b{argument}\b[\w*, ]*:", described, flags=re.MULTILINE), argument
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_examples_run(name, trained, golden, tmp_path):
+  """The examples in the help, with a small model in the place of the quickstart's and of the published one."""
+  names = {"atma_jax": atma_jax, "jax": jax, "jnp": jnp, "nnx": nnx, **{n: getattr(atma_jax, n) for n in NAMES},
+           "Config": lambda: copy.deepcopy(CONFIG)}
+  examples = doctest.DocTestParser().get_examples(getattr(atma_jax, name).__doc__)
+  assert examples
+  for example in examples:
+    source = example.source.replace("runs/quickstart", str(trained)).replace("runs/needles", str(tmp_path)).replace(
+      "published/atma_378m", str(golden.folder / "checkpoint_polar_mem1_win0"))
+    if example.want:
+      assert repr(eval(source, names)) == example.want.strip()
+    else:
+      exec(source, names)
 
 
 def test_version():
@@ -165,16 +190,20 @@ def test_generate_says_what_is_wrong(trained):
     atma_jax.generate(trained / "absent", "x")
 
 
-def test_evaluate_takes_its_options_by_name(monkeypatch, tmp_path):
-  """Keywords are the fields of `Options`; lists and single suites are taken too."""
-  given = []
-  monkeypatch.setattr(runner, "evaluate", lambda *arguments: given.append(arguments) or [])
-  assert atma_jax.evaluate(tmp_path, tmp_path / "out", suite="needle", multiples=[1, 4], trials=3) == []
-  assert given[0][:3] == (str(tmp_path), str(tmp_path / "out"), Options(suite=("needle",), multiples=(1, 4), trials=3))
-  with pytest.raises(TypeError, match="trails"):
-    atma_jax.evaluate(tmp_path, tmp_path, trails=3)
-  with pytest.raises(UserError, match="--trials=0"):
-    atma_jax.evaluate(tmp_path, tmp_path, trials=0)
+def test_evaluate(trained, tmp_path):
+  """Options of the evaluation and of a suite go by name; lists and single suites are taken; numbers are written down, too."""
+  records = atma_jax.evaluate(trained, tmp_path, suite="needle", multiples=[1, 2], trials=3)
+  accuracy = {record["length"]: record for record in records if record["measure"] == "needle_accuracy"}
+  assert accuracy.keys() == {64, 128}
+  assert all(record["n"] == 15 and 0 <= record["value"] <= 1 for record in accuracy.values())
+  assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(records)
+
+
+def test_evaluate_says_what_is_wrong(trained, tmp_path):
+  """One line that names the option."""
+  for options, said in (({"trails": 3}, "trails"), ({"trials": 0}, "--trials=0"), ({"suite": "neddle"}, "neddle")):
+    with pytest.raises(UserError, match=said):
+      atma_jax.evaluate(trained, tmp_path, **options)
 
 
 def test_the_readme_runs(trained, tmp_path, capsys):

@@ -1,1 +1,1 @@
-"""Grids of matched runs: which cells there are, who runs them, what they show."""
+"""Sweeps: grids of training runs, workers that share them, and what the results say about each factor."""

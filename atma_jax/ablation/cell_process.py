@@ -1,4 +1,4 @@
-"""What runs in a cell's own process: training, evaluation, the result."""
+"""The process of one cell: training, evaluation, and the result."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from atma_jax.config import DataConfig
 from atma_jax.data.manifest import MANIFEST
 from atma_jax.data.prepare import prepare
 from atma_jax.errors import UserError
-from atma_jax.evaluation.options import Options
-from atma_jax.evaluation.runner import evaluate
+from atma_jax.evaluation.api import evaluate
 from atma_jax.models import count_parameters
 from atma_jax.training.loop import DONE, train
 
 
 def run_cell(path: str | os.PathLike) -> str:
-  """Trains and evaluates a cell, resuming both, and writes its result; returns what `train` returned.
+  """Trains and evaluates the cell of a folder, resuming both, and writes its result.
+
+  Returns:
+    The outcome of `train`; there is a result only if it is `DONE`.
 
   Raises:
-    UserError: no such cell, or what training and evaluation raise.
+    UserError: there is no such cell, or training or evaluation raised it.
   """
   _end_with_worker()
   folder = CellFolder(pathlib.Path(path))
@@ -41,14 +43,12 @@ def run_cell(path: str | os.PathLike) -> str:
   outcome = train(config, str(folder.path))
   if outcome != DONE:
     return outcome
-  options = description["evaluation"]
-  records = evaluate(str(folder.path), str(folder.path / "evaluation"), Options(
-    **{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}))
+  records = evaluate(folder.path, folder.path / "evaluation", **description["evaluation"])
   write_json(folder.path / "result.json", {
     "schema": description["schema"], "id": folder.id, "labels": description["labels"], "config": config.to_dict(),
     "parameters": count_parameters(config.model), "seconds": round(time.time() - started, 1),
     "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__,
-    "training": _training(folder.path / "metrics.jsonl"),
+    "training": _training_curves(folder.path / "metrics.jsonl"),
     "measures": [{name: record[name] for name in ("measure", "length", "value", "n", "standard_error", "interval")
                   if name in record} for record in records]})
   logging.info("result: %s", folder.path / "result.json")
@@ -56,7 +56,7 @@ def run_cell(path: str | os.PathLike) -> str:
 
 
 def _prepare_once(config: DataConfig) -> None:
-  """Prepares data that cells share, or waits while another cell does."""
+  """Prepares the data that cells share, or waits while another cell does."""
   directory = pathlib.Path(config.directory)
   if (directory / MANIFEST).exists():
     return
@@ -69,8 +69,8 @@ def _prepare_once(config: DataConfig) -> None:
     raise UserError(f"cannot prepare data in {directory}: {error.strerror or error}") from error
 
 
-def _training(path: pathlib.Path) -> dict[str, Any]:
-  """The curves of training and validation, and the last speed."""
+def _training_curves(path: pathlib.Path) -> dict[str, Any]:
+  """Training and validation losses by step, and the latest speed."""
   records = [json.loads(line) for line in path.read_text().splitlines()]
   logged = [r for r in records if r.get("loss") is not None]
   validated = [r for r in records if r.get("validation/loss") is not None]
@@ -80,7 +80,11 @@ def _training(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _end_with_worker() -> None:
-  """Where Linux allows it, this process is killed with the worker that started it, so that no cell runs twice."""
+  """Has the kernel kill this process when its worker dies, so that no cell runs twice; only Linux can.
+
+  Raises:
+    UserError: the worker has died already.
+  """
   parent = os.environ.get(PARENT_VARIABLE)
   if parent is None:
     return

@@ -1,9 +1,10 @@
-"""Who runs a cell: claims that several workers take atomically in a directory they share.
+"""Claims by which workers that share a directory make sure that a cell is run by one of them at a time.
 
-A cell's claims are files ``claim.0``, ``claim.1``, ...; the highest counts, and whoever creates the next one has the cell
-(`O_EXCL`, so there is one winner and nothing is ever renamed away under its owner). A claim is passed on when it was
-released, when its process is gone from this machine, or when its heartbeat stood still for `STALE_SECONDS` while this
-process looked: clocks of different machines are never compared. An owner that finds a higher claim has lost the cell.
+The claims of a cell are files ``claim.0``, ``claim.1``, and so on. The one with the highest number is in force, and whoever
+creates the next one owns the cell. (Files are created with `O_EXCL`, so there is a single winner, and no claim is ever renamed
+or removed under its owner.) A claim lapses when it is released, when its process has ended on this machine, or when its
+heartbeat has stood still for `STALE_SECONDS` of this process's own clock; clocks of different machines are never compared. An
+owner that finds a higher claim has lost the cell.
 """
 
 from __future__ import annotations
@@ -23,36 +24,40 @@ STALE_SECONDS = 120.0
 
 
 class Claim:
-  """A cell that is this process's."""
+  """This process's claim on a cell."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
     self._next = path.with_name(f"claim.{_number(path) + 1}")
-    self._beaten = time.monotonic()
+    self._last_beat = time.monotonic()
 
   def beat(self) -> bool:
-    """Shows that the owner lives, at most every `BEAT_SECONDS`; False once another process has the cell."""
-    if time.monotonic() - self._beaten >= BEAT_SECONDS:
+    """Renews the heartbeat, at most every `BEAT_SECONDS`; False if another process has taken the cell."""
+    if time.monotonic() - self._last_beat >= BEAT_SECONDS:
       os.utime(self.path)
-      self._beaten = time.monotonic()
+      self._last_beat = time.monotonic()
     return not self._next.exists()
 
   def release(self) -> None:
-    """Lets any process take the cell again."""
+    """Gives the cell up, so that any process can take it."""
     temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(_identity() | {"released": True}))
     os.replace(temporary, self.path)
 
 
 class Claims:
-  """Takes claims and remembers the heartbeats it saw of others."""
+  """Takes claims, and remembers the heartbeats of the claims of other machines."""
 
   def __init__(self) -> None:
-    self._seen: dict[pathlib.Path, tuple[int, float]] = {}  # claim -> (heartbeat, when it was first seen at that)
-    self._first: dict[pathlib.Path, int] = {}  # claim of another machine -> the first heartbeat seen
+    self._latest: dict[pathlib.Path, tuple[int, float]] = {}  # claim -> latest heartbeat, and when it was first seen
+    self._first: dict[pathlib.Path, int] = {}  # claim -> first heartbeat seen
 
   def acquire(self, folder: pathlib.Path) -> Claim | None:
-    """The claim on a cell's folder, or None where another process has it."""
+    """Claims the cell of a folder; None if another process owns it.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
     current = _current(folder)
     if current is not None and self.alive(current):
       return None
@@ -68,7 +73,7 @@ class Claims:
     return Claim(path)
 
   def owner(self, folder: pathlib.Path) -> str | None:
-    """Who has the cell, or None if it is free."""
+    """Host and process id of the owner of a cell, or None if it is free."""
     current = _current(folder)
     if current is None or not self.alive(current):
       return None
@@ -76,32 +81,33 @@ class Claims:
     return f"{identity.get('host', 'unknown').partition(' ')[0]}:{identity.get('pid', 'unknown')}"
 
   def beating(self, folder: pathlib.Path) -> bool:
-    """True once the cell's owner was seen to live: nobody needs to wait to take over."""
+    """Whether the owner of a cell has been seen alive, so that nobody has to wait in order to take the cell over."""
     current = _current(folder)
     if current is None or not self.alive(current):
       return False
-    return current not in self._first or self._seen[current][0] != self._first[current]
+    return current not in self._first or self._latest[current][0] != self._first[current]
 
   def alive(self, path: pathlib.Path) -> bool:
-    """Whether the claim `path` holds."""
+    """Whether the claim `path` has not lapsed."""
     identity = _read(path)
     if identity.get("released"):
       return False
     ours = _identity()
     if identity.get("host") == ours["host"]:
-      return _started(identity["pid"]) == identity["started"]
+      return process_start(identity["pid"]) == identity["started"]
     try:
       heartbeat = path.stat().st_mtime_ns
     except FileNotFoundError:
       return False
     now = time.monotonic()
     self._first.setdefault(path, heartbeat)
-    seen, since = self._seen.get(path, (heartbeat, now))
-    self._seen[path] = (heartbeat, since if seen == heartbeat else now)
-    return now - self._seen[path][1] < STALE_SECONDS
+    seen, since = self._latest.get(path, (heartbeat, now))
+    self._latest[path] = (heartbeat, since if seen == heartbeat else now)
+    return now - self._latest[path][1] < STALE_SECONDS
 
 
 def _current(folder: pathlib.Path) -> pathlib.Path | None:
+  """The claim with the highest number."""
   return max((path for path in folder.glob("claim.*") if re.fullmatch(r"claim\.\d+", path.name)), key=_number, default=None)
 
 
@@ -110,7 +116,7 @@ def _number(path: pathlib.Path) -> int:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  """Its contents; a claim that is just being written, or whose writer died, says nothing."""
+  """The content of a claim; empty while it is being written, or if its writer died."""
   try:
     return json.loads(path.read_text())
   except (ValueError, FileNotFoundError):
@@ -118,19 +124,19 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _identity() -> dict[str, Any]:
-  return {"host": f"{socket.gethostname()} {_machine()}", "pid": os.getpid(), "started": _started(os.getpid())}
+  return {"host": f"{socket.gethostname()} {_machine()}", "pid": os.getpid(), "started": process_start(os.getpid())}
 
 
 def _machine() -> str:
-  """Tells machines, boots and containers of one name apart, as far as the system says."""
+  """Identifies this boot and this container, as far as the system says, because host names are not unique."""
   try:
     return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
   except OSError:
     return ""
 
 
-def _started(pid: int) -> str | None:
-  """When a process of this machine started, in the system's own count; None if there is no such process."""
+def process_start(pid: int) -> str | None:
+  """When a process of this machine started, in the system's own ticks; None if there is no such process."""
   try:
     status = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return None if status[0] in "ZX" else status[19]

@@ -1,6 +1,6 @@
-"""Which cells a grid has: axes over fields of the configuration, presets, cell ids.
+"""Grids of training runs: axes over fields of the configuration, the cells they span, and presets.
 
-A cell id joins one label an axis: ``polar__reg-baseline__distr-0__mem-1__win-0``.
+The id of a cell joins one label per axis: ``polar__reg-baseline__distr-0__mem-1__win-0``.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from typing import Any
 from atma_jax.config import REGULARIZERS, Config
 from atma_jax.errors import UserError, unknown_name
 
-# What an axis over a field is called in ids and tables; others by the last part of the field's name.
+# Names of axes in ids and tables, by field. Other axes are called by the last part of their field.
 NAMES = {"model.attention": "attention", "model.memory.enabled": "mem", "model.memory.max_half_life": "halflife",
          "model.window": "win", "train.auxiliary.regularizer": "reg", "train.auxiliary.distractors": "distr"}
 SEED_FIELDS = ("train.seed", "data.shuffle_seed")
-_BARE = ("attention",)  # axes whose values speak for themselves
+_UNLABELLED = ("attention",)  # axes whose levels are not prefixed with the name of the axis
 
-Parse = Callable[[str, str], Any]  # field without "config.", text -> value
+Parse = Callable[[str, str], Any]  # (field without "config.", text) -> value
 
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-  """One setting of an axis: fields and their values; a callable takes the base configuration and gives the value."""
+  """One level of an axis.
+
+  Attributes:
+    label: in cell ids.
+    changes: fields and their values. A callable value is called with the base configuration and returns the value.
+  """
 
   label: str
   changes: tuple[tuple[str, Any], ...]
@@ -34,7 +39,7 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """A factor of the grid."""
+  """A factor of the grid: its name and its levels."""
 
   name: str
   levels: tuple[Level, ...]
@@ -42,7 +47,13 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One run: its labels by axis, and its whole configuration."""
+  """One run of the grid.
+
+  Attributes:
+    id: unique within the grid.
+    labels: one per axis, by the name of the axis.
+    config: the whole configuration.
+  """
 
   id: str
   labels: dict[str, str]
@@ -50,18 +61,26 @@ class Cell:
 
 
 def make_axis(field: str, values: Sequence[Any], name: str | None = None) -> Axis:
-  """An axis over one field."""
+  """An axis over the values of one field."""
   name = name or NAMES.get(field, field.rpartition(".")[2])
   return Axis(name, tuple(Level(_label(name, value), ((field, value),)) for value in values))
 
 
 def seed_axis(seeds: Sequence[int]) -> Axis:
-  """Seeds of parameters, auxiliary draws and data order together."""
+  """An axis over seeds; a seed sets the parameters, the auxiliary draws and the order of the data."""
   return Axis("seed", tuple(Level(f"seed-{seed}", tuple((field, seed) for field in SEED_FIELDS)) for seed in seeds))
 
 
 def parse_axis(text: str, parse: Parse) -> Axis:
-  """``[config.]FIELD=VALUE,VALUE,...``; a value with commas of its own is written in parentheses."""
+  """The axis that ``[config.]FIELD=VALUE,VALUE,...`` describes; a value that contains commas is written in parentheses.
+
+  Args:
+    text: the description.
+    parse: parses a value of a field.
+
+  Raises:
+    UserError: the text is malformed, or a value is illegal.
+  """
   field, equals, values = text.partition("=")
   if not equals or not values:
     raise UserError(f"--axis={text}: must be FIELD=VALUE,VALUE,..., e.g. --axis model.attention=polar,nope")
@@ -70,10 +89,16 @@ def parse_axis(text: str, parse: Parse) -> Axis:
 
 
 def expand(axes: Sequence[Axis], base: Config, exclude: Sequence[str] = ()) -> list[Cell]:
-  """All combinations but those that have every label of one of `exclude` (labels joined by commas), in order.
+  """The cells of all combinations of levels, in order.
+
+  Args:
+    axes: the factors.
+    base: the configuration that levels change.
+    exclude: labels joined by commas; a combination that has all labels of one element is left out.
 
   Raises:
-    UserError: an axis twice, equal labels, an unknown label in `exclude`, a combination that does not validate.
+    UserError: two axes or two cells of one name, an unknown label in `exclude`, or a combination that is no legal
+      configuration.
   """
   names = [axis.name for axis in axes]
   for name in names:
@@ -107,7 +132,11 @@ def expand(axes: Sequence[Axis], base: Config, exclude: Sequence[str] = ()) -> l
 
 
 def set_field(config: Config, field: str, value: Any) -> None:
-  """Sets ``config.FIELD``; an unknown field raises `UserError`."""
+  """Sets ``config.FIELD`` to a value.
+
+  Raises:
+    UserError: there is no such field.
+  """
   owner, (*path, leaf) = config, field.split(".")
   for part in path:
     owner = _known(owner, part, field)
@@ -116,6 +145,7 @@ def set_field(config: Config, field: str, value: Any) -> None:
 
 
 def _known(owner: Any, part: str, field: str) -> Any:
+  """The value of the field `part` of `owner`, which is a part of the dotted name `field`."""
   legal = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
   if part not in legal:
     raise UserError(unknown_name(f"--axis: {part!r} of config field", field, legal))
@@ -123,7 +153,7 @@ def _known(owner: Any, part: str, field: str) -> Any:
 
 
 def _paper() -> list[Axis]:
-  """The grid of arXiv 2606.25156: as many distractors as the sequence is long, a window of half of it."""
+  """The grid of arXiv 2606.25156, with as many distractors as the sequence has tokens, and a window of half of them."""
   return [
     make_axis("model.attention", ("polar", "nope", "rope")),
     make_axis("train.auxiliary.regularizer", REGULARIZERS),
@@ -134,13 +164,14 @@ def _paper() -> list[Axis]:
 
 
 def _switch(name: str, field: str, off: Any, on: Any) -> Axis:
+  """An axis with the levels NAME-0 and NAME-1 over the values `off` and `on` of a field."""
   return Axis(name, (Level(f"{name}-0", ((field, off),)), Level(f"{name}-1", ((field, on),))))
 
 
 def _raven() -> list[Axis]:
-  """The Raven baselines under their published ids: in all layers with heads twice as large, and in the place of attention.
+  """The Raven baselines under their published ids: Raven in all layers with heads twice as large, and in place of attention.
 
-  Their blocks are computed again in the backward pass, for which the slots would keep several times what attention does.
+  Blocks are recomputed in the backward pass, for which the slots would otherwise keep several times as much as attention does.
   """
   recipe = (("optimizer.kind", "adamw"), ("optimizer.schedule", "cosine"), ("optimizer.adam_b1", 0.9),
             ("optimizer.adam_b2", 0.95), ("optimizer.adam_eps", 1e-15),
@@ -155,7 +186,7 @@ def _raven() -> list[Axis]:
 
 
 def _headline() -> list[Axis]:
-  """Cores, memory, starts, and the bound on retention at twice the training length: 27 cells a seed."""
+  """Attention, memory, initialisation, and a bound on retention at twice the training length: 27 cells per seed."""
   field = "model.memory.max_half_life"
   half_life = Axis("halflife", (Level("halflife-none", ((field, None),)),
                                 Level("halflife-2x", ((field, lambda base: 2.0 * base.data.sequence_length),))))
@@ -164,8 +195,8 @@ def _headline() -> list[Axis]:
           make_axis("model.init", ("mimetic", "default", "published"))]
 
 
-# Axes and what is left out. The first version of the paper reports 100 cells, without half of rope's; it does not say which
-# half, and here it is the windowed one.
+# Axes and exclusions of the presets. The first version of the paper reports 100 cells, which lack half of those with rope. It
+# does not say which half; here it is the windowed one.
 PRESETS: dict[str, tuple[Callable[[], list[Axis]], tuple[str, ...]]] = {
   "paper120": (_paper, ()),
   "paper100": (_paper, ("rope,win-1",)),
@@ -175,7 +206,11 @@ PRESETS: dict[str, tuple[Callable[[], list[Axis]], tuple[str, ...]]] = {
 
 
 def preset(name: str) -> tuple[list[Axis], tuple[str, ...]]:
-  """Axes and exclusions of a named grid."""
+  """Axes and exclusions of a preset.
+
+  Raises:
+    UserError: there is no such preset.
+  """
   if name not in PRESETS:
     raise UserError(unknown_name("--preset", name, PRESETS))
   axes, exclude = PRESETS[name]
@@ -183,13 +218,14 @@ def preset(name: str) -> tuple[list[Axis], tuple[str, ...]]:
 
 
 def _split(values: str) -> list[str]:
-  """Splits at commas outside parentheses."""
+  """Splits a text at the commas outside parentheses."""
   return re.findall(r"(?:\([^)]*\)|[^,(])+", values)
 
 
 def _label(name: str, value: Any) -> str:
+  """The label of a value on the axis `name`, with no characters that file names do not take."""
   if isinstance(value, bool):
     value = int(value)
   text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
   text = re.sub(r"[^A-Za-z0-9.+_-]", "_", text).lower() if text else "none"
-  return text if name in _BARE else f"{name}-{text}"
+  return text if name in _UNLABELLED else f"{name}-{text}"

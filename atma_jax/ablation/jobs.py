@@ -1,7 +1,7 @@
-"""One job a cell, for Slurm or for GKE through xpk: the launchers of this repository do the rest.
+"""Submits one job per cell to Slurm, or to GKE through xpk, with the launchers of this repository.
 
-A job is the worker of one cell. Requeued or restarted, it takes the cell over and resumes, also after a failure (up to the
-launcher's --max-restarts); submitted twice, one of the two finds that there is nothing to do.
+A job is a worker for one cell. When it is requeued or restarted, it takes the cell over and resumes, also after a failure (up
+to the launcher's --max-restarts). When a cell is submitted twice, one of the two jobs finds nothing to do.
 """
 
 from __future__ import annotations
@@ -20,14 +20,24 @@ DEFAULTS = {"slurm": ("--nodes=1", "--gpus-per-node=1"), "xpk": ()}
 
 
 def job_name(cell: str) -> str:
-  """What the launchers take as a name, up to 28 characters: the cell's id as far as it fits, and a hash of it."""
+  """A job name of at most 28 characters that all launchers accept: as much of the cell's id as fits, and a hash of it."""
   words = "".join(c if c.isalnum() else "-" for c in cell.lower())
   short = "-".join(word for word in words.split("-") if word)[:18].strip("-")
   return f"c-{short}-{hashlib.sha256(cell.encode()).hexdigest()[:6]}"
 
 
 def job_command(kind: str, cell: CellFolder, directory: str, options: Sequence[str]) -> list[str]:
-  """The launcher's command line for a cell; `directory` is the sweep as the job sees it."""
+  """The command line that submits the job of a cell.
+
+  Args:
+    kind: one of `LAUNCHERS`.
+    cell: the cell.
+    directory: of the sweep, as the job sees it.
+    options: of the launcher; they replace its defaults.
+
+  Raises:
+    UserError: there is no such launcher.
+  """
   if kind not in LAUNCHERS:
     raise UserError(unknown_name("--jobs", kind, LAUNCHERS))
   given = {option.partition("=")[0] for option in options}
@@ -37,10 +47,10 @@ def job_command(kind: str, cell: CellFolder, directory: str, options: Sequence[s
 
 
 def submit(kind: str, cells: Sequence[CellFolder], directory: str, options: Sequence[str], *, dry_run: bool) -> None:
-  """Submits a job for every cell that is not done, or prints the commands.
+  """Submits a job for every cell that is not done, or only prints the commands.
 
   Raises:
-    UserError: the launcher refused (its own line says why), or there is no launcher here.
+    UserError: the launcher failed (it has said why), or it is not in the current directory.
   """
   for cell in cells:
     if cell.done:

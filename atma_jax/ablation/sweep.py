@@ -1,13 +1,13 @@
-"""A sweep on disk: a folder a cell, which holds everything about it.
+"""A sweep on disk: one folder per cell, which holds everything about it.
 
-    DIR/data/HASH/               prepared data, one for all cells with the same data options
-    DIR/cells/ID/cell.json       labels, configuration, what to evaluate; written once, never changed
-    DIR/cells/ID/recipe.py       the same as a recipe: python -m atma_jax.train --config=recipe.py --workdir=ELSEWHERE
-    DIR/cells/ID/claim.N         who runs it (`atma_jax.ablation.claims`)
-    DIR/cells/ID/log.txt         what its process said
-    DIR/cells/ID/checkpoints, metrics.jsonl, evaluation/    what training and evaluation wrote
-    DIR/cells/ID/result.json     written last: the cell is done
-    DIR/cells/ID/failed.json     the error of a cell that failed, until it is retried
+    DIR/data/HASH/               prepared data, shared by all cells with equal data options
+    DIR/cells/ID/cell.json       labels, configuration and evaluation; written once, never changed
+    DIR/cells/ID/recipe.py       the configuration as a recipe: python -m atma_jax.train --config=recipe.py --workdir=ELSEWHERE
+    DIR/cells/ID/claim.N         the process that runs the cell (see `atma_jax.ablation.claims`)
+    DIR/cells/ID/log.txt         output of the cell's process
+    DIR/cells/ID/checkpoints, metrics.jsonl, evaluation/    output of training and evaluation
+    DIR/cells/ID/result.json     written last; the cell is done
+    DIR/cells/ID/failed.json     the error of a failed cell, until it is retried
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
 from atma_jax.ablation.grid import Cell
 from atma_jax.config import Config
 from atma_jax.data.manifest import settings_of
 from atma_jax.errors import UserError, unknown_name
 from atma_jax.evaluation.options import Options
+from atma_jax.evaluation.suites import check_names
+from atma_jax.evaluation.suites.needle import NeedleOptions
 
 SCHEMA = 1
+_CellT = TypeVar("_CellT", Cell, "CellFolder")
 _RECIPE = '''"""Cell {id} of a sweep of atma_jax.ablate.
 
   python -m atma_jax.train --config=recipe.py --workdir=DIR
@@ -43,30 +46,37 @@ def get_config() -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What is measured after training; the fields of `Options` that a grid sets."""
+  """The evaluation after training: the options that a sweep sets, by the names that `evaluate` knows them under."""
 
   suite: tuple[str, ...] = Options.suite
   multiples: tuple[int, ...] = Options.multiples
-  trials: int = Options.trials
+  trials: int = NeedleOptions.trials
   batch_tokens: int = Options.batch_tokens
   min_documents: int = Options.min_documents
 
+  def __post_init__(self) -> None:
+    check_names(self.suite)
+
 
 class CellFolder:
-  """One cell's folder."""
+  """The folder of one cell, whose name is the cell's id."""
 
   def __init__(self, path: pathlib.Path):
     self.path, self.id = path, path.name
 
   def describe(self) -> dict[str, Any]:
-    """What `cell.json` says."""
+    """The content of ``cell.json``.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     try:
       return json.loads((self.path / "cell.json").read_text())
     except (OSError, ValueError) as error:
       raise UserError(f"{self.path / 'cell.json'} cannot be read: {error}") from error
 
   def config(self) -> Config:
-    """The configuration, with the sweep's shared data directory where it names none."""
+    """The cell's configuration, with the sweep's shared data directory unless it names one itself."""
     config = Config.from_dict(self.describe()["config"])
     if not config.data.directory:
       settings = json.dumps(settings_of(config.data), sort_keys=True)
@@ -76,14 +86,15 @@ class CellFolder:
 
   @property
   def done(self) -> bool:
+    """Whether the cell has a result."""
     return (self.path / "result.json").is_file()
 
   def result(self) -> dict[str, Any] | None:
-    """What `result.json` says, or None."""
+    """The content of ``result.json``, or None if the cell is not done."""
     return json.loads((self.path / "result.json").read_text()) if self.done else None
 
   def progress(self) -> tuple[float, float | None]:
-    """The share of the training that is done, and the seconds that all of it takes at the last speed, if known."""
+    """The fraction of the training that is done, and the seconds that all of it takes at the latest speed, if known."""
     try:
       with (self.path / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
@@ -100,29 +111,30 @@ class CellFolder:
     return 0.0, None
 
   def failure(self) -> dict[str, Any] | None:
-    """What `failed.json` says, or None."""
+    """The content of ``failed.json``, or None if the last attempt did not fail."""
     try:
       return json.loads((self.path / "failed.json").read_text())
     except (OSError, ValueError):
       return None
 
   def fail(self, error: str, code: int) -> None:
-    """Keeps the error of an attempt."""
+    """Records the error and the exit code of an attempt."""
     attempts = len(list(self.path.glob("failed-*.json"))) + 1
     write_json(self.path / "failed.json", {"error": error, "exit_code": code, "attempt": attempts})
 
   def forget_failure(self) -> None:
-    """Puts the error aside as ``failed-N.json``."""
+    """Renames the error of the last attempt to ``failed-N.json``."""
     failure = self.failure()
     if failure is not None:
       os.replace(self.path / "failed.json", self.path / f"failed-{failure['attempt']}.json")
 
 
 def create(directory: pathlib.Path, cells: Sequence[Cell], evaluation: Evaluation) -> list[CellFolder]:
-  """Makes the folders of `cells`, or finds them as they are.
+  """Creates the folders of `cells`, or finds those that exist.
 
   Raises:
-    UserError: a cell of that id exists with another configuration or evaluation; the first difference is named.
+    UserError: a cell exists with another configuration or evaluation (the message names the first difference), or its folder
+      cannot be written.
   """
   folders = []
   for cell in cells:
@@ -133,7 +145,7 @@ def create(directory: pathlib.Path, cells: Sequence[Cell], evaluation: Evaluatio
       folder.path.mkdir(parents=True, exist_ok=True)
       if not (folder.path / "cell.json").exists():
         recipe = _RECIPE.format(id=cell.id, config=repr(description["config"]))
-        _write(folder.path / "recipe.py", recipe)
+        write_file(folder.path / "recipe.py", recipe.encode())
         write_json(folder.path / "cell.json", description)
     except OSError as error:
       raise UserError(f"--output={directory}: cannot write {folder.path}: {error.strerror or error}") from error
@@ -147,12 +159,16 @@ def create(directory: pathlib.Path, cells: Sequence[Cell], evaluation: Evaluatio
 
 
 def find(directory: pathlib.Path) -> list[CellFolder]:
-  """Every cell of a sweep, by id."""
+  """All cells of a sweep, in the order of their ids."""
   return [CellFolder(path.parent) for path in sorted((directory / "cells").glob("*/cell.json"))]
 
 
-def chosen(cells: Sequence[Any], ids: Sequence[str], directory: pathlib.Path) -> list[Any]:
-  """The cells (of a grid, or their folders) of these ids, or all where none is named; `UserError` where there is no such cell."""
+def select_cells(cells: Sequence[_CellT], ids: Sequence[str], directory: pathlib.Path) -> list[_CellT]:
+  """The cells with these ids, or all cells if no id is given.
+
+  Raises:
+    UserError: there are no cells at all, or none with one of the ids.
+  """
   known = {cell.id: cell for cell in cells}
   if not known:
     raise UserError(f"--output={directory}: holds no cells; give a grid: --config=RECIPE with --preset or --axis")
@@ -162,26 +178,28 @@ def chosen(cells: Sequence[Any], ids: Sequence[str], directory: pathlib.Path) ->
   return [known[name] for name in ids] or list(known.values())
 
 
-def exit_code(cells: Sequence[CellFolder]) -> int:
-  """Of a worker whose cells failed: 2 where every failure is bad input, which trying again does not mend, else 1."""
+def failure_exit_code(cells: Sequence[CellFolder]) -> int:
+  """The exit code of a worker whose cells failed: 2 if all failed for bad input, which a retry cannot mend, else 1."""
   return 2 if all(failure["exit_code"] == 2 for cell in cells if (failure := cell.failure())) else 1
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a whole file or nothing."""
-  _write(path, json.dumps(value, indent=1) + "\n")
+  """Writes a value as JSON, atomically."""
+  write_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def write_file(path: pathlib.Path, content: bytes) -> None:
+  """Writes a whole file or nothing, through a temporary file of this process; several processes may write the same file."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  with temporary.open("w") as file:
-    file.write(text)
+  with temporary.open("wb") as file:
+    file.write(content)
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
 
 
 def _difference(ours: Any, theirs: Any, path: str) -> str | None:
+  """The first entry of two nested dicts that differs, in words, or None."""
   if isinstance(ours, dict) and isinstance(theirs, dict):
     for name in ours:
       found = _difference(ours[name], theirs.get(name), f"{path}.{name}" if path else name)

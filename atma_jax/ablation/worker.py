@@ -1,6 +1,6 @@
-"""A worker: runs the cells of a sweep that nobody else runs, each in a process of its own, several side by side.
+"""A worker of a sweep: runs the cells that no other worker runs, each in its own process, several at a time.
 
-A cell that fails is recorded and passed over; one that was pre-empted is free again. SIGTERM (or Ctrl-C) is passed on to
+A cell that fails is recorded and left alone; one that is pre-empted becomes free again. SIGTERM (or Ctrl-C) is passed on to
 the cells, which save and end; the worker then returns `PREEMPTED`.
 """
 
@@ -21,18 +21,20 @@ from absl import logging
 from atma_jax.ablation.claims import Claim, Claims
 from atma_jax.ablation.sweep import CellFolder
 
-FINISHED, FAILED, PREEMPTED = "finished", "failed", "preempted"  # all done; done but for what failed; told to end
-PARENT_VARIABLE = "ATMA_ABLATE_PARENT"  # process id of the worker, with which its cells end
+FINISHED, FAILED, PREEMPTED = "finished", "failed", "preempted"  # all done; all done or failed; told to end
+PARENT_VARIABLE = "ATMA_ABLATE_PARENT"  # process id of the worker, without which its cells do not live on
 _POLL_SECONDS = 0.2
-_LOOK_SECONDS = 2.0  # between two looks for a cell to start, unless one just ended
+_SEARCH_SECONDS = 2.0  # between searches for a cell to start, unless a cell just ended
 _REPORT_SECONDS = 60.0
-_KILLED_AFTER = 600.0  # seconds that a cell has to save after SIGTERM
+_GRACE_SECONDS = 600.0  # that a cell has for saving after SIGTERM
 _EXIT_PREEMPTED = 75
-_MEMORY_SHARE = 0.9  # of a GPU, divided by the cells that run side by side
+_MEMORY_SHARE = 0.9  # of a GPU, divided among the cells that share it
 
 
 @dataclasses.dataclass
 class _Running:
+  """A cell that this worker runs."""
+
   folder: CellFolder
   claim: Claim
   process: subprocess.Popen
@@ -45,40 +47,42 @@ class Worker:
 
   Args:
     cells: in the order in which they are tried.
-    command: ``command(folder)`` is the command line that runs a cell; it exits with 0, 75 (pre-empted) or another code (failed).
-    parallel: cells at a time.
-    retry_failed: try the cells again, once, that had failed before this worker started.
-    gpus: ids of which every cell sees one, the one that fewest use; none leaves them as they are.
+    command: ``command(folder)`` is the command line that runs a cell. It exits with 0 if the cell is done, 75 if it was
+      pre-empted, and anything else if it failed.
+    parallel: most cells at a time.
+    retry_failed: retry, once, the cells that failed before this worker started.
+    gpus: ids of GPUs. Every cell sees one of them, the least used. Without ids every cell sees all GPUs.
   """
 
   def __init__(self, cells: Sequence[CellFolder], command: Callable[[CellFolder], list[str]], *, parallel: int = 1,
                retry_failed: bool = False, gpus: Sequence[str] = ()):
     self._cells, self._command, self._parallel, self._gpus = list(cells), command, parallel, gpus
-    self._claims, self._running = Claims(), []
-    self._retry = {c.id: c.failure()["attempt"] for c in self._cells if retry_failed and c.failure()}
+    self._claims = Claims()
+    self._running: list[_Running] = []
+    self._retry = {c.id: failure["attempt"] for c in self._cells if retry_failed and (failure := c.failure())}
     self._terminated = threading.Event()
-    self._reported, self._looked = time.monotonic(), -_LOOK_SECONDS
+    self._reported, self._searched = time.monotonic(), -_SEARCH_SECONDS
 
   def run(self) -> str:
-    """Returns `FINISHED`, `FAILED` or `PREEMPTED`."""
-    old = {s: signal.signal(s, lambda *_: self._terminated.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+    """Runs the cells; returns `FINISHED`, `FAILED` or `PREEMPTED`."""
+    previous = {s: signal.signal(s, lambda *_: self._terminated.set()) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
       return self._loop()
     finally:
       for running in self._running:
         running.process.kill()
-      for s, handler in old.items():
+      for s, handler in previous.items():
         signal.signal(s, handler)
 
   def _loop(self) -> str:
     self._report()
     while not self._terminated.is_set():
       self._reap()
-      if time.monotonic() - self._looked >= _LOOK_SECONDS and len(self._running) < self._parallel:
+      if time.monotonic() - self._searched >= _SEARCH_SECONDS and len(self._running) < self._parallel:
         while len(self._running) < self._parallel and not self._terminated.is_set() and self._start_one():
           pass
-        self._looked = time.monotonic()
-        if not self._running and not self._waits():
+        self._searched = time.monotonic()
+        if not self._running and not self._may_take_over():
           break
       if time.monotonic() - self._reported > _REPORT_SECONDS:
         self._report()
@@ -89,11 +93,12 @@ class Worker:
     return FAILED if any(c.failure() for c in self._cells) else FINISHED
 
   def _open(self) -> list[CellFolder]:
-    """Cells that are neither done nor failed (or whose failure is to be retried)."""
+    """Cells that are neither done nor failed, and failed ones that are to be retried."""
     return [c for c in self._cells if not c.done and (
       (failure := c.failure()) is None or self._retry.get(c.id) == failure["attempt"])]
 
   def _start_one(self) -> bool:
+    """Starts the first cell that can be claimed; False if there is none."""
     mine = {running.folder.id for running in self._running}
     for folder in self._open():
       if folder.id in mine:
@@ -101,7 +106,7 @@ class Worker:
       claim = self._claims.acquire(folder.path)
       if claim is None:
         continue
-      if folder.id not in {c.id for c in self._open()}:  # finished in between
+      if folder.id not in {c.id for c in self._open()}:  # another worker finished it meanwhile
         claim.release()
         continue
       folder.forget_failure()
@@ -124,6 +129,7 @@ class Worker:
                               env=environment, start_new_session=True)
 
   def _reap(self) -> None:
+    """Renews the claims of running cells, and records the outcome of those that have ended."""
     for running in list(self._running):
       code = running.process.poll()
       if code is None:
@@ -140,29 +146,30 @@ class Worker:
       elif code in (_EXIT_PREEMPTED, -signal.SIGTERM):
         logging.info("%s: pre-empted, to be continued", running.folder.id)
       else:
-        error = _last_words(running.folder.path / "log.txt", code)
+        error = _reason(running.folder.path / "log.txt", code)
         running.folder.fail(error, code)
         logging.error("%s: failed after %s: %s", running.folder.id, duration(seconds), error)
       running.claim.release()
-      self._looked = -_LOOK_SECONDS
+      self._searched = -_SEARCH_SECONDS
       self._report()
 
   def _stop(self) -> str:
+    """Passes SIGTERM on to the running cells, and waits for them to end."""
     for running in self._running:
       running.process.terminate()
-    deadline = time.monotonic() + _KILLED_AFTER
+    deadline = time.monotonic() + _GRACE_SECONDS
     while self._running and time.monotonic() < deadline:
       self._reap()
       time.sleep(_POLL_SECONDS)
     logging.info("pre-empted: start the same command again")
     return PREEMPTED
 
-  def _waits(self) -> bool:
-    """Whether a cell of another worker may have to be taken over: until its owner was seen to live."""
+  def _may_take_over(self) -> bool:
+    """Whether a cell of another worker may have to be taken over because its owner has not been seen alive yet."""
     return any(not self._claims.beating(c.path) for c in self._open() if self._claims.owner(c.path))
 
   def _report(self) -> None:
-    """One line: what is done, what runs, and an ETA."""
+    """Logs in one line which cells are done, running and failed, and the time that is left."""
     self._reported = time.monotonic()
     done = [c for c in self._cells if c.done]
     failed = [c.id for c in self._cells if c.failure()]
@@ -170,34 +177,40 @@ class Worker:
     running = sum(self._claims.owner(c.path) is not None for c in left)
     names = f" ({', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}; --retry_failed tries again)" if failed else ""
     logging.info("%d of %d cells done, %d running, %d failed%s  ETA %s", len(done), len(self._cells), running, len(failed), names,
-                 _eta(done, left, running))
+                 remaining_time(done, left, running))
 
 
-def _eta(done: Sequence[CellFolder], left: Sequence[CellFolder], running: int) -> str:
-  """From the cells done, or else from the speed of training; what running cells have trained counts as done."""
+def remaining_time(done: Sequence[CellFolder], left: Sequence[CellFolder], running: int) -> str:
+  """The time until all cells are done, as H:MM:SS, or "unknown".
+
+  Args:
+    done: cells whose mean time is what each of the others is expected to take; without any, the speed of training decides.
+    left: the other cells. The part of their training that is done is subtracted.
+    running: number of cells that run at a time.
+  """
   if not left:
     return duration(0)
   progress = [c.progress() for c in left]
-  seconds = [c.result()["seconds"] for c in done] or [seconds for _, seconds in progress if seconds]
+  seconds = [result["seconds"] for c in done if (result := c.result())] or [seconds for _, seconds in progress if seconds]
   if not seconds or not running:
     return "unknown"
   return duration(sum(seconds) / len(seconds) * sum(1 - fraction for fraction, _ in progress) / running)
 
 
 def cell_command(main: str) -> Callable[[CellFolder], list[str]]:
-  """The command line of `Worker` for a main that takes ``--run_cell=FOLDER``."""
+  """The argument `command` of `Worker` for a main with the flag ``--run_cell=FOLDER``."""
   return lambda folder: [sys.executable, "-m", main, f"--run_cell={folder.path}"]
 
 
 def duration(seconds: float) -> str:
-  """H:MM:SS."""
+  """A time as H:MM:SS."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _last_words(log: pathlib.Path, code: int) -> str:
-  """The line that says why a process ended: the last one beginning with "error:", else the last line of its log."""
+def _reason(log: pathlib.Path, code: int) -> str:
+  """Why a process failed: the last line of its log that begins with "error:", or else its last line."""
   with log.open("rb") as file:
     file.seek(max(0, log.stat().st_size - 65536))
     lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

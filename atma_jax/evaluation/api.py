@@ -68,6 +68,8 @@ def evaluate(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str],
     raise UserError(f"--context={common.context}: {error}") from error
   single_cap = checked_overrides(overrides).get("retention_cap")
   overrides.pop("retention_cap", None)
+  if common.keep_window and "window" in overrides:
+    raise UserError("--keep_window and --window: only one of them can be given")
   if single_cap is not None and retention_caps:
     raise UserError("--retention_cap and --retention_cap_sweep: only one of them can be given")
   loaded = load_model(checkpoint, common.step, mesh, ema=common.ema, overrides=overrides)

@@ -1,9 +1,9 @@
-"""Model ``atma_jax`` of the lm-evaluation-harness: base tasks, RULER, BABILong and local tasks on an atma_jax checkpoint.
+"""The model ``atma_jax`` of the lm-evaluation-harness, for its base tasks, RULER, BABILong and local tasks.
 
 Every request starts with exactly one end-of-text, as documents do in training, and is never cut: a request longer than
-``max_length`` is an error, and without one any length is read, rows beyond ``prefill_chunk`` piece by piece. Rows are padded
-on the right to a few lengths and scored in batches of one size, so that programs are few; the model is causal, and the
-numbers do not depend on either.
+``max_length`` is an error, and without ``max_length`` any length is read (rows beyond ``prefill_chunk`` piece by piece). Rows
+are padded on the right to a few lengths and scored in batches of equal size, so that few programs are compiled. The model is
+causal, so the results depend on neither.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ import numpy as np
 from atma_jax.checkpoints.load import load_model, overridden
 from atma_jax.checkpoints.overrides import OVERRIDES, checked_overrides
 from atma_jax.errors import UserError, unknown_name
-from atma_jax.evaluation.scoring import Scorer
-from atma_jax.evaluation.suites.babilong import chunk_for
-from atma_jax.inference.engine import Engine
+from atma_jax.evaluation.decoding import make_engine
+from atma_jax.evaluation.scoring import Scorer, batch_devices
 from atma_jax.inference.sampling import Sampling
 from atma_jax.progress import progress_bar
 from atma_jax.sharding import make_mesh
 
 _SHORTEST_ROW, _FEWEST_POSITIONS = 32, 8
-_GENERATION = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_gen_toks",
-               "max_new_tokens", "max_tokens")
-_MOST_CACHED = 65_536  # tokens of all rows together, decoded at once
+_MODEL_ARGUMENTS = ("checkpoint", "step", "max_length", "max_gen_toks", "batch_tokens", "chunk", "prefill_chunk", "fsdp",
+                    "tensor", "keep_window", "ema", *OVERRIDES, "tokenizer")
+_GENERATION_OPTIONS = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+                       "max_gen_toks", "max_new_tokens", "max_tokens")
+_CACHED_TOKENS = 65_536  # most tokens of all caches together
 
 
 @register_model("atma_jax")
@@ -41,19 +42,19 @@ class AtmaLM(TemplateLM):
   Args:
     checkpoint: a training workdir, or its checkpoints folder.
     step: None is the newest good one.
-    batch_size: rows scored or decoded at once, rounded up to a multiple of the devices; "auto" goes by `batch_tokens`.
-    max_length: most tokens read in a request, the beginning token included; also the window of `loglikelihood_rolling`, which
-      without one reads whole documents. None is any length.
-    max_gen_toks: most new tokens where a task does not say.
-    batch_tokens: tokens in a device's batch for ``batch_size=auto``.
+    batch_size: rows that are scored or decoded at once, rounded up to a multiple of the devices; "auto" goes by `batch_tokens`.
+    max_length: most tokens of a request, the first end-of-text included; None is any number. It is also the window of
+      `loglikelihood_rolling`, which reads whole documents without it.
+    max_gen_toks: most new tokens for tasks that do not say.
+    batch_tokens: tokens of a batch on each device for ``batch_size=auto``.
     chunk: time steps whose logits exist at once.
     prefill_chunk: most tokens of a row in one pass.
-    fsdp, tensor: devices along these axes of the mesh; the others take rows.
+    fsdp, tensor: devices along these axes of the mesh; all others are spread over rows.
+    keep_window: keep the attention window of training; otherwise every token is visible.
     ema: the moving average of the weights (config.train.ema_decay) instead of the weights.
-    keep_window: keep the attention window of training; else every token is seen.
-    overrides: fields of the model that `atma_jax.checkpoints.load.load_model` can override: ``null_length`` and others.
-    tokenizer: not read here: tasks that make their own text to a length (RULER) take the name of a tokenizer from it.
-    device, max_batch_size: passed by the harness, which has PyTorch in mind; jax takes the devices that it sees.
+    tokenizer: ignored; tasks that make text of a given length (RULER) read the name of a tokenizer from it.
+    device, max_batch_size: ignored; the harness passes them for PyTorch, and JAX uses the devices that it sees.
+    **overrides: fields of the model that `atma_jax.checkpoints.load.load_model` can override, such as ``null_length``.
   """
 
   def __init__(self, checkpoint: str | None = None, step: int | None = None, batch_size: int | str = 1,
@@ -62,15 +63,13 @@ class AtmaLM(TemplateLM):
                tokenizer: str | None = None, device: str | None = None, max_batch_size: int | None = None,
                **overrides: Any):
     super().__init__()
-    legal = ("checkpoint", "step", "max_length", "max_gen_toks", "batch_tokens", "chunk", "prefill_chunk", "fsdp", "tensor",
-             "keep_window", "ema", *OVERRIDES, "tokenizer")
     for name in overrides:
       if name not in OVERRIDES:
-        raise UserError(unknown_name("--model_args field", name, legal))
+        raise UserError(unknown_name("--model_args field", name, _MODEL_ARGUMENTS))
     if not checkpoint:
       raise UserError("--model_args: checkpoint=DIR is required")
     del device, max_batch_size, tokenizer
-    self._batch_size = _batch_size(batch_size)
+    self._batch_size = _parse_batch_size(batch_size)
     for name, value in (("max_length", max_length), ("max_gen_toks", max_gen_toks), ("batch_tokens", batch_tokens),
                         ("chunk", chunk), ("prefill_chunk", prefill_chunk), ("fsdp", fsdp), ("tensor", tensor)):
       if value is not None and (not isinstance(value, int) or value < 1):
@@ -82,12 +81,12 @@ class AtmaLM(TemplateLM):
       self._mesh = make_mesh(fsdp=fsdp, tensor=tensor)
     except ValueError as error:
       raise UserError(f"--model_args fsdp={fsdp},tensor={tensor}: {error}") from error
-    config, model, self._tokenizer, self.step = load_model(checkpoint, step, self._mesh, ema=ema, overrides=overrides)
-    self._model = model if keep_window or "window" in overrides else overridden(model, {"window": None})
+    loaded = load_model(checkpoint, step, self._mesh, ema=ema, overrides=overrides)
+    self._tokenizer, self.step = loaded.tokenizer, loaded.step
+    keeps_window = keep_window or "window" in overrides
+    self._model = loaded.model if keeps_window else overridden(loaded.model, {"window": None})
     self._limit, self._default_new_tokens, self._batch_tokens = max_length, max_gen_toks, batch_tokens
-    self.scorer = Scorer(self._model, self._mesh, cap=config.model.logit_cap, batch_tokens=batch_tokens, chunk=chunk,
-                         prefill_chunk=prefill_chunk)
-    self._devices = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+    self.scorer = Scorer(self._model, self._mesh, batch_tokens=batch_tokens, chunk=chunk, prefill_chunk=prefill_chunk)
 
   @property
   def eot_token_id(self) -> int:
@@ -95,16 +94,16 @@ class AtmaLM(TemplateLM):
 
   @property
   def tokenizer_name(self) -> str:
-    """What the harness tells caches of requests apart by."""
+    """A name by which the harness tells its caches of requests apart."""
     return f"atma_jax-{self._tokenizer.fingerprint[:16]}"
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-    """Token ids of a text, without end-of-text."""
+    """Encodes a text, without end-of-text."""
     del add_special_tokens, kwargs
     return self._tokenizer.encode(string).tolist()
 
   def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-    """Log-probability of each continuation after its context, in nats, and whether greedy decoding would give it."""
+    """The log-probability of each continuation given its context, in nats, and whether greedy decoding would give it."""
     pairs = []
     for request in requests:
       context, continuation = request.args
@@ -114,7 +113,7 @@ class AtmaLM(TemplateLM):
 
   def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
                             **kwargs: Any) -> list[tuple[float, bool]]:
-    """The same for tokens, which get their beginning token here."""
+    """`loglikelihood` of tokens, whose first end-of-text is added here."""
     del kwargs
     results = self._score([([self.eot_token_id, *context], continuation) for _, context, continuation in requests], disable_tqdm)
     for (arguments, _, _), result in zip(requests, results):
@@ -122,8 +121,8 @@ class AtmaLM(TemplateLM):
     return results
 
   def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-    """Log-probability of each whole text, in nats; with a `max_length`, in windows, each token scored once."""
-    parts, owners = [], []
+    """The log-probability of each whole text, in nats; with a `max_length`, in windows that score each token once."""
+    pairs, owners = [], []
     for owner, request in enumerate(requests):
       tokens = self.tok_encode(request.args[0])
       if self._limit is None:
@@ -132,17 +131,17 @@ class AtmaLM(TemplateLM):
         windows = map(make_disjoint_window, get_rolling_token_windows(
           token_list=tokens, prefix_token=self.eot_token_id, max_seq_len=self._limit, context_len=1))
       for context, continuation in windows:
-        parts.append((list(context), list(continuation)))
+        pairs.append((list(context), list(continuation)))
         owners.append(owner)
     totals = np.zeros(len(requests))
-    for owner, (value, _) in zip(owners, self._score(parts, disable_tqdm)):
+    for owner, (value, _) in zip(owners, self._score(pairs, disable_tqdm)):
       totals[owner] += value
     for request, total in zip(requests, totals):
       self.cache_hook.add_partial("loglikelihood_rolling", request.args, float(total))
     return totals.tolist()
 
   def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-    """Text after each context up to end-of-text, one of ``until`` or ``max_gen_toks``; greedy unless ``do_sample``."""
+    """The text after each context, up to end-of-text, a text of ``until`` or ``max_gen_toks``; greedy unless ``do_sample``."""
     jobs: dict[int, list[int]] = {}
     prompts, samplings = [], []
     for index, request in enumerate(requests):
@@ -156,19 +155,18 @@ class AtmaLM(TemplateLM):
     bar = progress_bar(len(requests), " requests", description="generate_until", scale=False, enabled=not disable_tqdm)
     with bar, jax.set_mesh(self._mesh):
       for capacity, indices in sorted(jobs.items(), reverse=True):
-        rows = min(64, max(1, _MOST_CACHED // capacity)) if self._batch_size is None else self._batch_size
-        rows = -(-rows // self._devices) * self._devices
-        engine = Engine(self._model, self._tokenizer, rows=rows, capacity=capacity, chunk=chunk_for(capacity))
-        for piece in engine.stream([prompts[i] for i in indices], [samplings[i] for i in indices]):
-          texts[indices[piece.request]] += piece.text
-          bar.update(piece.finish_reason is not None)
+        rows = min(64, max(1, _CACHED_TOKENS // capacity)) if self._batch_size is None else self._batch_size
+        engine = make_engine(self._model, self._tokenizer, self._mesh, rows=rows, capacity=capacity)
+        for output in engine.stream([prompts[i] for i in indices], [samplings[i] for i in indices]):
+          texts[indices[output.request]] += output.text
+          bar.update(output.finish_reason is not None)
     for request, text in zip(requests, texts):
       self.cache_hook.add_partial("generate_until", request.args, text)
     return texts
 
   def _score(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[tuple[float, bool]]:
-    """Log-probability and greediness of the second part of each pair after its first, which begins the row."""
-    results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)  # what an empty continuation gets
+    """For each pair of context and continuation, the log-probability of the continuation, and whether it is greedy."""
+    results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)  # the result of an empty continuation
     jobs: dict[tuple[int, int], list[int]] = {}
     for index, (context, continuation) in enumerate(pairs):
       if not continuation:
@@ -199,8 +197,10 @@ class AtmaLM(TemplateLM):
     return results
 
   def _rows(self, length: int) -> int:
-    """Rows of a batch."""
-    return self._devices * max(1, self._batch_tokens // length) if self._batch_size is None else self._batch_size
+    """Rows of a batch of this length."""
+    if self._batch_size is not None:
+      return self._batch_size
+    return batch_devices(self._mesh) * max(1, self._batch_tokens // length)
 
   def _check_length(self, length: int, what: str) -> None:
     if self._limit is not None and length > self._limit:
@@ -208,10 +208,10 @@ class AtmaLM(TemplateLM):
                       "leave max_length out, which reads any length, or choose a task that fits")
 
   def _sampling(self, options: dict[str, Any]) -> Sampling:
-    """A task's generation options in the engine's words; an option without a counterpart is refused."""
+    """The engine's sampling for the generation options of a task; an option that the engine does not have is refused."""
     for name in options:
-      if name not in _GENERATION:
-        raise UserError(unknown_name("generation option", name, _GENERATION))
+      if name not in _GENERATION_OPTIONS:
+        raise UserError(unknown_name("generation option", name, _GENERATION_OPTIONS))
     until = options.get("until") or []
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
     lengths = [options[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if options.get(name) is not None]
@@ -227,13 +227,13 @@ class AtmaLM(TemplateLM):
 
 
 def _bucket(length: int, least: int, halves: bool = True) -> int:
-  """The next power of two, or one and a half times one, so that at most a third is padding."""
+  """Rounds a length up to a power of two or, with `halves`, to one and a half times one, so at most a third is padding."""
   whole = max(least, 1 << (length - 1).bit_length())
   return whole * 3 // 4 if halves and whole > least and length <= whole * 3 // 4 else whole
 
 
-def _batch_size(value: int | str) -> int | None:
-  """None for "auto"."""
+def _parse_batch_size(value: int | str) -> int | None:
+  """A number of rows, or None for "auto"."""
   if isinstance(value, str) and value.startswith("auto"):
     return None
   try:

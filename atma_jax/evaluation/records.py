@@ -1,8 +1,8 @@
 """Results on disk: JSON lines that are appended and never rewritten.
 
-One line is one measured number, or, with a status other than "ok", one that could not be had. Lines of a cell (what is
-computed together) are appended in one write; a line cut off by a kill is skipped when the file is read, so that its cell
-counts as not done.
+Every line is one measured number or, with a status other than "ok", one that could not be measured. The lines of a cell
+(see `atma_jax.evaluation.suite.Cell`) are appended in a single write. A line cut off by a kill is skipped when the file is
+read, so its cell counts as not done. This module imports no JAX.
 """
 
 from __future__ import annotations
@@ -16,21 +16,31 @@ import pathlib
 from typing import Any
 
 from absl import logging
-import jax
 
+from atma_jax.checkpoints.overrides import RECORDED
 from atma_jax.errors import UserError
 
 SCHEMA = 1
-# Fields that only some records have; without one means without it, not with any.
-VARIANTS = ("ema", "window", "null_length", "count_length")
+# Fields that only the records of modified models have; a record without one was measured without the modification.
+VARIANT_FIELDS = ("ema", *RECORDED)
+
+Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """One number: `value` over `n` samples at a context of `length` tokens, with a standard error or an interval.
+  """One measured number.
 
-  `layer` and `head`, counted from 0, say where in the model it was measured; `outlier`, whether it stands out by the rule of
-  its suite.
+  Attributes:
+    measure: what was measured.
+    length: context length in tokens.
+    value: the number.
+    n: number of samples.
+    standard_error: of `value`, if known.
+    interval: 95 % interval of `value`, if known.
+    bins: parts of the number: of a curve over positions, quantiles of a distribution, or one entry per head.
+    layer, head: where in the model it was measured, counted from 0; None means the whole model, or all heads of a layer.
+    outlier: whether it stands out by its suite's own rule.
   """
 
   measure: str
@@ -39,14 +49,19 @@ class Measurement:
   n: int
   standard_error: float | None = None
   interval: tuple[float, float] | None = None
-  bins: Sequence[dict[str, Any]] | None = None  # of a curve over positions, of a distribution, or one a head
+  bins: Sequence[dict[str, Any]] | None = None
   layer: int | None = None
   head: int | None = None
   outlier: bool | None = None
 
 
-def parse_records(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a file's content that are of this schema; damaged lines are reported and skipped."""
+def is_ok(record: Record) -> bool:
+  """Whether a record holds a measured number; records older than the field `status` always do."""
+  return record.get("status", "ok") == "ok"
+
+
+def parse_records(content: bytes, path: pathlib.Path) -> list[Record]:
+  """The records of this schema in the content of the file `path`; damaged lines are logged and skipped."""
   records = []
   for number, line in enumerate(content.splitlines(), 1):
     try:
@@ -60,17 +75,25 @@ def parse_records(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class ResultsFile:
-  """``results.jsonl``: the records of every run that named this file. Of several processes only the first writes it."""
+  """``results.jsonl``: the records of every evaluation that was given this file.
 
-  def __init__(self, path: pathlib.Path):
+  Args:
+    path: the file; it and its folder are created if missing.
+    writes: False in all processes but one, which then neither read nor write the file.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+
+  def __init__(self, path: pathlib.Path, writes: bool = True):
     self.path = path
-    self._writes = jax.process_index() == 0
-    if not self._writes:
-      self.records = []
+    self.records: list[Record] = []
+    self._writes = writes
+    if not writes:
       return
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      with open(path, "a+b") as file:  # shows now, not after the first cell, whether it can be written
+      with open(path, "a+b") as file:  # a file that cannot be written fails now, not after the first cell
         file.seek(0)
         content = file.read()
     except OSError as error:
@@ -79,13 +102,12 @@ class ResultsFile:
     self.records = parse_records(content, path)
 
   def find(self, identity: dict[str, Any], measure: str, length: int, layer: int | None = None,
-           head: int | None = None) -> dict[str, Any] | None:
-    """The latest record of `measure` at `length` whose fields equal those of `identity`; None where there is none."""
-    wanted = {**dict.fromkeys(VARIANTS), **identity, "measure": measure, "length": length}
-    return next((r for r in reversed(self.records) if all(r.get(k) == v for k, v in wanted.items())
-                 and r.get("layer") == layer and r.get("head") == head), None)
+           head: int | None = None) -> Record | None:
+    """The latest record of a measurement whose fields equal those of `identity`, or None."""
+    wanted = {**dict.fromkeys(VARIANT_FIELDS), **identity, "measure": measure, "length": length, "layer": layer, "head": head}
+    return next((r for r in reversed(self.records) if all(r.get(name) == value for name, value in wanted.items())), None)
 
-  def append(self, records: Sequence[dict[str, Any]]) -> None:
+  def append(self, records: Sequence[Record]) -> None:
     """Adds the records of one cell and syncs them to disk. Numbers that are not finite are written as null."""
     records = [_json_ready({"schema": SCHEMA, **record}) for record in records]
     self.records += records
@@ -103,7 +125,7 @@ class ResultsFile:
 
 
 def _json_ready(value: Any) -> Any:
-  """`value` as it reads back from JSON: tuples as lists, non-finite numbers as None."""
+  """`value` as JSON gives it back: tuples become lists, numbers that are not finite become None."""
   if isinstance(value, dict):
     return {key: _json_ready(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):

@@ -1,28 +1,28 @@
-"""What the numbers were made with, and what happens when it is not enough: hardware, code version, memory."""
+"""What an evaluation runs on: running out of memory, the hardware, and the version of the code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
-import importlib.metadata
 import pathlib
 import re
 import subprocess
-import tomllib
 
 import jax
+
+from atma_jax import __version__
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|ran out of .*memory|exceeds available memory", re.IGNORECASE)
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 
 
 class OutOfMemory(Exception):
-  """A computation does not fit, told in one line."""
+  """A computation does not fit into memory; the message is one line."""
 
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-  """Turns what jax and numpy raise when memory runs out, at compilation or later, into `OutOfMemory`."""
+  """Turns the errors that JAX and NumPy raise when memory runs out, at compilation or later, into `OutOfMemory`."""
   try:
     yield
   except MemoryError as error:
@@ -34,9 +34,10 @@ def memory_errors() -> Iterator[None]:
 
 
 def available_bytes(device: jax.Device) -> int | None:
-  """Host memory that is free, for a CPU device; None for others, which refuse by themselves.
+  """Free host memory if `device` is a CPU, else None.
 
-  A CPU does not refuse: it would be given the memory, and the process killed on using it.
+  Accelerators refuse an allocation that does not fit. A CPU grants it, and the process is killed when it uses the memory, so
+  only there has the size to be checked beforehand.
   """
   if device.platform != "cpu":
     return None
@@ -45,7 +46,7 @@ def available_bytes(device: jax.Device) -> int | None:
     free = int(fields["MemAvailable"].split()[0]) * 1024
   except (OSError, KeyError, ValueError):
     return None
-  try:  # a container may have less; file pages in its cache are given up for the asking
+  try:  # a container may be limited to less; its inactive file pages are reclaimed on demand and count as free
     limit, used, stat = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
     cached = int(dict(line.split() for line in stat.splitlines())["inactive_file"])
     return min(free, int(limit) - int(used) + cached) if limit.strip() != "max" else free
@@ -54,24 +55,20 @@ def available_bytes(device: jax.Device) -> int | None:
 
 
 def hardware() -> str:
-  """Devices in words."""
+  """Number and kind of the devices, such as "8 x NVIDIA H200"."""
   return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def code_version() -> str:
-  """Version of the package, and, from a checkout, the commit, with a plus sign where files differ from it."""
+  """Version of the package; in a checkout also the commit, followed by "+" if tracked files differ from it."""
   root = pathlib.Path(__file__).resolve().parents[2]
-  try:
-    version = importlib.metadata.version("atma_jax")
-  except importlib.metadata.PackageNotFoundError:
-    version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
   if not (root / ".git").exists():
-    return version
+    return __version__
 
   def git(*arguments: str) -> str:
     return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
   try:
-    return f"{version} {git('rev-parse', '--short=12', 'HEAD')}{'+' if git('status', '--porcelain', '-uno') else ''}"
+    return f"{__version__} {git('rev-parse', '--short=12', 'HEAD')}{'+' if git('status', '--porcelain', '-uno') else ''}"
   except (OSError, subprocess.CalledProcessError):
-    return version
+    return __version__

@@ -1,17 +1,18 @@
-"""Means with standard errors, and intervals for proportions."""
+"""Standard errors of means, confidence intervals of proportions, and logarithmic bins."""
 
 from __future__ import annotations
 
 import math
 from statistics import NormalDist
 
+from jaxtyping import Float, Int
 import numpy as np
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-  """Wilson score interval of a proportion (Wilson 1927): never empty and never outside [0, 1], at 0 and n too."""
+  """The Wilson score interval of a proportion (Wilson 1927), which stays within [0, 1] and has a width even at 0 and n."""
   if not 0 <= successes <= n or n == 0:
-    raise ValueError(f"{successes} successes of {n}")
+    raise ValueError(f"successes={successes}: must be from 0 to n={n}, and n at least 1")
   z = NormalDist().inv_cdf((1 + confidence) / 2)
   p, shrink = successes / n, 1 + z * z / n
   center = (p + z * z / (2 * n)) / shrink
@@ -19,15 +20,15 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
   return max(0.0, center - half), min(1.0, center + half)
 
 
-def mean_and_error(samples: np.ndarray) -> tuple[float, float | None]:
-  """Mean of independent samples (n,) and its standard error, which one sample does not have."""
+def mean_and_error(samples: Float[np.ndarray, " n"]) -> tuple[float, float | None]:
+  """The mean of independent samples and its standard error, which is None for a single sample."""
   samples = np.asarray(samples, np.float64)
   error = samples.std(ddof=1) / math.sqrt(len(samples)) if len(samples) > 1 else None
   return float(samples.mean()), None if error is None else float(error)
 
 
-def log_spaced_edges(length: int, per_octave: int = 4) -> np.ndarray:
-  """Strictly increasing integer edges from 0 to `length`: `per_octave` bins a doubling, never narrower than a token."""
+def log_spaced_edges(length: int, per_octave: int = 4) -> Int[np.ndarray, " edges"]:
+  """Strictly increasing bin edges from 0 to `length`: `per_octave` bins per doubling, none narrower than a token."""
   octaves = math.log2(length)
   edges = np.rint(2 ** np.linspace(0, octaves, max(1, round(octaves * per_octave)) + 1)).astype(int)
   return np.unique(np.concatenate([[0], edges]))

@@ -10,14 +10,14 @@ import numpy as np
 from pyarrow import csv, parquet
 import pytest
 
-from atma_jax.ablation.contrasts import contrasts, interval, settings
-from atma_jax.ablation.curves import line_styles
-from atma_jax.ablation.dashboard import report
+from atma_jax.ablation.contrasts import find_contrasts, seed_means, student_interval
 from atma_jax.ablation.grid import expand, make_axis, seed_axis
 from atma_jax.ablation.results import gather
+from atma_jax.ablation.summary import write_summary
 from atma_jax.ablation.sweep import Evaluation, create, write_json
 from atma_jax.config import Config
 from atma_jax.errors import UserError
+from atma_jax.evaluation.report.curves import line_styles
 
 EFFECT = {"polar": 0.0, "nope": 0.2, "mem-0": 0.1, "mem-1": 0.0, "seed-0": 0.0, "seed-1": 0.01}
 
@@ -46,7 +46,7 @@ def cells(tmp_path):
 def test_contrasts_are_matched(cells):
   axes, rows, _ = gather(cells)
   assert axes == ["attention", "mem", "seed"]
-  found = {(c.axis, c.measure, c.multiple): c for c in contrasts(rows, axes)}
+  found = {(c.axis, c.measure, c.multiple): c for c in find_contrasts(rows, axes)}
   assert "seed" not in {axis for axis, _, _ in found}
   attention = found["attention", "document_loss", 2.0]
   assert (attention.first, attention.second, attention.pairs, attention.wins, attention.ties) == ("polar", "nope", 4, 0, 0)
@@ -60,17 +60,17 @@ def test_contrasts_are_matched(cells):
 
 def test_seed_intervals(cells):
   axes, rows, _ = gather(cells)
-  polar = next(s for s in settings(rows, axes) if s.name == "polar mem=1" and s.measure == "document_loss" and s.multiple == 1)
+  polar = next(s for s in seed_means(rows, axes) if s.name == "polar mem=1" and s.measure == "document_loss" and s.multiple == 1)
   assert polar.seeds == 2
   np.testing.assert_allclose(polar.mean, 2.005)
   np.testing.assert_allclose(polar.high - polar.mean, 12.7062047 * 0.01 / np.sqrt(2) / np.sqrt(2), rtol=1e-6)  # t(0.975, 1)
   np.testing.assert_allclose((polar.least, polar.most), (2.0, 2.01))
-  assert interval([1.0]) == (None, None)
+  assert student_interval([1.0]) == (None, None)
 
 
 def test_report_files(cells, tmp_path):
   (cells[-1].path / "result.json").unlink()
-  report(tmp_path, cells)
+  write_summary(tmp_path, cells)
   rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
   assert parquet.read_table(tmp_path / "results.parquet").to_pylist() == rows
   assert csv.read_csv(tmp_path / "results.csv").num_rows == len(rows) == 7 * 6
@@ -91,7 +91,7 @@ def test_report_files(cells, tmp_path):
 def test_a_line_style_for_every_setting(cells):
   """Attention, the first axis, is the colour; memory the line and its marker."""
   axes, rows, _ = gather(cells)
-  styles = line_styles(settings(rows, axes))
+  styles = line_styles(seed_means(rows, axes))
   assert len(styles) == len(set(styles.values())) == 4
   assert styles["polar mem=1"][0] == styles["polar mem=0"][0] != styles["nope mem=1"][0]
   assert styles["polar mem=1"][1:] == styles["nope mem=1"][1:] != styles["polar mem=0"][1:]
@@ -100,4 +100,4 @@ def test_a_line_style_for_every_setting(cells):
 def test_nothing_done_is_said(tmp_path):
   cells = create(tmp_path, expand([], Config()), Evaluation())
   with pytest.raises(UserError, match="no cell is done yet"):
-    report(tmp_path, cells)
+    write_summary(tmp_path, cells)

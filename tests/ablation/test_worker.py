@@ -19,7 +19,7 @@ from atma_jax.ablation import claims, jobs
 from atma_jax.ablation.claims import Claims
 from atma_jax.ablation.grid import expand, make_axis
 from atma_jax.ablation.sweep import CellFolder, Evaluation, create, find
-from atma_jax.ablation.worker import FAILED, FINISHED, Worker, _eta
+from atma_jax.ablation.worker import FAILED, FINISHED, Worker, remaining_time
 from atma_jax.config import Config
 from atma_jax.errors import UserError
 
@@ -97,7 +97,7 @@ def test_killed_worker_takes_its_cell_along_and_the_next_goes_on(tmp_path):
   assert Claims().owner(cells[0].path).endswith(f":{worker.pid}")
   worker.send_signal(signal.SIGKILL)
   worker.wait()
-  wait_for(lambda: claims._started(child) is None)  # no orphan trains on
+  wait_for(lambda: claims.process_start(child) is None)  # no orphan trains on
   assert Claims().owner(cells[0].path) is None
   assert Worker(cells, command).run() == FINISHED
   assert starts(cells) == [2, 1]
@@ -149,13 +149,13 @@ def test_a_sweep_keeps_its_settings(tmp_path):
 
 def test_eta_counts_what_running_cells_have_trained(tmp_path):
   cells = sweep(tmp_path, 3)
-  assert _eta([], cells, 0) == _eta([], cells, 2) == "unknown" and _eta(cells, [], 0) == "0:00:00"
+  assert remaining_time([], cells, 0) == remaining_time([], cells, 2) == "unknown" and remaining_time(cells, [], 0) == "0:00:00"
   records = ['{"step": 9361, "seconds_per_step": 0.01}', '{"step": 9361, "validation/loss": 2}', '{"st']
   (cells[0].path / "metrics.jsonl").write_text("\n".join(records))
   assert cells[0].progress() == (0.5, 187.22)
-  assert _eta([], cells, 2) == "0:03:54"  # two cells and a half, two at a time
+  assert remaining_time([], cells, 2) == "0:03:54"  # two cells and a half, two at a time
   (cells[2].path / "result.json").write_text('{"seconds": 100}')
-  assert _eta(cells[2:], cells[:2], 1) == "0:02:30"
+  assert remaining_time(cells[2:], cells[:2], 1) == "0:02:30"
 
 
 def test_jobs_are_launcher_commands(tmp_path):

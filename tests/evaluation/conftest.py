@@ -11,8 +11,8 @@ import pytest
 
 from atma_jax.config import Config, DataConfig, ModelConfig
 from atma_jax.data.tokenizers import ByteTokenizer
-from atma_jax.evaluation.cells import Inputs
 from atma_jax.evaluation.scoring import Scorer
+from atma_jax.evaluation.suite import Inputs
 from atma_jax.models import Atma
 from atma_jax.sharding import make_mesh
 
@@ -61,12 +61,11 @@ def losses_of(logits_of) -> Callable[[np.ndarray], np.ndarray]:
 def inputs_of(lively) -> Callable[..., Inputs]:
   """``(documents, lengths, scorer options...) -> Inputs`` over one device."""
 
-  def make(documents: list[str], lengths: tuple[int, ...], *, trials: int = 2, batch_tokens: int = 320, **scorer) -> Inputs:
+  def make(documents: list[str], lengths: tuple[int, ...], *, batch_tokens: int = 320, **scorer) -> Inputs:
     tokenizer, mesh = ByteTokenizer(), make_mesh(devices=jax.devices()[:1])
     config = Config(model=lively.config, data=DataConfig(sequence_length=lengths[0]))
     texts = [tokenizer.encode(document) for document in documents]
-    return Inputs(Scorer(lively, mesh, cap=lively.config.logit_cap, batch_tokens=batch_tokens, chunk=32, **scorer), tokenizer,
-                  texts, np.concatenate(texts), lengths, trials, 0, min_documents=1, stream_windows=2, config=config,
-                  model=lively, mesh=mesh)
+    return Inputs(Scorer(lively, mesh, batch_tokens=batch_tokens, chunk=32, **scorer), tokenizer, texts, np.concatenate(texts),
+                  lengths, seed=0, min_documents=1, config=config, model=lively, mesh=mesh)
 
   return make

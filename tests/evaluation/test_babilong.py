@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 from flax import nnx
@@ -12,8 +11,8 @@ import pytest
 
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
-from atma_jax.evaluation.options import BabilongOptions
 from atma_jax.evaluation.suites import babilong
+from atma_jax.evaluation.suites.babilong import BabilongOptions
 
 TOKENIZER = ByteTokenizer()
 
@@ -40,7 +39,7 @@ def folder(tmp_path_factory):
 def test_only_answers_are_trained_on(folder):
   """The weights cover the answer and end-of-text, which the prompt, from end-of-text on, predicts."""
   examples = babilong.load_examples(str(folder / "train"), "qa1", "0k", TOKENIZER, 2)
-  tokens, weights = babilong.batch_of(examples, TOKENIZER.eot_id)
+  tokens, weights = babilong.make_batch(examples, TOKENIZER.eot_id)
   assert tokens.shape == (2, 65) and weights.shape == (2, 64)
   for row, scored in zip(tokens, weights):
     assert row[0] == TOKENIZER.eot_id
@@ -51,11 +50,12 @@ def test_only_answers_are_trained_on(folder):
 
 def test_the_probe_learns_to_answer(inputs_of, folder, lively):
   """Exact match after fine-tuning is what the one word learnt makes of the test files; the model itself stays as it was."""
-  options = BabilongOptions(str(folder / "train"), str(folder / "test"), train_lengths=("0k", "1k"), test_lengths=("0k", "1k"),
-                            steps=40, batch_size=4, learning_rate=2e-2)
-  inputs = dataclasses.replace(inputs_of(["text"], (32,)), babilong=options)
+  options = BabilongOptions(
+    str(folder / "train"), str(folder / "test"), babilong_train_lengths=("0k", "1k"), babilong_test_lengths=("0k", "1k"),
+    babilong_steps=40, babilong_batch_size=4, babilong_learning_rate=2e-2)
+  inputs = inputs_of(["text"], (32,))
   before = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(lively))]
-  cells = babilong.babilong_cells(inputs)
+  cells = babilong.babilong_cells(inputs, options)
   assert [cell.expected for cell in cells] == [(("babilong_exact", 0),), (("babilong_exact", 1024),)]
   (found,) = cells[0].run(lambda tokens: None)
   assert (found.value, found.n) == (0.75, 4) and found.interval[0] < 0.75 < found.interval[1]

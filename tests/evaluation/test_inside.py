@@ -14,17 +14,19 @@ import pytest
 from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig, RetentionCap
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
-from atma_jax.evaluation.cells import Inputs
-from atma_jax.evaluation.options import Options
+from atma_jax.evaluation.api import evaluate
+from atma_jax.evaluation.options import CheckedOptions, parse_caps
 from atma_jax.evaluation.records import Measurement, ResultsFile
 from atma_jax.evaluation.scoring import Scorer
+from atma_jax.evaluation.suite import Inputs
 from atma_jax.evaluation.suites import diagnostics
 from atma_jax.evaluation.suites.diagnostics import diagnostics_cells, diagnostics_table
 from atma_jax.evaluation.suites.retention import outliers, retention_cells, retention_table
 from atma_jax.evaluation.tapping import document_rows
 from atma_jax.models import Atma
+from atma_jax.models.residual import ResidualStream
 from atma_jax.models.retention_cap import with_retention_cap
-from atma_jax.ops import polar_statistics
+from atma_jax.ops.polar_attention.api import attention_statistics
 from atma_jax.sharding import make_mesh
 
 LENGTHS, TRAINING = (16, 48), 16
@@ -38,9 +40,9 @@ def make_inputs(config: Config = CONFIG) -> Inputs:
   rng = np.random.default_rng(1)
   model = nnx.merge(graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.3, p.dtype), params))
   mesh = make_mesh(devices=jax.devices()[:1])
-  scorer = Scorer(model, mesh, cap=15.0, batch_tokens=512, chunk=16)
+  scorer = Scorer(model, mesh, batch_tokens=512, chunk=16)
   documents = [rng.integers(0, 256, n).astype(np.int32) for n in (60, 52, 47, 46)]
-  return Inputs(scorer, ByteTokenizer(), documents, documents[0], LENGTHS, 2, 0, 2, 2, config, model, mesh)
+  return Inputs(scorer, ByteTokenizer(), documents, documents[0], LENGTHS, 0, 2, config, model, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +59,10 @@ def by_hand(model: Atma, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
 
   @nnx.jit
   def compute(model: Atma, tokens: jax.Array) -> list[dict[str, jax.Array]]:
-    x, traces = model.embed(tokens), []
+    x, traces = ResidualStream(model.embed(tokens)), []
     for block in blocks(model):
       traces.append({})
-      x = block(x, traces[-1])
+      x, _ = block(x, trace=traces[-1])
     return traces
 
   traces = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), compute(model, rows))
@@ -84,7 +86,7 @@ def test_rows_are_end_of_text_and_whole_prefixes(inputs, rows):
 
 
 def test_diagnostics(inputs, rows):
-  cells = diagnostics_cells(inputs)
+  cells = diagnostics_cells(inputs, CheckedOptions())
   found = run(cells)
   assert set(found) == {number for cell in cells for number in cell.expected}
   traces = {length: by_hand(inputs.model, rows[:, :length]) for length in LENGTHS}
@@ -98,8 +100,9 @@ def test_diagnostics(inputs, rows):
                   "residual_rms_ratio": math.sqrt((x**2).mean() / (base**2).mean())}
       if layer == 1:
         magnitude = trace["magnitude"][:, half:]
-        statistics = polar_statistics(*(jnp.asarray(trace[n], jnp.float32) for n in "qkv"),
-                                      **trace["block"].mixer.core.parameters(), implementation="reference")
+        core = trace["block"].mixer.core
+        statistics = attention_statistics(*(jnp.asarray(trace[n], jnp.float32) for n in "qkv"), core.params, core.spec,
+                                          implementation="reference")
         expected |= {name: np.asarray(value, np.float64)[:, half:].mean() for name, value in statistics.items()}
         expected |= {"magnitude": magnitude.mean(), "magnitude_saturation": (magnitude > 0.99).mean(),
                      "memory_norm": np.sqrt((trace["memory"]**2).sum((2, 3))).mean(),
@@ -117,7 +120,7 @@ def test_diagnostics(inputs, rows):
 
 def test_the_reference_is_the_training_length_even_when_it_is_not_asked_for(inputs):
   longer = dataclasses.replace(inputs, lengths=(48,))
-  found, both = run(diagnostics_cells(longer)), run(diagnostics_cells(inputs))
+  found, both = run(diagnostics_cells(longer, CheckedOptions())), run(diagnostics_cells(inputs, CheckedOptions()))
   for name in diagnostics.RESIDUAL:
     assert found[name, 48, 2, None].value == both[name, 48, 2, None].value
 
@@ -126,20 +129,21 @@ def test_baselines_have_what_they_have():
   model = dataclasses.replace(CONFIG.model, attention="nope", memory=MemoryConfig(enabled=False), num_layers=3)
   inputs = make_inputs(dataclasses.replace(CONFIG, model=model))
   inputs = dataclasses.replace(inputs, lengths=(16,))
-  cells = diagnostics_cells(inputs)
+  cells = diagnostics_cells(inputs, CheckedOptions())
   assert {name for name, *_ in run(cells)} == set(diagnostics.RESIDUAL) == {name for name, *_ in cells[0].expected}
   with pytest.raises(UserError, match="--suite=retention: the model has no memory"):
-    retention_cells(inputs)
+    retention_cells(inputs, CheckedOptions())
 
 
 def test_retention_of_the_memory_beside_raven():
   model = dataclasses.replace(CONFIG.model, block_pattern=("local", "raven"), num_layers=2)
   inputs = dataclasses.replace(make_inputs(dataclasses.replace(CONFIG, model=model)), lengths=(16,))
-  assert {(layer, head) for *_, layer, head in run(retention_cells(inputs))} == {(1, head) for head in range(model.num_heads)}
+  cells = retention_cells(inputs, CheckedOptions())
+  assert {(layer, head) for *_, layer, head in run(cells)} == {(1, head) for head in range(model.num_heads)}
 
 
 def test_retention(inputs, rows):
-  cells = retention_cells(inputs)
+  cells = retention_cells(inputs, CheckedOptions())
   found = run(cells)
   assert set(found) == {number for cell in cells for number in cell.expected}
   trace = by_hand(inputs.model, rows)[1]
@@ -156,7 +160,7 @@ def test_retention(inputs, rows):
                                  np.quantile(half_lives, [0, 0.95, 1]), rtol=1e-4)
       assert measured.n == 3 * length and measured.outlier is False
   capped = dataclasses.replace(inputs, model=with_retention_cap(inputs.model, RetentionCap(3.0, "1:1")))
-  capped = run(retention_cells(capped))
+  capped = run(retention_cells(capped, CheckedOptions()))
   assert capped["half_life_zero_input", 0, 1, 1].value == pytest.approx(3) and max(
     b["value"] for b in capped["half_life_measured", 48, 1, 1].bins) == pytest.approx(3)
   assert capped["half_life_measured", 48, 1, 0].bins == found["half_life_measured", 48, 1, 0].bins
@@ -193,14 +197,16 @@ def test_an_unread_tap_compiles_to_the_plain_program(inputs, rows):
     group_graph, stacked = nnx.split(model.groups)
 
     def group(x, params):
+      x = ResidualStream(x)
       for block in nnx.merge(group_graph, params).blocks:
-        x = block(x)
-      return x, None
+        x, _ = block(x)
+      return x.value, None
 
     x, _ = jax.lax.scan(group, model.embed(tokens), stacked)
+    x = ResidualStream(x)
     for block in model.tail.blocks:
-      x = block(x)
-    return model.norm(x)
+      x, _ = block(x)
+    return model.norm(x.value)
 
   def program(function):
     compiled = jax.jit(function).lower(state, rows).compile()
@@ -211,31 +217,37 @@ def test_an_unread_tap_compiles_to_the_plain_program(inputs, rows):
   assert program(lambda state, tokens: nnx.merge(graphdef, state).tapped(tokens, lambda *_: None)[0]) == expected
 
 
-@pytest.mark.parametrize(("options", "caps"), [
-  ({}, [None]), ({"retention_cap": 256.0}, ["256 (all)"]),
-  ({"retention_cap": 0.5, "retention_heads": "6:3,10:1"}, ["0.5 (6:3,10:1)"]),
-  ({"retention_cap_sweep": ("none", "256", "1e3"), "retention_heads": "worst"}, [None, "256 (worst)", "1000 (worst)"])])
-def test_caps_that_are_asked_for(options, caps):
-  assert [None if cap is None else str(cap) for cap in Options(**options).caps()] == caps
+@pytest.mark.parametrize(("texts", "heads", "caps"), [
+  ((), "all", []), (("0.5",), "6:3,10:1", ["0.5 (6:3,10:1)"]),
+  (("none", "256", "1e3"), "worst", [None, "256 (worst)", "1000 (worst)"])])
+def test_caps_of_a_sweep(texts, heads, caps):
+  assert [None if cap is None else str(cap) for cap in parse_caps(texts, heads)] == caps
 
 
-@pytest.mark.parametrize(("options", "message"), [
-  ({"retention_cap": -1.0}, "--retention_cap=-1.0"), ({"retention_heads": "worst"}, "--retention_cap=TOKENS"),
-  ({"retention_cap": 8.0, "retention_heads": "a:b"}, "--retention_heads=a:b"),
-  ({"retention_cap": 8.0, "retention_cap_sweep": ("none",)}, "only one of them"),
-  ({"retention_cap_sweep": ("none", "many")}, "--retention_cap_sweep=none,many"),
-  ({"retention_cap_sweep": ("inf",)}, "--retention_cap=inf")])
-def test_caps_that_are_not(options, message):
+@pytest.mark.parametrize(("texts", "heads", "message"), [
+  (("none", "many"), "all", "--retention_cap_sweep=none,many"), (("inf",), "all", "--retention_cap=inf"),
+  (("8",), "a:b", "--retention_heads=a:b")])
+def test_illegal_caps_of_a_sweep(texts, heads, message):
   with pytest.raises(UserError, match=message):
-    Options(**options)
+    parse_caps(texts, heads)
+
+
+@pytest.mark.parametrize(("overrides", "options", "message"), [
+  ({"retention_cap": -1.0}, {}, "--retention_cap=-1.0"),
+  ({"retention_cap": 8.0}, {"retention_caps": (None,)}, "--retention_cap and --retention_cap_sweep: only one of them"),
+  ({"window": 8}, {"keep_window": True}, "--keep_window and --window: only one of them")])
+def test_overrides_that_evaluate_refuses(tmp_path, overrides, options, message):
+  """Before anything is read."""
+  with pytest.raises(UserError, match=message):
+    evaluate("/nowhere", tmp_path, overrides=overrides, **options)
 
 
 def test_capped_scorers_share_programs(inputs):
   rows = np.asarray(inputs.documents[0][:17])[None]
   one, two = (with_retention_cap(inputs.model, RetentionCap(tokens)) for tokens in (0.5, 4.0))
-  scorer = inputs.scorer.of(one)
+  scorer = inputs.scorer.for_model(one)
   before = scorer.compilations
   a, = scorer.losses(rows)
-  b, = scorer.of(two).losses(rows)
+  b, = scorer.for_model(two).losses(rows)
   plain, = inputs.scorer.losses(rows)
   assert scorer.compilations == before + 2 and not np.allclose(a, b) and not np.allclose(b, plain)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 
@@ -13,13 +12,14 @@ import pytest
 from atma_jax.data import needles
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
-from atma_jax.evaluation.cells import Cell
 from atma_jax.evaluation.records import Measurement, ResultsFile
 from atma_jax.evaluation.resources import OutOfMemory, code_version, memory_errors
 from atma_jax.evaluation.runner import run_cells
 from atma_jax.evaluation.statistics import wilson_interval
+from atma_jax.evaluation.suite import Cell
 from atma_jax.evaluation.suites import retrieval
-from atma_jax.evaluation.suites.bpb import bits_per_byte_cells, span_bytes, whole_span
+from atma_jax.evaluation.suites.bpb import BitsPerByteOptions, bits_per_byte_cells, span_bytes, whole_span
+from atma_jax.evaluation.suites.retrieval import RetrievalOptions
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs. " for i in range(30))
 
@@ -111,8 +111,8 @@ def test_an_interrupted_evaluation_goes_on_at_the_next_cell(tmp_path):
 
 def test_a_retrieval_cell_by_hand(inputs_of, logits_of):
   """NIAH in text at 160 tokens, depth 90 %: rows written out here, scored from all logits."""
-  inputs = dataclasses.replace(inputs_of([TEXT], (128, 160), trials=3), depths=(0.1, 0.9))
-  cells = retrieval.retrieval_cells(inputs)
+  inputs = inputs_of([TEXT], (128, 160))
+  cells = retrieval.retrieval_cells(inputs, RetrievalOptions(retrieval_trials=3, depths=(10.0, 90.0)))
   assert len(cells) == 2 * 2 * 2 * 2
   (cell,) = [c for c in cells if c.expected[0][1] == 160 and (c.settings["task"], c.settings["haystack"], c.settings["depth"])
              == ("niah", "text", 0.9)]
@@ -145,7 +145,7 @@ def test_trials_are_paired(inputs_of):
   """Cue, value and haystack of a trial are the same at every length and depth; tasks share the value."""
   inputs = inputs_of([TEXT], (128, 160))
   text = np.append(inputs.documents[0], 256)
-  rows = {(task, length, depth): retrieval.rows(inputs, task, text, length, depth)[0]
+  rows = {(task, length, depth): retrieval.haystack_rows(inputs, 2, task, text, length, depth)[0]
           for task in retrieval.TASKS for length in (128, 160) for depth in (0.0, 0.5, 1.0)}
   for trial in range(2):
     written = {key: inputs.tokenizer.decode(tokens[trial]) for key, tokens in rows.items()}
@@ -158,7 +158,7 @@ def test_trials_are_paired(inputs_of):
       assert written[task, 160, 0.0].startswith(statement)
     assert retrieval.cue_and_value("passkey", trial, 0)[1] == retrieval.cue_and_value("niah", trial, 0)[1]
   with pytest.raises(UserError, match="haystack of 64 tokens needs at least"):
-    retrieval.rows(inputs, "passkey", text, 64, 0.5)
+    retrieval.haystack_rows(inputs, 2, "passkey", text, 64, 0.5)
 
 
 def test_training_never_sees_what_evaluation_asks():
@@ -173,7 +173,7 @@ def test_bits_per_byte_of_one_span(inputs_of, losses_of):
   """The same bytes under every context, re-derived from all logits; no character is cut."""
   documents = ["é漢字 " * 60, TEXT, "short"]
   inputs = inputs_of(documents, (64, 128))
-  cells = bits_per_byte_cells(dataclasses.replace(inputs, bpb_span=20))
+  cells = bits_per_byte_cells(inputs, BitsPerByteOptions(20))
   for length, cell in zip((64, 128), cells):
     values = []
     for text in documents[:2]:
@@ -189,7 +189,7 @@ def test_bits_per_byte_of_one_span(inputs_of, losses_of):
     np.testing.assert_allclose(found.value, np.mean(values), rtol=1e-5)
     assert found.n == 2 and found.length == length
   with pytest.raises(UserError, match=r"--bpb_span=60: must be from 1 to 56"):
-    bits_per_byte_cells(dataclasses.replace(inputs, bpb_span=60))
+    bits_per_byte_cells(inputs, BitsPerByteOptions(60))
 
 
 def test_bytes_of_a_span():

@@ -13,7 +13,9 @@ import pytest
 from atma_jax.config import Config
 from atma_jax.errors import UserError
 from atma_jax.evaluation.records import ResultsFile
-from atma_jax.evaluation.report.page_tables import group, render, write_report
+from atma_jax.evaluation.report.page import render_page, write_report
+from atma_jax.evaluation.report.runs import group_runs
+from atma_jax.evaluation.suites import all_suites
 
 LENGTHS = (256, 512, 1024)
 
@@ -50,7 +52,7 @@ def results(name: str, shift: float) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def page():
   failed = record("one", "loss", "stream_loss", 2048, None, status="out_of_memory", reason="<needs> 9 GiB")
-  return render([*results("one", 0.0), *results("two", 0.2), failed])
+  return render_page([*results("one", 0.0), *results("two", 0.2), failed])
 
 
 def test_one_page_with_nothing_from_elsewhere(page):
@@ -73,7 +75,7 @@ def test_the_latest_record_counts_and_checkpoints_stay_apart():
   capped = record("a", "loss", "document_loss", 256, 1.0, {"retention_cap": "256 tokens, heads 2:1"})
   other = first | {"checkpoint": "/elsewhere/a"}
   stopped, counted = first | {"null_length": 256, "value": 0.5}, first | {"count_length": 256, "value": 0.25}
-  runs = group([first, second, capped, other, stopped, counted])
+  runs = group_runs([first, second, capped, other, stopped, counted], all_suites())
   assert [run.records[0]["value"] for run in runs] == [2.0, 1.0, 3.0, 0.5, 0.25]
   assert len({run.label for run in runs}) == 5 and "null to 256" in runs[3].label and "counts to 256" in runs[4].label
 

@@ -12,15 +12,16 @@ import pytest
 
 from atma_jax.checkpoints.load import overridden
 from atma_jax.checkpoints.overrides import checked_overrides
+from atma_jax.config import Config
 from atma_jax.data.needles import draw_needle
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
-from atma_jax.evaluation.cells import Inputs
-from atma_jax.evaluation.records import VARIANTS, ResultsFile
+from atma_jax.evaluation.records import VARIANT_FIELDS, ResultsFile
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.evaluation.statistics import mean_and_error, wilson_interval
-from atma_jax.evaluation.suites.loss import loss_cells
-from atma_jax.evaluation.suites.needle import needle_cells
+from atma_jax.evaluation.suite import Inputs
+from atma_jax.evaluation.suites.loss import LossOptions, loss_cells
+from atma_jax.evaluation.suites.needle import NeedleOptions, needle_cells, needle_rows
 from atma_jax.models import Atma
 from atma_jax.sharding import make_mesh
 
@@ -31,9 +32,10 @@ TEXT = "The quick brown fox jumps over the lazy dog number {}. "
 def make_inputs(model: Atma, *, batch_tokens: int = 512, chunk: int = 16, documents: int = 5) -> Inputs:
   tokenizer = ByteTokenizer()
   texts = [tokenizer.encode("".join(TEXT.format(i * j) for j in range(6 + i))) for i in range(documents)]
-  scorer = Scorer(model, make_mesh(devices=jax.devices()[:1]), cap=model.config.logit_cap, batch_tokens=batch_tokens,
-                  chunk=chunk)
-  return Inputs(scorer, tokenizer, texts, np.concatenate(texts), LENGTHS, trials=3, seed=0, min_documents=2, stream_windows=4)
+  mesh = make_mesh(devices=jax.devices()[:1])
+  scorer = Scorer(model, mesh, batch_tokens=batch_tokens, chunk=chunk)
+  return Inputs(scorer, tokenizer, texts, np.concatenate(texts), LENGTHS, seed=0, min_documents=2, config=Config(), model=model,
+                mesh=mesh)
 
 
 def run(cells) -> dict:
@@ -42,7 +44,7 @@ def run(cells) -> dict:
 
 def test_document_and_stream_loss(lively, losses_of):
   inputs = make_inputs(lively)
-  found = run(loss_cells(inputs))
+  found = run(loss_cells(inputs, LossOptions(4)))
   rows = np.stack([np.concatenate([[inputs.tokenizer.eot_id], d[:64]]) for d in inputs.documents])
   losses = losses_of(rows)
   for length in LENGTHS:
@@ -58,7 +60,7 @@ def test_document_and_stream_loss(lively, losses_of):
 
 def test_needle_is_the_teacher_forced_prediction(lively, losses_of):
   inputs = make_inputs(lively)
-  found = run(needle_cells(inputs))
+  found = run(needle_cells(inputs, NeedleOptions(3)))
   filler_free = 1 + 2 * len(inputs.tokenizer.encode(" The access code for record 1234567 is 1 2 3 4 5"))
   rows = []
   for trial in range(3):
@@ -71,9 +73,8 @@ def test_needle_is_the_teacher_forced_prediction(lively, losses_of):
     assert measured.n == 3 and 0 <= found["needle_accuracy", length].value <= 1
     assert found["needle_accuracy", length].interval[0] <= found["needle_accuracy", length].value
   # The cell's own rows, scored from all logits.
-  from atma_jax.evaluation.suites.needle import _rows
   text = np.concatenate([part for d in inputs.documents for part in (d, [inputs.tokenizer.eot_id])]).astype(np.int32)
-  tokens, positions = _rows(inputs, text, [draw_needle(t, 0) for t in range(3)], 32, 32 + filler_free)
+  tokens, positions = needle_rows(inputs, text, [draw_needle(t, 0) for t in range(3)], 32, 32 + filler_free)
   decoded = inputs.tokenizer.decode(tokens[0][1:])
   assert decoded.startswith(rows[0][0]) and decoded.endswith(rows[0][0])
   assert len(decoded) == 32 + 2 * len(rows[0][0]) and not inputs.tokenizer.decode(tokens[3][1:]).startswith(rows[0][0])
@@ -84,7 +85,7 @@ def test_needle_is_the_teacher_forced_prediction(lively, losses_of):
 
 def test_batch_and_chunk_change_nothing_and_shapes_are_few(lively):
   one, many = make_inputs(lively, batch_tokens=64, chunk=5), make_inputs(lively, batch_tokens=4096, chunk=64)
-  a, b = (run([*loss_cells(i), *needle_cells(i)]) for i in (one, many))
+  a, b = (run([*loss_cells(i, LossOptions(4)), *needle_cells(i, NeedleOptions(3))]) for i in (one, many))
   assert a.keys() == b.keys()
   for key in a:
     np.testing.assert_allclose(a[key].value, b[key].value, rtol=2e-5, err_msg=str(key))
@@ -94,7 +95,7 @@ def test_batch_and_chunk_change_nothing_and_shapes_are_few(lively):
 def test_too_short_documents_are_refused_with_the_numbers(lively):
   with pytest.raises(UserError, match=r"--min_documents=2: only 0 of 1 held-out .*longest length of 64 tokens"):
     short = make_inputs(lively, documents=1)
-    loss_cells(Inputs(short.scorer, short.tokenizer, [short.documents[0][:20]], short.stream, LENGTHS, 3, 0, 2, 4))
+    loss_cells(dataclasses.replace(short, documents=[short.documents[0][:20]]), LossOptions())
 
 
 def test_results_survive_a_cut_line_and_keep_settings_apart(tmp_path):
@@ -119,7 +120,7 @@ def test_variants_of_a_checkpoint_are_kept_apart(tmp_path):
   """What was measured of averaged weights, in a window or with the null stopped counts for nothing else, whichever came first."""
   results = ResultsFile(tmp_path / "results.jsonl")
   identity = {"checkpoint": "a", "step": 1, "settings": {}}
-  for variant in VARIANTS:
+  for variant in VARIANT_FIELDS:
     results.append([{**identity, variant: 8, "measure": "document_loss", "length": 64, "value": 1.0}])
     assert results.find({**identity, variant: 8}, "document_loss", 64)
     assert results.find(identity, "document_loss", 64) is None

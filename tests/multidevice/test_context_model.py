@@ -13,7 +13,7 @@ import pytest
 
 from atma_jax.config import MemoryConfig, ModelConfig
 from atma_jax.errors import UserError
-from atma_jax.evaluation.runner import Options, evaluate
+from atma_jax.evaluation.api import evaluate
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.models.definition import ModelDefinition
 from atma_jax.sharding import make_mesh, named_sharding
@@ -82,7 +82,7 @@ def test_scores_of_any_length_equal_one_device():
 
   def scores(**axes):
     mesh = make_mesh(**{"data": 1} | axes, devices=jax.devices()[:int(np.prod(list(axes.values()) or [1]))])
-    scorer = Scorer(definition.merge(parameters(definition, mesh)), mesh, cap=15.0, batch_tokens=64, chunk=5)
+    scorer = Scorer(definition.merge(parameters(definition, mesh)), mesh, batch_tokens=64, chunk=5)
     with jax.default_matmul_precision("highest"):
       losses, = scorer.losses(rows)
       (at, predictions), = scorer.at_positions(rows, positions)
@@ -95,4 +95,4 @@ def test_scores_of_any_length_equal_one_device():
 
 def test_a_context_axis_that_does_not_fit_is_refused(tmp_path):
   with pytest.raises(UserError, match=r"--context=3: mesh .*context=3 does not fit 8 devices"):
-    evaluate("nowhere", str(tmp_path), Options(context=3))
+    evaluate("nowhere", str(tmp_path), context=3)

@@ -27,7 +27,7 @@ def test_scores_do_not_depend_on_the_mesh():
   positions = np.broadcast_to(POSITIONS, (5, 5))
 
   def scores(model: Atma, mesh: jax.sharding.Mesh, piece: int) -> tuple[np.ndarray, np.ndarray]:
-    scorer = Scorer(model, mesh, cap=CONFIG.logit_cap, batch_tokens=64, chunk=16, prefill_chunk=piece)
+    scorer = Scorer(model, mesh, batch_tokens=64, chunk=16, prefill_chunk=piece)
     found = list(scorer.at_positions(rows, positions))
     losses = np.concatenate(list(scorer.losses(rows)))
     assert losses.shape == (5, 61)

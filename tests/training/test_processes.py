@@ -20,8 +20,7 @@ import numpy as np
 import pytest
 
 from atma_jax.checkpoints.load import load_model
-from atma_jax.evaluation.options import Options
-from atma_jax.evaluation.runner import evaluate
+from atma_jax.evaluation.api import evaluate
 from atma_jax.models.definition import params_of
 from atma_jax.sharding import make_mesh
 
@@ -335,7 +334,7 @@ def test_evaluation_by_two_processes_is_that_of_one(run, alone, tmp_path):
   outputs = [tmp_path / "0", tmp_path / "1"]
   with run(tmp_path, 2, 1, *options, checkpoint=alone, workdirs=outputs) as started:
     assert started.codes() == [0, 0], started.errors()
-  evaluate(str(alone), str(tmp_path / "one"), Options(suite=("loss", "needle"), multiples=(1, 2), trials=3, min_documents=2))
+  evaluate(str(alone), str(tmp_path / "one"), suite=("loss", "needle"), multiples=(1, 2), trials=3, min_documents=2)
   found, expected = ([json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
                      for folder in (outputs[0], tmp_path / "one"))
   assert len(found) == len(expected) > 10

@@ -1,1 +1,1 @@
-"""Tables, figures and pages made of evaluation records."""
+"""Figures, tables and pages of evaluations and sweeps, drawn from plain records; nothing here imports JAX."""

@@ -1,73 +1,111 @@
-"""The frame of the report: style and script, around ``{{links}}`` and ``{{body}}``."""
+"""``report.html``: the numbers of several checkpoints side by side, in one file that loads nothing from elsewhere.
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>atma_jax evaluation</title>
-<style>
-:root { color-scheme: light; --line: #e5e7eb; --soft: #6b7280; --ink: #111827; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f6f7f9; color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
-header { background: #fff; border-bottom: 1px solid var(--line); padding: 18px 28px 10px; position: sticky; top: 0; z-index: 2; }
-h1 { font-size: 20px; margin: 0 0 6px; }
-nav { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; }
-nav a { color: #0b63a5; text-decoration: none; }
-nav a:hover { text-decoration: underline; }
-main { max-width: 1180px; margin: 0 auto; padding: 20px 28px 60px; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 18px 22px 22px; margin-bottom: 20px;
-  scroll-margin-top: 110px; }
-h2 { font-size: 17px; margin: 0 0 12px; }
-h3 { font-size: 14px; margin: 18px 0 8px; }
-p { margin: 8px 0; color: var(--soft); font-size: 13.5px; }
-img { max-width: 100%; height: auto; display: block; margin: 0 auto 10px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; }
-th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-.numbers td, .numbers th { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.path { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 12px; overflow-wrap: anywhere; min-width: 180px; }
-.bad { color: #b91c1c; background: #fef2f2; }
-.cards { display: flex; flex-wrap: wrap; gap: 18px 28px; }
-.heat { border-spacing: 2px; border-collapse: separate; margin: 4px 0; }
-.heat caption { text-align: left; font-size: 12.5px; color: var(--soft); padding-bottom: 3px; }
-.heat th { border: 0; padding: 2px 8px 2px 0; color: var(--soft); font-weight: 500; white-space: nowrap; }
-.heat thead th { text-align: center; padding: 2px; }
-.heat td { border: 0; min-width: 46px; height: 28px; padding: 2px 5px; text-align: center; vertical-align: middle;
-  border-radius: 3px; font-variant-numeric: tabular-nums; }
-.heat td.bad { font-size: 11px; line-height: 1.1; }
-.heat td.none { background: #f3f4f6; }
-.tabs { margin: 8px 0 2px; }
-button { font: inherit; font-size: 13px; padding: 4px 12px; border: 1px solid var(--line); background: #fff; border-radius: 6px;
-  cursor: pointer; margin-right: 6px; }
-button.on { background: #0b63a5; border-color: #0b63a5; color: #fff; }
-summary { cursor: pointer; color: #0b63a5; }
-input { font: inherit; font-size: 13px; padding: 5px 10px; margin: 12px 0 6px; width: min(480px, 100%);
-  border: 1px solid #d1d5db; border-radius: 6px; }
-@media print { header { position: static; } section { break-inside: avoid; } }
-</style>
-</head>
-<body>
-<header><h1>atma_jax evaluation</h1><nav>{{links}}</nav></header>
-<main>{{body}}</main>
-<script>
-for (const button of document.querySelectorAll(".tabs button")) {
-  button.addEventListener("click", () => {
-    const section = button.closest("section");
-    section.querySelectorAll(".tabs button").forEach(other => other.classList.toggle("on", other === button));
-    section.querySelectorAll(".pane").forEach((pane, i) => { pane.hidden = String(i) !== button.dataset.pane; });
-  });
-}
-const filter = document.getElementById("filter");
-if (filter) filter.addEventListener("input", () => {
-  const words = filter.value.toLowerCase().split(/\\s+/).filter(Boolean);
-  for (const row of document.querySelectorAll("table.all tbody tr")) {
-    const text = row.textContent.toLowerCase();
-    row.hidden = !words.every(word => text.includes(word));
-  }
-});
-</script>
-</body>
-</html>
+Figures are SVG inside the page, tables are HTML, and the script is inline. Every suite contributes its own sections
+(`atma_jax.evaluation.suite.Suite.sections`); this module adds those about all suites, and the frame from ``page.html``.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+import html
+import importlib.resources
+import pathlib
+
+from absl import logging
+
+from atma_jax.errors import UserError
+from atma_jax.evaluation.records import Record, is_ok, parse_records
+from atma_jax.evaluation.report.drawing import PALETTE
+from atma_jax.evaluation.report.markup import table, uncertainty
+from atma_jax.evaluation.report.runs import POSITION_FIELDS, Run, group_runs
+from atma_jax.evaluation.suite import Suite
+from atma_jax.evaluation.suites import all_suites
+
+_REQUIRED = {"checkpoint": str, "step": int, "name": str, "suite": str, "settings": dict, "measure": str, "length": int, "n": int,
+             "config": dict, "hardware": str, "jax": str, "training_length": int}
+
+
+def write_report(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
+  """Writes the report of all records of these ``results.jsonl`` files to `target`.
+
+  Raises:
+    UserError: a file cannot be read or holds no valid records, or the page cannot be written.
+  """
+  records = []
+  for path in sources:
+    try:
+      found = parse_records(path.read_bytes(), path)
+    except OSError as error:
+      raise UserError(f"--report: cannot read {path}: {error.strerror or error}") from error
+    if not found:
+      raise UserError(f"--report: {path} holds no results")
+    for record in found:
+      wrong = [name for name, kind in _REQUIRED.items() if not isinstance(record.get(name), kind)]
+      if wrong or not isinstance(record.get("value", ""), int | float | None):
+        raise UserError(f"--report: {path}: a record of {record.get('measure')!r} has no legal {(wrong or ['value'])[0]}")
+    records += found
+  try:
+    target.write_text(render_page(records), encoding="utf-8")
+  except OSError as error:
+    raise UserError(f"--report: cannot write {target}: {error.strerror or error}") from error
+  logging.info("report: %s", target)
+
+
+def render_page(records: Iterable[Record]) -> str:
+  """The page as HTML; sections without content are left out."""
+  suites = all_suites()
+  runs = group_runs(records, suites)
+  sections = [("Checkpoints", _checkpoints(runs)),
+              *((heading, section(runs)) for suite in suites.values() for heading, section in suite.sections.items()),
+              ("Not measured", _failures(runs, suites)), ("All numbers", _numbers(runs, suites))]
+  sections = [(heading, body) for heading, body in sections if body]
+  links = "".join(f'<a href="#s{i}">{html.escape(heading)}</a>' for i, (heading, _) in enumerate(sections))
+  body = "".join(f'<section id="s{i}"><h2>{html.escape(heading)}</h2>{part}</section>' for i, (heading, part) in
+                 enumerate(sections))
+  frame = importlib.resources.files("atma_jax.evaluation.report").joinpath("page.html").read_text(encoding="utf-8")
+  return frame.replace("{{links}}", links).replace("{{body}}", body)
+
+
+def _checkpoints(runs: Sequence[Run]) -> str:
+  """One row per run: its directory, model, hardware and code."""
+  rows = []
+  for index, run in enumerate(runs):
+    latest = run.records[-1]
+    model = latest["config"]["model"]
+    memory = "on" if model["memory"]["enabled"] else "off"
+    kind = f"{model['attention']}, memory {memory}, {model['num_layers']} x {model['width']}"
+    color = PALETTE[index % len(PALETTE)]
+    hardware = sorted({f"{r['hardware']}, jax {r['jax']}" for r in run.records})
+    code = sorted({r.get("code", "unknown") for r in run.records})
+    rows.append([(f"● {run.label}", f'style="color:{color};font-weight:600"'), (latest["checkpoint"], 'class="path"'), kind,
+                 latest["training_length"], "; ".join(hardware), "; ".join(code), len(run.records)])
+  return table(["name", "directory", "model", "trained at", "hardware", "code", "numbers"], rows)
+
+
+def _failures(runs: Sequence[Run], suites: dict[str, Suite]) -> str:
+  """One row per record without a value, and why it has none."""
+  rows = [[run.label, r["suite"], r["measure"], r["length"], _settings_text(r, suites), r.get("status", "ok").replace("_", " "),
+           (r.get("reason", ""), 'class="path"')] for run in runs for r in run.records if not is_ok(r)]
+  return table(["checkpoint", "suite", "measure", "length", "of", "status", "reason"], rows) if rows else ""
+
+
+def _numbers(runs: Sequence[Run], suites: dict[str, Suite]) -> str:
+  """One row per record with a value, folded away, with a search field."""
+  rows = []
+  for run in runs:
+    for r in sorted(run.records, key=lambda r: (r["suite"], r["measure"], r["length"])):
+      if r["value"] is not None:
+        memory = f"{r['program_gib']:.2f}" if "program_gib" in r else ""
+        rows.append([run.label, r["suite"], r["measure"], r["length"], _settings_text(r, suites), f"{r['value']:.6g}",
+                     uncertainty(r, 1, 4), f"{r.get('seconds', 0):.1f}", memory])
+  search = '<input id="filter" type="search" aria-label="filter" placeholder="words that a row must hold, e.g. needle 2048">'
+  head = ["checkpoint", "suite", "measure", "length", "of", "value", "uncertainty", "cell seconds", "program GiB"]
+  return f"<details><summary>{len(rows)} numbers</summary>{search}{table(head, rows, 'numbers all')}</details>"
+
+
+def _settings_text(record: Record, suites: dict[str, Suite]) -> str:
+  """What tells a record apart from others of its measure and length, such as "niah, text, depth 10 %, layer 2"."""
+  suite = suites.get(record["suite"])
+  parts = [text(record["settings"][name]) for name, text in (suite.settings.items() if suite else ())
+           if name in record["settings"]]
+  return ", ".join([*parts, *(f"{name} {record[name]}" for name in POSITION_FIELDS if record.get(name) is not None)])

@@ -1,32 +1,54 @@
-"""Suite ``loss``: loss against context length, on whole documents and on the validation stream. Nats per token.
+"""Suite ``loss``: loss in nats per token against context length, on whole documents and on the validation stream.
 
-* ``document_loss``: mean loss over the first L tokens of held-out documents. Only documents at least as long as the
-  longest length are read, so that the prefixes are nested and every length sees the same documents. The model is
-  causal: one pass at the longest length yields the loss of every prefix.
-* ``position_loss``: L(t) of the same pass, in logarithmic bins.
-* ``stream_loss``: the concatenated validation documents cut into windows of L tokens; every length scores the same
-  tokens (up to a remainder where a length does not divide the longest), each given only its own window.
+* ``document_loss``: mean loss over the first L tokens of held-out documents. Only documents that are as long as the longest
+  length are read, so all lengths see the same documents. The model is causal, so one pass over the longest length gives the
+  loss of every prefix.
+* ``position_loss``: loss by position in the same pass, in logarithmic bins.
+* ``stream_loss``: the concatenated validation documents, cut into windows of L tokens. Every length scores the same tokens,
+  up to a remainder if it does not divide the longest length, and sees nothing before its own window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+import dataclasses
 import itertools
 
+from jaxtyping import Float
 import numpy as np
 
+from atma_jax.config import POSITIVE, option
 from atma_jax.errors import UserError
-from atma_jax.evaluation.cells import Cell, Inputs, Progress, fingerprint
-from atma_jax.evaluation.records import Measurement
+from atma_jax.evaluation.options import CheckedOptions
+from atma_jax.evaluation.records import Measurement, Record
+from atma_jax.evaluation.report import figures, markup, plots
+from atma_jax.evaluation.report.drawing import BLUE, ORANGE, draw_position_curve, short_tokens
+from atma_jax.evaluation.report.runs import Run, series_by_heading
 from atma_jax.evaluation.statistics import log_spaced_edges, mean_and_error
+from atma_jax.evaluation.suite import Cell, Inputs, Progress, Suite, fingerprint
+
+_HEADINGS = {"document_loss": "documents, nested prefixes", "stream_loss": "validation stream"}
 
 
-def loss_cells(inputs: Inputs) -> list[Cell]:
-  """One cell for all prefixes of the documents, and one a length for the stream."""
-  return [_document_cell(inputs), *(_stream_cell(inputs, length) for length in inputs.lengths)]
+@dataclasses.dataclass(frozen=True)
+class LossOptions(CheckedOptions):
+  """Options of the suite."""
+
+  stream_windows: int = option(8, "Windows of the longest length to read from the validation stream.", POSITIVE)
 
 
-def prefix_measurements(losses: np.ndarray, lengths: tuple[int, ...]) -> list[Measurement]:
-  """Document loss at each length and the curve over positions; losses (documents, T), each length at most T."""
+def loss_cells(inputs: Inputs, options: LossOptions) -> list[Cell]:
+  """One cell for all prefixes of the documents, and one per length for the stream."""
+  return [_document_cell(inputs), *(_stream_cell(inputs, options, length) for length in inputs.lengths)]
+
+
+def prefix_measurements(losses: Float[np.ndarray, "N T"], lengths: tuple[int, ...]) -> list[Measurement]:
+  """The document loss at each length, and the loss by position.
+
+  Args:
+    losses: of each token of each document, in nats.
+    lengths: each at most T.
+  """
   losses = np.asarray(losses, np.float64)
   count, longest = losses.shape
   measurements = []
@@ -65,9 +87,9 @@ def _document_cell(inputs: Inputs) -> Cell:
   return Cell(f"document loss to {longest}", expected, settings, rows.shape[0] * longest, run)
 
 
-def _stream_cell(inputs: Inputs, length: int) -> Cell:
+def _stream_cell(inputs: Inputs, options: LossOptions, length: int) -> Cell:
   longest = inputs.lengths[-1]
-  windows = min(inputs.stream_windows, (len(inputs.stream) - 1) // longest)
+  windows = min(options.stream_windows, (len(inputs.stream) - 1) // longest)
   if windows < 1:
     raise UserError(f"the validation stream has {len(inputs.stream)} tokens, fewer than the longest length of {longest} and "
                     "one: shorten --multiples, or prepare more config.data.validation_documents")
@@ -85,3 +107,58 @@ def _stream_cell(inputs: Inputs, length: int) -> Cell:
 
   settings = {"windows": count, "text": fingerprint(text)}
   return Cell(f"stream loss at {length}", (("stream_loss", length),), settings, count * length, run)
+
+
+# --- Plots and report -------------------------------------------------------------------------------------------------
+
+
+def loss_plots(records: Sequence[Record], title: str, training_length: int) -> dict[str, bytes]:
+  """Both losses against length with their standard errors, and the loss by position."""
+  document, stream, position = ([r for r in records if r["measure"] == measure]
+                                for measure in ("document_loss", "stream_loss", "position_loss"))
+  if not document:
+    return {}
+  figure, axes = plots.new_plot(title, "Loss against context length")
+  plots.draw_series(axes, document, f"documents, nested prefixes ({document[0]['n']} documents)", BLUE, "o")
+  if stream:
+    plots.draw_series(axes, stream, "validation stream", ORANGE, "s")
+  lengths = [r["length"] for r in [*document, *stream]]
+  plots.set_length_axis(axes, min(lengths), max(lengths), training_length, "context length (tokens, multiples of training)")
+  axes.set_ylabel("loss (nats per token, ± standard error)")
+  by_length = plots.png(figure, axes)
+
+  curve = position[-1]
+  figure, axes = plots.new_plot(title, f"Loss by position ({curve['n']} documents of {short_tokens(curve['length'])} tokens)")
+  draw_position_curve(axes, curve, color=BLUE, alpha=0.18, linewidth=1.8, label="mean over documents ± standard error")
+  plots.set_length_axis(axes, 1, curve["length"], training_length, "position (tokens, multiples of training)")
+  axes.set_ylabel("loss at this position (nats per token)")
+  return {"loss_vs_length.png": by_length, "loss_by_position.png": plots.png(figure, axes)}
+
+
+def length_section(runs: Sequence[Run]) -> str:
+  """The losses against length: a figure and a table."""
+  panels = series_by_heading(runs, _HEADINGS)
+  if not panels:
+    return ""
+  return markup.image(figures.loss_panels(panels), "loss against length") + markup.value_table(runs, _HEADINGS, 3)
+
+
+def position_section(runs: Sequence[Run]) -> str:
+  """The loss by position of each run, at the longest length it was measured at."""
+  curves = {}
+  for run in runs:
+    longest = max(run.select("position_loss"), key=lambda r: r["length"] if r.get("bins") else -1, default=None)
+    if longest is not None and longest.get("bins"):
+      curves[run.label] = longest
+  return markup.image(figures.position_curves(curves), "loss by position") if curves else ""
+
+
+SUITE = Suite(
+  help="loss of whole documents and of the validation stream against context length, and by position",
+  cells=loss_cells,
+  options=LossOptions,
+  columns=("document_loss", "stream_loss"),
+  plots=loss_plots,
+  sections={"Loss against context length": length_section, "Loss by position, L(t)": position_section},
+  order=10,
+)

@@ -1,59 +1,59 @@
-"""One PNG of a sweep: its main measures against the context length, a line a setting.
+"""``curves.png``: the main measures of a sweep against context length, one line per setting.
 
-The levels of the first axis are colours, the combinations of the others line styles and markers; bars reach from the
-lowest seed to the highest (intervals are in the tables: of two seeds they would be 13 times as long as these).
+The levels of the first factor are told apart by colour, the combinations of all others by line style and marker. Bars reach
+from the lowest seed to the highest. (Intervals are in the tables; for two seeds they would be 13 times as long as the bars.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-import pathlib
+import io
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
-from atma_jax.ablation.contrasts import Setting
-from atma_jax.ablation.results import write_file
-from atma_jax.ablation.tables import MEASURES
-from atma_jax.evaluation.report.page_figures import PALETTE
-from atma_jax.evaluation.report.plots import GRAY, multiple_label, style_axes
+from atma_jax.evaluation.report.comparisons import Setting
+from atma_jax.evaluation.report.drawing import GRAY, PALETTE, multiple_label, style_axes
+from atma_jax.evaluation.report.sweep_tables import MEASURES
 
-PANELS = ("document_loss", "stream_loss", "needle_accuracy")  # of `MEASURES`, those that have a length
+PANELS = ("document_loss", "stream_loss", "needle_accuracy")  # the measures that have a length
 STYLES = tuple(zip(("-", "--", ":", "-.") * 2, "os^DvPX*", strict=True))
-_NAMED = 12  # settings; of more the legend names the colours only
-_LETTERS = 11  # of the legend in an inch
+_MOST_NAMED = 12  # with more settings than this, the legend names the colours only
+_LETTERS_PER_INCH = 11  # of the legend
 
 
-def plot_curves(path: pathlib.Path, title: str, settings: Sequence[Setting]) -> list[pathlib.Path]:
-  """Writes the figure, if there is a measure to draw; raises `UserError` where `path` cannot be written."""
+def draw_curves(title: str, settings: Sequence[Setting]) -> bytes | None:
+  """The figure as the content of a PNG file, or None if none of its measures was measured."""
   panels = [measure for measure in PANELS if any(s.measure == measure for s in settings)]
   if not panels:
-    return []
+    return None
   figure = Figure(figsize=(5.2 * len(panels), 5.0), dpi=140, layout="constrained")
   styles = line_styles(settings)
   for axes, measure in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-    _panel(axes, measure, settings, styles)
+    _draw_panel(axes, measure, settings, styles)
   figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=GRAY)
   handles, names = figure.axes[0].get_legend_handles_labels()
-  if len(names) > _NAMED:
+  if len(names) > _MOST_NAMED:
     names = [name.split(" ")[0] for name in names]
   legend = dict(zip(names, handles, strict=True))
-  columns = int(figure.get_figwidth() * _LETTERS / (max(map(len, legend)) + 8))  # 8: the line and the space between
+  columns = int(figure.get_figwidth() * _LETTERS_PER_INCH / (max(map(len, legend)) + 8))  # 8 for the line and the space between
   figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(max(columns, 1), 6), frameon=False,
                 fontsize=9)
-  return [write_file(path, lambda p: figure.savefig(p, format="png"))]
+  content = io.BytesIO()
+  figure.savefig(content, format="png")
+  return content.getvalue()
 
 
 def line_styles(settings: Sequence[Setting]) -> dict[str, tuple[str, str, str]]:
-  """Colour, line style and marker of every setting."""
+  """Colour, line style and marker of every setting, by its name."""
   first = list(dict.fromkeys(s.labels[:1] for s in settings))
   others = list(dict.fromkeys(s.labels[1:] for s in settings))
   return {s.name: (PALETTE[first.index(s.labels[:1]) % len(PALETTE)], *STYLES[others.index(s.labels[1:]) % len(STYLES)])
           for s in settings}
 
 
-def _panel(axes: Axes, measure: str, settings: Sequence[Setting], styles: dict[str, tuple[str, str, str]]) -> None:
+def _draw_panel(axes: Axes, measure: str, settings: Sequence[Setting], styles: dict[str, tuple[str, str, str]]) -> None:
   heading, factor, _ = MEASURES[measure]
   style_axes(axes)
   axes.set_title(heading, loc="left", fontsize=11, fontweight="bold")
@@ -61,8 +61,8 @@ def _panel(axes: Axes, measure: str, settings: Sequence[Setting], styles: dict[s
   for name, (color, line, marker) in styles.items():
     points = sorted((s for s in chosen if s.name == name), key=lambda s: s.multiple)
     mean = factor * np.array([s.mean for s in points])
-    reach = np.abs(factor * np.array([(s.mean - s.least, s.most - s.mean) for s in points]).reshape(-1, 2)).T
-    axes.errorbar([s.multiple for s in points], mean, yerr=reach if reach.any() else None, color=color, linestyle=line,
+    bars = np.abs(factor * np.array([(s.mean - s.least, s.most - s.mean) for s in points]).reshape(-1, 2)).T
+    axes.errorbar([s.multiple for s in points], mean, yerr=bars if bars.any() else None, color=color, linestyle=line,
                   marker=marker, markersize=5, linewidth=1.6, elinewidth=1.0, capsize=3, label=name)
   multiples = sorted({s.multiple for s in chosen})
   axes.set_xscale("log", base=2)

@@ -1,0 +1,73 @@
+"""Text tables that `evaluate` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from atma_jax.evaluation.records import Record
+from atma_jax.evaluation.suite import Suite
+
+
+def results_text(records: Sequence[Record], suites: dict[str, Suite], training_length: int, title: str = "") -> str:
+  """The tables of one evaluation: all columns of all suites by length, then the tables of single suites.
+
+  Args:
+    records: of the evaluation.
+    suites: by name, in the order in which they are shown.
+    training_length: in tokens.
+    title: printed above the tables, unless empty.
+  """
+  parts = [title] if title else []
+  columns = [column for suite in suites.values() for column in suite.columns]
+  if {record["measure"] for record in records} & set(columns):
+    parts.append(_table_by_length(records, columns, training_length))
+  for name, suite in suites.items():
+    if suite.table is not None and (own := [record for record in records if record["suite"] == name]):
+      parts.append(suite.table(own))
+  return "\n\n".join(parts)
+
+
+def _table_by_length(records: Sequence[Record], columns: Sequence[str], training_length: int) -> str:
+  """One line per length and one column per measure; where a suite measures several settings, their mean."""
+  columns = [column for column in columns if any(r["measure"] == column for r in records)]
+  values: dict[tuple[str, int], list[float | None]] = {}
+  failed = {(r["measure"], r["length"]) for r in records if r.get("status", "ok") == "out_of_memory"}
+  for record in records:
+    values.setdefault((record["measure"], record["length"]), []).append(record["value"])
+  lines = ["  ".join(["  length", "     x", *(f"{c:>18}" for c in columns)])]
+  for length in sorted({length for measure, length in values if measure in columns}):
+    cells = [_mean_text(values.get((column, length), []), (column, length) in failed) for column in columns]
+    lines.append("  ".join([f"{length:>8}", f"{length / training_length:>6g}", *(f"{c:>18}" for c in cells)]))
+  return "\n".join(lines)
+
+
+def cap_sweep_text(results: Sequence[tuple[str, Sequence[Record]]], suites: dict[str, Suite]) -> str:
+  """The same evaluation under several retention caps: per measure, one line per length and one column per cap.
+
+  Args:
+    results: each cap in words, and the records measured under it.
+    suites: by name, in the order in which they are shown.
+  """
+  lines = []
+  for measure in (column for suite in suites.values() for column in suite.columns):
+    values: dict[tuple[str, int], list[float | None]] = {}
+    failed = set()
+    for name, records in results:
+      for record in records:
+        if record["measure"] == measure:
+          values.setdefault((name, record["length"]), []).append(record["value"])
+          if record.get("status", "ok") == "out_of_memory":
+            failed.add((name, record["length"]))
+    if values:
+      lines.append("  ".join([f"{measure:>18}", *(f"{f'cap {name}':>16}" for name, _ in results)]))
+      for length in sorted({length for _, length in values}):
+        cells = [_mean_text(values.get((name, length), []), (name, length) in failed) for name, _ in results]
+        lines.append("  ".join([f"{length:>18}", *(f"{c:>16}" for c in cells)]))
+  return "\n".join(lines)
+
+
+def _mean_text(values: Sequence[float | None], out_of_memory: bool) -> str:
+  measured = [value for value in values if value is not None]
+  if len(measured) < len(values):
+    return "no memory" if out_of_memory else "not finite"
+  return f"{sum(measured) / len(measured):.4f}" if measured else ""
