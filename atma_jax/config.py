@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import math
+import pathlib
 import types
 import typing
 from typing import Any
@@ -20,7 +21,12 @@ from typing import Any
 from atma_jax.errors import UserError, divides_over_context, unknown_name
 
 ATTENTIONS = ("polar", "nope", "rope")
-MIXERS = ("local", "global", "raven")
+_MIXER_FILES = pathlib.Path(__file__).parent / "models" / "mixers"
+_KIND_OF_FILE = {"attention": "global"}  # kinds that recipes and checkpoints do not call as their file is called
+# Kind of mixer -> its module: one file each, and whatever `atma_jax.models.mixers.register_mixer` adds.
+MIXERS: dict[str, str] = {_KIND_OF_FILE.get(path.stem, path.stem): f"atma_jax.models.mixers.{path.stem}"
+                          for path in sorted(_MIXER_FILES.glob("[!_]*.py"))}
+WITHOUT_DISTRACTORS = ("local", "raven")  # mixers known to have no distractor loss
 INITS = ("default", "published", "mimetic")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMATS = ("none", "dots", "block")
@@ -63,7 +69,7 @@ def option(default: Any, help: str, rule: Rule | None = None) -> Any:
 
 @dataclasses.dataclass(unsafe_hash=True)  # hashable, because modules keep it as a static attribute
 class MemoryConfig:
-  """Gated-delta memory."""
+  """The gated-delta memory that attention and Raven mixers may have beside them."""
 
   enabled: bool = option(True, "Give the mixers that can have one a memory.")
   gamma_bias: float = option(3.9, "Added to the logit of the decay gate.")
@@ -74,7 +80,7 @@ class MemoryConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RavenConfig:
-  """Slots of a Raven mixer; heads, head size and memory are the model's."""
+  """The slots of a Raven mixer; heads, head size and memory are those of the model."""
 
   slots: int = option(256, "Slots per head.", POSITIVE)
   top_k: int = option(32, "Slots that a token writes to.", POSITIVE)
@@ -82,7 +88,7 @@ class RavenConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
-  """The network. Defaults are the published 378M size."""
+  """The network. Defaults are those of the published 378M model."""
 
   vocab_size: int = option(50304, "Tokens that the embedding and the head know, V.", POSITIVE)
   num_layers: int = option(16, "Blocks.", POSITIVE)
@@ -91,7 +97,7 @@ class ModelConfig:
   num_kv_heads: int = option(2, "Key/value heads, K; a divisor of num_heads.", POSITIVE)
   head_dim: int = option(128, "Size of a head, D.", POSITIVE)
   mlp_width: int = option(4096, "Hidden units of the gated MLP; 4 C as published.", POSITIVE)
-  block_pattern: tuple[str, ...] = option(("local", "local", "global", "local"), "Mixers of the blocks, repeated over the depth.",
+  block_pattern: tuple[str, ...] = option(("local", "local", "global", "local"), "Kinds of mixer, repeated over the depth.",
                                           NOT_EMPTY)
   attention: str = option("polar", "Core of the attention in global blocks.", one_of(*ATTENTIONS))
   window: int | None = option(None, "Keys that each query may see; None is full causal attention.", AT_LEAST_1)
@@ -115,6 +121,11 @@ class ModelConfig:
   scan: bool = option(True, "Compile one repetition of the pattern for all depths; false unrolls them: faster, but longer to "
                       "compile.")
   implementation: str = option("auto", "Implementation of the model's operations.", one_of(*IMPLEMENTATIONS))
+
+  @property
+  def layer_kinds(self) -> tuple[str, ...]:
+    """The kind of mixer of every layer, in order."""
+    return tuple(self.block_pattern[layer % len(self.block_pattern)] for layer in range(self.num_layers))
 
 
 @dataclasses.dataclass
@@ -216,7 +227,24 @@ class MeshConfig:
 
 @dataclasses.dataclass
 class Config:
-  """One experiment."""
+  """Everything that can be configured about one experiment, with the defaults of the published model.
+
+  A recipe is a file whose ``get_config()`` returns one. Every field of every part is a flag of ``python -m atma_jax.train``.
+
+  Attributes:
+    name: the name of the run and of the model it trains.
+    model: the architecture, a `ModelConfig`.
+    data: sources, tokenizer and batches, a `DataConfig`.
+    optimizer: update rule and schedule, an `OptimizerConfig`.
+    train: steps, accumulation, validation, checkpoints and auxiliary objectives, a `TrainConfig`.
+    mesh: how devices share the work, a `MeshConfig`.
+
+  Example:
+    >>> config = Config()
+    >>> config.model.num_layers, config.model.attention = 8, "nope"
+    >>> config.validate().to_dict()["model"]["num_layers"]
+    8
+  """
 
   name: str = option("atma", "Name of the run and of the model it trains.")
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -365,8 +393,8 @@ def _validate_model(m: ModelConfig) -> None:
 
 def _validate_train(c: Config) -> None:
   distractors = c.train.auxiliary.distractors
-  _require(distractors == 0 or "global" in c.model.block_pattern[:c.model.num_layers], "train.auxiliary.distractors", distractors,
-           "0 in a model without global blocks")
+  _require(distractors == 0 or not set(c.model.layer_kinds) <= set(WITHOUT_DISTRACTORS), "train.auxiliary.distractors",
+           distractors, "0 in a model without global blocks")
   _require(c.data.batch_size % c.train.accumulation == 0, "train.accumulation", c.train.accumulation,
            f"a divisor of data.batch_size={c.data.batch_size}")
   free = [axis.name for axis in dataclasses.fields(c.mesh) if getattr(c.mesh, axis.name) == -1]

@@ -1,106 +1,121 @@
-"""Everything a model remembers of the tokens before: keys and values, memory states and convolution histories.
+"""The state of a model between calls: keys and values, recurrent states and convolution histories.
 
-A `Cache` is one pytree. Its arrays below `layers` are stacked (repetition, B, ...), so that a scanned model scans it,
-and rows are gathered, forked and replaced along axis 1 whatever the layer. Saving and restoring is saving its leaves.
+A `Cache` is one pytree. Each mixer defines its own part of it, a `LayerCache`, in its own file. Arrays of the layers are stacked
+(repetition, B, ...), so that a scanned model scans over them, and rows are gathered, forked and replaced along axis 1 whatever
+the layer. Saving and restoring a cache is saving and restoring its leaves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Self
 
+import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 from atma_jax.config import DTYPES, ModelConfig
-from atma_jax.models.parallel import short_conv as whole_short_conv
-from atma_jax.ops import short_conv
-from atma_jax.ops.polar_attention.cached.api import BLOCK, append, quantise, slots_for
+from atma_jax.models.mixers import mixer_class
+from atma_jax.ops.polar_attention.cached.api import BLOCK, slots_for
 
-PAGE_LIMIT = BLOCK  # tokens of a page
+PAGE_LIMIT = BLOCK  # most tokens of a page
 CACHE_DTYPES = ("int8", *DTYPES)  # of keys and values
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Span:
-  """Where the T new tokens of a call lie: row b brings `counts[b]` of them, the rest of its T is padding."""
+class TokenSpan:
+  """Where the T new tokens of a call stand in their sequences: row b brings `counts[b]` of them, the rest of its T is padding.
 
-  lengths: jax.Array  # (B,) int32 tokens before
-  counts: jax.Array  # (B,) int32 between 0 and T
-  table: jax.Array | None = None  # (B, N) int32, of a paged cache
+  Attributes:
+    lengths: tokens that came before.
+    counts: new tokens, between 0 and T.
+    table: the pages of every row, of a paged cache.
+    cache_slots: how many slots of keys and values are read, which all rows that count keep within; 0 says that nothing came
+      before, and None that all slots are read.
+  """
+
+  lengths: Int[Array, " B"]
+  counts: Int[Array, " B"]
+  table: Int[Array, "B N"] | None = None
+  cache_slots: int | None = dataclasses.field(default=None, metadata={"static": True})
 
   @property
   def rows(self) -> int:
     """B."""
     return self.counts.shape[0]
 
+  def real(self, T: int) -> Bool[Array, "B T"]:
+    """Which of T tokens a row are no padding."""
+    return jnp.broadcast_to(jnp.arange(T) < self.counts[:, None], (self.rows, T))
 
-@jax.tree_util.register_dataclass
+
 @dataclasses.dataclass(frozen=True)
-class LocalPast:
-  """What a local mixer remembers; without a field, nothing came before and nothing is to be remembered."""
+class Rings:
+  """The rings of keys and values that a cache has room for: one a row, or, in a paged cache, one a page.
 
-  history: jax.Array | None = None  # (B, taps - 1, C) inputs of the convolution
+  Attributes:
+    count: B, or the number of pages P.
+    slots: R, or the slots of a page.
+    dtype: of keys and values, one of `CACHE_DTYPES`.
+  """
 
-  def after(self, update: LocalPast, span: Span) -> LocalPast:
-    """The past once the new tokens belong to it; all arrays stacked (repetition, B, ...)."""
+  count: int
+  slots: int
+  dtype: str
+
+
+class LayerCache:
+  """What one mixer remembers of the tokens before: the interface that every mixer's cache implements.
+
+  An implementation is a frozen dataclass of arrays, registered with `jax.tree_util.register_dataclass`. It comes in three forms:
+
+  * of one layer, its arrays (B, ...), as `Mixer.init_cache` makes it and a mixer reads it;
+  * stacked over the repetitions of the block pattern, (repetition, B, ...), as a `Cache` holds it;
+  * as an *update*, which a mixer returns for new tokens; unless `append` says otherwise, it is the cache after them.
+
+  The defaults suit a state whose size does not depend on the length, such as that of a recurrence.
+  """
+
+  rings: ClassVar[tuple[str, ...]] = ()
+  """Fields (B, K, R, ...) with an entry for every token, position p in slot ``p % R``, the keys first; paged caches keep them in
+  pages."""
+
+  memory: Array | None = None  # (B, H, D, D), the state of a gated-delta memory; None without one
+
+  def arrays(self) -> dict[str, Array]:
+    """The arrays by the names of their fields."""
+    fields: Any = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+    values = {field.name: getattr(self, field.name) for field in fields if not field.metadata.get("static")}
+    return {name: x for name, x in values.items() if x is not None}
+
+  def with_arrays(self, arrays: Mapping[str, Array | None]) -> Self:
+    """The same cache with other arrays in some of its fields."""
+    return dataclasses.replace(self, **arrays)  # pyright: ignore[reportArgumentType]
+
+  def append(self, update: Self, span: TokenSpan) -> Self:
+    """The stacked cache once the tokens that a stacked `update` stands for belong to it."""
     del span
     return update
 
-  def at(self, repetition: int) -> LocalPast:
-    """What one repetition remembers, of stacked arrays."""
-    return LocalPast(self.history[repetition])
+  def select(self, repetition: int) -> Self:
+    """The cache of one layer of the stack, as unrolled decoding passes it to the mixer."""
+    return jax.tree.map(lambda x: x[repetition], self)
 
-  def stepped(self, updates: list[LocalPast]) -> LocalPast:
-    """The update of all repetitions, stacked, from those of each."""
-    del self
+  def carry(self, update: Self) -> Self:
+    """The stacked cache as the next layer finds it, after a layer returned `update`: for arrays that are updated in place."""
+    del update
+    return self
+
+  def stack_updates(self, updates: Sequence[Self]) -> Self:
+    """The stacked update, from that of every layer."""
     return jax.tree.map(lambda *x: jnp.stack(x), *updates)
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GlobalPast:
-  """What a global mixer remembers. In an update, keys and values are those of the T new tokens, (B, K, T, D)."""
-
-  keys: jax.Array | None = None  # (B, K, R, D) ring: position p in slot p % R; for rope, rotated. Paged: (P, K, R / N, D)
-  values: jax.Array | None = None  # (B, K, R, D) or (P, K, R / N, D)
-  canon_q: jax.Array | None = None  # (B, taps - 1, H D) inputs of the canon convolutions; none for rope
-  canon_k: jax.Array | None = None  # (B, taps - 1, K D)
-  canon_v: jax.Array | None = None  # (B, taps - 1, K D)
-  memory: jax.Array | None = None  # (B, H, D, D) float32 or wider; none without memory
-  key_scale: jax.Array | None = None  # (B, K, R) or (P, K, R / N) float32 of int8 keys; none for others, none in an update
-  value_scale: jax.Array | None = None
-  layer: int | None = dataclasses.field(default=None, metadata={"static": True})  # see `at`
-
-  def after(self, update: GlobalPast, span: Span) -> GlobalPast:
-    """As for `LocalPast`; padding is not written, and of more new tokens than slots only the last."""
-    def write(ring: jax.Array, new: jax.Array) -> jax.Array:
-      return append(ring, new, span.lengths, span.counts, span.table)
-
-    new = {"keys": update.keys, "values": update.values}
-    if self.key_scale is not None:
-      (new["keys"], new["key_scale"]), (new["values"], new["value_scale"]) = map(quantise, new.values())
-    return dataclasses.replace(update, **{name: write(getattr(self, name), x) for name, x in new.items()})
-
-  def at(self, repetition: int) -> GlobalPast:
-    """As for `LocalPast`; what is large stays stacked, with `layer` to say where to look and what to update in place."""
-    canon = {name: x if (x := getattr(self, name)) is None else x[repetition] for name in ("canon_q", "canon_k", "canon_v")}
-    return dataclasses.replace(self, **canon, layer=repetition)
-
-  def stepped(self, updates: list[GlobalPast]) -> GlobalPast:
-    """As for `LocalPast`; the memory, already of all repetitions, is that of the last."""
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(dataclasses.replace(update, memory=None) for update in updates))
-    return dataclasses.replace(stacked, memory=updates[-1].memory)
-
-  @property
-  def slots(self) -> int:
-    """R; of a page where the cache is paged."""
-    return self.keys.shape[-2]
-
-  def put(self, rows: jax.Array, other: GlobalPast, pages: jax.Array | None) -> GlobalPast:
-    """As `Cache.put` says, of stacked arrays."""
-    if pages is None:
+  def put(self, rows: Int[Array, " n"], other: Self, pages: Int[Array, "n N"] | None) -> Self:
+    """The stacked cache with `rows` replaced by those of `other`; see `Cache.put`."""
+    if pages is None or not self.rings:
       return jax.tree.map(lambda x, y: x.at[:, rows].set(y.astype(x.dtype)), self, other)
 
     def write(pool: jax.Array, ring: jax.Array) -> jax.Array:  # (L, P, K, page, ...), (L, n, K, R, ...)
@@ -108,44 +123,12 @@ class GlobalPast:
       ring = jnp.moveaxis(ring, 3, 2).reshape(ring.shape[0], -1, *pool.shape[2:])
       return pool.at[:, pages.reshape(-1)].set(ring.astype(pool.dtype), mode="drop")
 
-    pooled = {name: write(x, getattr(other, name)) for name in PAGED if (x := getattr(self, name)) is not None}
-    nothing = dict.fromkeys(PAGED)
-    rest = dataclasses.replace(self, **nothing).put(rows, dataclasses.replace(other, **nothing), None)
-    return dataclasses.replace(rest, **pooled)
-
-  @property
-  def scales(self) -> tuple[jax.Array, jax.Array] | None:
-    """Of keys and of values, where they are int8."""
-    return None if self.key_scale is None else (self.key_scale, self.value_scale)
+    none = dict.fromkeys(self.rings)
+    rest = self.with_arrays(none).put(rows, other.with_arrays(none), None)
+    return rest.with_arrays({name: write(x, getattr(other, name)) for name, x in self.arrays().items() if name in self.rings})
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RavenPast:
-  """What a Raven mixer remembers: slots, whatever the length."""
-
-  slot_keys: jax.Array | None = None  # (B, H, slots, D) float32 or wider
-  slot_values: jax.Array | None = None  # (B, H, slots, D)
-  memory: jax.Array | None = None  # (B, H, D, D) float32 or wider; none without memory
-
-  def after(self, update: RavenPast, span: Span) -> RavenPast:
-    """As for `LocalPast`."""
-    del span
-    return update
-
-  def at(self, repetition: int) -> RavenPast:
-    """As for `LocalPast`."""
-    return jax.tree.map(lambda x: x[repetition], self)
-
-  def stepped(self, updates: list[RavenPast]) -> RavenPast:
-    """As for `LocalPast`."""
-    del self
-    return jax.tree.map(lambda *x: jnp.stack(x), *updates)
-
-
-PAGED = ("keys", "values", "key_scale", "value_scale")  # what of a `GlobalPast` lies in pages
-Past = LocalPast | GlobalPast | RavenPast
-Layers = dict[str, list[Past]]
+Layers = dict[str, list[LayerCache]]
 
 
 @jax.tree_util.register_dataclass
@@ -153,14 +136,18 @@ Layers = dict[str, list[Past]]
 class Cache:
   """The state of B sequences, each of a length of its own.
 
-  `layers` holds, for "groups" and "tail" as far as the model has them, the past of each block of the pattern. In a paged
-  cache, keys and values of all rows lie in P pages, and `table` says which of them, in order, make up a row's ring; P stands
-  for a page that the row does not have, because it will never be as long.
+  In a paged cache, keys and values of all rows lie in P pages, and `table` says which of them, in order, make up a row's ring;
+  the entry P stands for a page that the row does not have, because it will never be as long.
+
+  Attributes:
+    lengths: tokens seen.
+    layers: for "groups" and "tail", as far as the model has them, the stacked cache of each block of the pattern.
+    table: the pages of every row; None where each row has a ring of its own.
   """
 
-  lengths: jax.Array  # (B,) int32 tokens seen
+  lengths: Int[Array, " B"]
   layers: Layers
-  table: jax.Array | None = None  # (B, N) int32
+  table: Int[Array, "B N"] | None = None
 
   @classmethod
   def create(cls, config: ModelConfig, batch: int, capacity: int, dtype: str | None = None, *, page: int = 1,
@@ -172,94 +159,55 @@ class Cache:
       batch: B.
       capacity: most tokens a row will hold, rounded up to whole blocks; a window needs and gets no more than itself.
       dtype: of keys and values, one of `CACHE_DTYPES`; None is the activation dtype, in which decoding equals the
-        full forward pass. int8 carries a float32 scale a token and head.
-      page: capacity is rounded up to whole pages of so many tokens, a power of two of at most `PAGE_LIMIT`, too.
-      pages: P of a paged cache; None makes rings that lie by themselves.
+        full forward pass. int8 carries a float32 scale for every token and head.
+      page: tokens of a page, a power of two of at most `PAGE_LIMIT`; capacity is rounded up to whole pages.
+      pages: P of a paged cache; None gives every row a ring of its own.
     """
-    activation = jnp.dtype(config.activation_dtype)
     slots = -(-slots_for(capacity if config.window is None else min(capacity, config.window)) // page) * page
-    rings, length = (batch, slots) if pages is None else (pages, page)
-    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    rings = Rings(*((batch, slots) if pages is None else (pages, page)), dtype or config.activation_dtype)
 
-    def past(kind: str, repeats: int) -> Past:
-      def zeros(*shape: int, dtype=activation) -> jax.Array:
-        return jnp.zeros((repeats, batch, *shape), dtype)
-
-      if kind == "local":
-        return LocalPast(zeros(config.conv_taps - 1, config.width))
-      wide = jnp.promote_types(jnp.float32, activation)
-      memory = zeros(heads, dim, dim, dtype=wide) if config.memory.enabled else None
-      if kind == "raven":
-        return RavenPast(*(zeros(heads, config.raven.slots, dim, dtype=wide) for _ in range(2)), memory)
-      keys, values = (jnp.zeros((repeats, rings, kv_heads, length, dim), dtype or activation) for _ in range(2))
-      canon = [None] * 3 if config.attention == "rope" else [
-        zeros(config.canon_taps - 1, n * dim) for n in (heads, kv_heads, kv_heads)]
-      scales = [None] * 2 if dtype != "int8" else [
-        jnp.zeros((repeats, rings, kv_heads, length), jnp.float32) for _ in range(2)]
-      return GlobalPast(keys, values, *canon, memory, *scales)
+    def stacked(kind: str, repeats: int) -> LayerCache:
+      single = mixer_class(kind).init_cache(config, batch, rings)
+      return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), single)
 
     pattern = config.block_pattern
     repeats, rest = divmod(config.num_layers, len(pattern))
     layers = {}
     if repeats:
-      layers["groups"] = [past(kind, repeats) for kind in pattern]
+      layers["groups"] = [stacked(kind, repeats) for kind in pattern]
     if rest:
-      layers["tail"] = [past(kind, 1) for kind in pattern[:rest]]
+      layers["tail"] = [stacked(kind, 1) for kind in pattern[:rest]]
     table = None if pages is None else jnp.full((batch, slots // page), pages, jnp.int32)
     return cls(jnp.zeros(batch, jnp.int32), layers, table)
 
   @property
-  def keys(self) -> jax.Array | None:
-    """Of its first global mixer; None without one."""
-    return next((past.keys for pasts in self.layers.values() for past in pasts if isinstance(past, GlobalPast)), None)
+  def keys(self) -> Array | None:
+    """The stacked keys of the first mixer that keeps any; None where no mixer does."""
+    return next((getattr(layer, layer.rings[0]) for caches in self.layers.values() for layer in caches if layer.rings), None)
 
-  def after(self, update: Layers, span: Span) -> Cache:
-    """The cache once the new tokens belong to it."""
-    layers = {name: [old.after(new, span) for old, new in zip(pasts, update[name], strict=True)]
-              for name, pasts in self.layers.items()}
+  def append(self, update: Layers, span: TokenSpan) -> Cache:
+    """The cache once the new tokens belong to it; `update` holds the stacked updates of all layers."""
+    layers = {name: [old.append(new, span) for old, new in zip(caches, update[name], strict=True)]
+              for name, caches in self.layers.items()}
     return Cache(self.lengths + span.counts, layers, self.table)
 
-  def take(self, rows: jax.Array) -> Cache:
-    """A cache of these rows (n,), repeated or reordered at will: gather and fork. Not of a paged cache."""
+  def take(self, rows: Int[Array, " n"]) -> Cache:
+    """A cache of these rows, repeated or reordered at will: gather and fork. Not of a paged cache."""
     return Cache(self.lengths[rows], jax.tree.map(lambda x: x[:, rows], self.layers))
 
-  def put(self, rows: jax.Array, other: Cache, pages: jax.Array | None = None) -> Cache:
-    """This cache with `rows` (n,) replaced by those of `other`, a cache of n rows and as many slots that is not paged.
+  def put(self, rows: Int[Array, " n"], other: Cache, pages: Int[Array, "n N"] | None = None) -> Cache:
+    """This cache with `rows` replaced by those of `other`, a cache of n rows and as many slots that is not paged.
 
-    If this one is, `pages` (n, N) are the rows' from now on; slots of pages that a row does not have are left out.
+    If this one is paged, `pages` are those of the rows from now on; what lies in slots of pages that a row does not have is
+    dropped.
     """
-    def put(past: Past, new: Past) -> Past:
-      if isinstance(past, GlobalPast):
-        return past.put(rows, new, pages)
-      return jax.tree.map(lambda x, y: x.at[:, rows].set(y.astype(x.dtype)), past, new)
-
-    layers = {name: [put(past, new) for past, new in zip(pasts, other.layers[name], strict=True)]
-              for name, pasts in self.layers.items()}
-    table = self.table if pages is None else self.table.at[rows].set(pages)
+    chex.assert_rank(rows, 1)
+    layers = {name: [old.put(rows, new, pages) for old, new in zip(caches, other.layers[name], strict=True)]
+              for name, caches in self.layers.items()}
+    table = self.table if self.table is None or pages is None else self.table.at[rows].set(pages)
     return Cache(self.lengths.at[rows].set(other.lengths), layers, table)
 
 
-def convolve(x: jax.Array, weight: jax.Array, history: jax.Array | None,
-             span: Span | None, channels: str) -> tuple[jax.Array, jax.Array | None]:
-  """`short_conv` of x (B, T, C) after `history`, and the history after x: the last taps - 1 inputs that count.
-
-  `channels` is the logical axis of C. Without a span x is whole sequences.
-  """
-  if span is None:
-    return whole_short_conv(x, weight, channels=channels), None
-  y = short_conv(x, weight, history=history)
-  joined = jnp.concatenate([history, x.astype(history.dtype)], axis=1)
-  if x.shape[1] == 1:
-    return y, jnp.where(span.counts[:, None, None] > 0, joined[:, 1:], joined[:, :-1])
-  last = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, history.shape[1]))
-  return y, last(joined, span.counts)
-
-
-def counted(shape: tuple[int, int], span: Span) -> jax.Array:
-  """(B, T) bool, false for padding."""
-  return jnp.broadcast_to(jnp.arange(shape[1]) < span.counts[:, None], shape)
-
-
 def nbytes(cache: Any) -> int:
-  """Bytes of a cache, abstract (`jax.eval_shape`) or not."""
+  """Bytes of a cache, or of any pytree of arrays, abstract (`jax.eval_shape`) or not."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 import dataclasses
 from typing import Any
 
 from flax import nnx
 import jax
 from jax.sharding import Mesh
+from jaxtyping import Array, Key
 
 from atma_jax.config import ModelConfig
 from atma_jax.errors import UserError
 from atma_jax.models.model import Atma, parameter_metadata
+from atma_jax.models.retention_cap import share_caps, with_retention_cap
 from atma_jax.sharding import named_sharding
 
-Params = dict[str, jax.Array]
+Params = dict[str, Array]
 
 
 class ModelDefinition:
-  """The structure of a model without its arrays: how flat parameters become an `Atma`, and what is known of each."""
+  """The structure of a model without its arrays: how parameters by name become an `Atma`, and what is known of each.
+
+  Args:
+    config: of the model.
+
+  Attributes:
+    logical_axes: of every parameter, by name (`atma_jax.sharding`).
+    optimizer_groups: of every parameter, by name (`atma_jax.models.layers`).
+  """
 
   def __init__(self, config: ModelConfig):
     self.config = config
@@ -28,8 +39,8 @@ class ModelDefinition:
     self.logical_axes: dict[str, tuple[str | None, ...]] = axes
     self.optimizer_groups: dict[str, str] = groups
 
-  def init(self, seed: jax.Array) -> Params:
-    """Fresh parameters."""
+  def init(self, seed: Key[Array, ""]) -> Params:
+    """Parameters to start training from."""
     return params_of(Atma(self.config, rngs=nnx.Rngs(params=seed)))
 
   def merge(self, params: Params) -> Atma:
@@ -38,7 +49,11 @@ class ModelDefinition:
     return nnx.merge(self._graphdef, nnx.from_flat_state(flat))
 
   def abstract_params(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings; sizes that do not divide over the mesh raise `UserError`."""
+    """Shapes, dtypes and shardings of the parameters.
+
+    Raises:
+      UserError: a size does not divide over the mesh.
+    """
     abstract = {}
     for path, variable in nnx.to_flat_state(self._state):
       name = _name(path)
@@ -58,16 +73,28 @@ def params_of(model: Atma) -> Params:
 
 
 def reconfigured(model: Atma, **changes: Any) -> Atma:
-  """The same parameters under a model configuration that differs in `changes`, which leave shapes alone."""
+  """The same parameters in a model of another configuration.
+
+  Args:
+    model: is left as it is.
+    **changes: fields of its configuration that are to be different and that no shape depends on, such as ``window``; and
+      ``retention_cap``, a `RetentionCap` or None, which is no field (see `with_retention_cap`). Without it a cap stays.
+
+  Raises:
+    UserError: the cap does not fit the model.
+  """
+  capped, cap = "retention_cap" in changes, changes.pop("retention_cap", None)
   config = dataclasses.replace(model.config, **changes)
-  return model if config == model.config else ModelDefinition(config).merge(params_of(model))
+  if config != model.config:
+    model = share_caps(ModelDefinition(config).merge(params_of(model)), model)
+  return with_retention_cap(model, cap) if capped else model
 
 
 def _name(path: tuple[Any, ...]) -> str:
   return ".".join(map(str, path))
 
 
-def _flat(tree: Any, path: tuple[Any, ...] = ()):
+def _flat(tree: Mapping[str, Any], path: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
   for key, value in tree.items():
     if isinstance(value, dict):
       yield from _flat(value, (*path, key))

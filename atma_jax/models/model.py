@@ -1,33 +1,36 @@
-"""Atma: embedding, scanned groups of blocks, final norm, soft-capped head."""
+"""Atma: embedding, groups of blocks, final norm, soft-capped head."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import copy
-import dataclasses
 from typing import Any
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
+from atma_jax import ops
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
-from atma_jax.models.block import NOTHING, Group, Summands, Tap, normed_sum
-from atma_jax.models.cache import Cache, GlobalPast, Past, Span
-from atma_jax.models.mixers.attention import GlobalMixer
+from atma_jax.models.block import Group, Tap
+from atma_jax.models.cache import Cache, LayerCache, TokenSpan
 from atma_jax.models.parallel import check_length
-from atma_jax.ops import soft_cap
+from atma_jax.models.residual import ACTIVATIONS, ResidualStream
 from atma_jax.ops.core import dispatch
 from atma_jax.ops.core.dispatch import KERNEL_OUTPUTS
 from atma_jax.ops.polar_attention.cached.api import skips_unused_slots
 from atma_jax.ops.squared_gate import api as squared_gate
-from atma_jax.sharding import active_mesh, constrain
+from atma_jax.sharding import active_mesh, constrain, shard_count
 
 REMAT_POLICIES = {
   "none": jax.checkpoint_policies.everything_saveable,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS, layers.RESIDUAL, layers.NORM_SUM, squared_gate.RESULT)),
+    jax.checkpoint_policies.save_only_these_names(*KERNEL_OUTPUTS, layers.RESIDUAL, layers.NORM_SUM,
+                                                  squared_gate.CHECKPOINT_NAME)),
   "block": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -40,13 +43,13 @@ class Embedding(nnx.Module):
     self.embedding = layers.parameter(config, rngs, layers.normal(1.0), (config.vocab_size, config.width),
                                       ("vocab", "embed"), "embedding")
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
+  def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T C"]:
     table = constrain(self.embedding[...].astype(self.dtype), ("vocab", "features"))  # whole rows: gathered over fsdp first
     return table[tokens]
 
 
 class Head(nnx.Module):
-  """Untied linear head with bias and a smooth cap: (B, T, C) -> float32 logits (B, T, V) in (-cap, cap)."""
+  """Untied linear head with a bias and a smooth cap."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.cap, self.dtype = config.logit_cap, layers.activation_dtype(config)
@@ -54,17 +57,35 @@ class Head(nnx.Module):
                                    "head")
     self.bias = layers.parameter(config, rngs, layers.zeros, (config.vocab_size,), ("vector",), "vector")
 
-  def __call__(self, hidden: jax.Array) -> jax.Array:
+  def __call__(self, hidden: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
+    """The logits in (-cap, cap), in float32 or wider."""
     wide = jnp.promote_types(jnp.float32, self.dtype)
-    return soft_cap(layers.product(hidden, self.kernel[...].astype(self.dtype), self.bias[...].astype(wide), wide), self.cap)
+    logits = layers.product(hidden, self.kernel[...].astype(self.dtype), self.bias[...].astype(wide), wide)
+    return ops.soft_cap(logits, self.cap)
 
 
 class Atma(nnx.Module):
-  """The decoder of arXiv 2606.25156: ``Atma(config.model, rngs=nnx.Rngs(0))(tokens (B, T) int32) -> (B, T, V)``.
+  """The decoder of arXiv 2606.25156: ``Atma(config.model, rngs=nnx.Rngs(0))(tokens) -> logits``.
 
   Whole repetitions of `config.block_pattern` are stacked and scanned, so that compile time does not grow with depth;
-  what is left of an incomplete repetition follows unstacked.
+  an incomplete repetition at the end follows unstacked.
+
+  Attributes:
+    config: the configuration; not to be changed.
+    embed: the token embedding.
+    groups: the repetitions of the block pattern as one `Group` whose arrays have a first axis over them, or as a list (see
+      `unstacked`); None in a model shallower than the pattern.
+    tail: the incomplete repetition; None without one.
+    norm: the final norm.
+    head: what makes logits.
+
+  Example:
+    >>> model = Atma(Config().model, rngs=nnx.Rngs(0))
+    >>> logits = model(jnp.zeros((1, 16), jnp.int32))  # (B, T, V) float32
   """
+
+  groups: Group | nnx.List | None = None
+  tail: Group | None = None
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     config = copy.deepcopy(config)  # the caller's may change; what a module holds must not
@@ -82,110 +103,167 @@ class Atma(nnx.Module):
     self.norm = layers.RMSNorm(config, rngs=rngs)
     self.head = Head(config, rngs=rngs)
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Logits (B, T, V), float32 (float64 for float64 activations)."""
+  def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """The logits in (-cap, cap), float32 (float64 for float64 activations)."""
     return self.head(self.hidden(tokens))
 
-  def hidden(self, tokens: jax.Array) -> jax.Array:
-    """The final norm's output (B, T, C), from which `ops.cross_entropy` takes the loss without storing logits."""
-    return self._apply(tokens, None)[0]
+  def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T C"]:
+    """The output of the final norm, of which `token_losses` and its like take the logits without storing them."""
+    return self._forward(tokens, None)[0]
 
-  def tapped(self, tokens: jax.Array, tap: Tap) -> tuple[jax.Array, list[Any]]:
-    """`hidden`, and what `tap` made of every block's trace: one result a layer, in order (see `transformer.Tap`)."""
-    hidden, results = self._apply(tokens, tap)
+  def tapped(self, tokens: Int[Array, "B T"], tap: Tap) -> tuple[Float[Array, "B T C"], list[Any]]:
+    """`hidden`, and what `tap` (see `atma_jax.models.block.Tap`) returned for every layer, in order."""
+    hidden, results = self._forward(tokens, tap)
     stacked = results.get("groups", [])
-    repeats = self.config.num_layers // len(self.config.block_pattern)
-    layers = [jax.tree.map(lambda leaf, g=g: leaf[g], block) for g in range(repeats) for block in stacked]
+    layers = [jax.tree.map(lambda leaf, g=g: leaf[g], block) for g in range(self._repeats) for block in stacked]
     return hidden, [*layers, *results.get("tail", [])]
 
-  def _apply(self, tokens: jax.Array, tap: Tap | None) -> tuple[jax.Array, dict[str, list[Any]]]:
-    """The final norm's output, and the tap's results: stacked over the groups, and those of the tail."""
-    check_length(tokens.shape[1])
-    x, results = constrain(self.embed(tokens), ("batch", "sequence", "features")), {}
-    pattern, summands = len(self.config.block_pattern), NOTHING
-    repeats = self.config.num_layers // pattern
-    if hasattr(self, "groups"):
-      graphdef, stacked = self._stacked()
-      first = pattern * jnp.arange(repeats)
+  def next_token_loss(self, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"],
+                      weights: Float[Array, "B T"] | None = None, *, z_loss: float = 0.0,
+                      chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sum of the token losses, differentiable, and that of the squared log-partition functions, which is not.
 
-      def scanned(x: jax.Array, inputs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, list[Any]]:
+    Args:
+      hidden: of whole sequences.
+      targets: the tokens that follow.
+      weights: of the targets; None is 1 for all.
+      z_loss: weight of the squared log-partition function within the loss.
+      chunk: time steps of each sequence whose logits exist at once.
+    """
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
+    return ops.cross_entropy(hidden, self.head.kernel[...], self.head.bias[...], targets, weights, cap=self.head.cap,
+                             z_loss=z_loss, chunk=chunk, time_shards=shard_count("sequence"))
+
+  def token_losses(self, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"], *, chunk: int,
+                   whole: bool = True) -> Float[Array, "B T"]:
+    """Losses of the targets in nats, float32 or wider; arguments as for `next_token_loss`.
+
+    With ``whole=False`` hidden states are some of those of a sequence, which the mesh does not split over time.
+    """
+    return ops.token_losses(hidden, self.head.kernel[...], self.head.bias[...], targets, cap=self.head.cap, chunk=chunk,
+                            time_shards=shard_count("sequence") if whole else 1)
+
+  def token_predictions(self, hidden: Float[Array, "B T C"], *, chunk: int, whole: bool = True) -> Int[Array, "B T"]:
+    """The most likely next tokens; arguments as for `token_losses`."""
+    return ops.token_predictions(hidden, self.head.kernel[...], self.head.bias[...], cap=self.head.cap, chunk=chunk,
+                                 time_shards=shard_count("sequence") if whole else 1)
+
+  @property
+  def _repeats(self) -> int:
+    return self.config.num_layers // len(self.config.block_pattern)
+
+  def _forward(self, tokens: Int[Array, "B T"], tap: Tap | None) -> tuple[Float[Array, "B T C"], dict[str, list[Any]]]:
+    """The output of the final norm, and the tap's results: stacked over the groups, and those of the tail."""
+    chex.assert_rank(tokens, 2)
+    check_length(tokens.shape[1])
+    x, results = ResidualStream(constrain(self.embed(tokens), ACTIVATIONS)), {}
+    pattern = len(self.config.block_pattern)
+    if self.groups is not None:
+      graphdef, stacked = self._stacked()
+      inputs = stacked, pattern * jnp.arange(self._repeats)
+
+      def apply(x: ResidualStream, inputs: tuple[nnx.State, Array]) -> tuple[ResidualStream, list[Any]]:
         params, first = inputs
         return nnx.merge(graphdef, params)(x, tap, first)
 
-      def inlined(x: jax.Array, summands: Summands, inputs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, Summands, list[Any]]:
-        params, first = inputs
-        return nnx.merge(graphdef, params).late(x, summands, tap, first)
+      def scanned(x: Array, inputs: tuple[nnx.State, Array]) -> tuple[Array, list[Any]]:
+        stream, result = apply(ResidualStream(x), inputs)
+        return stream.value, result
 
       if self.config.scan:
-        x, results["groups"] = jax.lax.scan(self._rematerialised(scanned), x, (stacked, first))
+        value, results["groups"] = jax.lax.scan(self._rematerialised(scanned), x.value, inputs)
+        x = ResidualStream(value)
       else:
-        leaves, structure = jax.tree.flatten((stacked, first))
-        found, apply = [], self._rematerialised(inlined)
+        leaves, structure = jax.tree.flatten(inputs)
+        found, apply = [], self._rematerialised(apply)
         for group in zip(*map(jnp.unstack, leaves)):
-          x, summands, result = apply(x, summands, jax.tree.unflatten(structure, group))
+          x, result = apply(x, jax.tree.unflatten(structure, group))
           found.append(result)
         results["groups"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-    if hasattr(self, "tail"):
-      x, summands, results["tail"] = self._rematerialised(
-        lambda x, summands, group: group.late(x, summands, tap, pattern * repeats))(x, summands, self.tail)
-    products, _ = summands
-    if products:
-      return normed_sum(self.norm, x, summands, dispatch.fitting_implementation(self.config.implementation))[1], results
-    return self.norm(x), results
+    if self.tail is not None:
+      x, results["tail"] = self._rematerialised(lambda x, group: group(x, tap, pattern * self._repeats))(x, self.tail)
+    return x.norm(self.norm), results
 
-  def extend(self, tokens: jax.Array, cache: Cache, counts: jax.Array | None = None, *,
-             reach: int | None = None) -> tuple[jax.Array, Cache]:
-    """The final norm's output for tokens that follow those of a cache: chunked prefill (T > 1) and decoding (T = 1).
+  def _rematerialised(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+    if self.config.remat == "none":
+      return apply
+    return jax.checkpoint(apply, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not self.config.scan)
+
+  def extend(self, tokens: Int[Array, "B T"], cache: Cache, counts: Int[Array, " B"] | None = None, *,
+             cache_slots: int | None = None) -> tuple[Float[Array, "B T C"], Cache]:
+    """The output of the final norm for tokens that follow those of a cache: chunked prefill (T > 1) and decoding (T = 1).
 
     Args:
-      tokens: (B, T) int32.
+      tokens: the new tokens.
       cache: of B rows, with room for the new tokens unless the model has a window.
-      counts: (B,) int32, how many of a row's T tokens count; the rest is padding on the right. None is all T.
-      reach: slots of keys and values that are read, a value of `slots_for` that every row that counts keeps within; 0
+      counts: how many of a row's T tokens count; the rest is padding on the right. None is all T.
+      cache_slots: slots of keys and values that are read, a value of `slots_for` that every row that counts keeps within; 0
         says that the cache is empty, and the ops of the full forward pass serve the call. None is all of them.
 
     Returns:
       (B, T, C), meaningless where padded, and the cache after the tokens that count.
     """
+    chex.assert_rank(tokens, 2)
     B, T = tokens.shape
-    span = Span(cache.lengths, jnp.full(B, T, jnp.int32) if counts is None else counts, cache.table)
-    x, updates = constrain(self.embed(tokens), ("batch", "sequence", "features")), {}
-    if T == 1 and self.decodes_in_turn(cache):
-      for name, groups in self._repetitions().items():
-        x, updates[name] = _in_turn(x, groups, cache.layers[name], span, reach)
-      return self.norm(x), cache.after(updates, span)
-    if hasattr(self, "groups"):
+    chex.assert_shape(cache.lengths, (B,), custom_message="tokens and cache must have as many rows")
+    span = TokenSpan(cache.lengths, jnp.full(B, T, jnp.int32) if counts is None else counts, cache.table, cache_slots)
+    chex.assert_shape(span.counts, (B,), custom_message="counts must have as many rows as tokens")
+    x, updates = constrain(self.embed(tokens), ACTIVATIONS), {}
+    if T == 1 and self.unrolls_decoding(cache):
+      for name, groups in self._groups().items():
+        x, updates[name] = _decode_unrolled(x, groups, cache.layers[name], span)
+      return self.norm(x), cache.append(updates, span)
+    if self.groups is not None:
       graphdef, stacked = self._stacked()
 
-      def apply(x: jax.Array, inputs: tuple[nnx.State, Any]) -> tuple[jax.Array, Any]:
-        params, pasts = inputs
-        return nnx.merge(graphdef, params).extend(x, pasts, span, reach)
+      def apply(x: Array, inputs: tuple[nnx.State, list[LayerCache]]) -> tuple[Array, list[LayerCache]]:
+        params, caches = inputs
+        stream, updates = nnx.merge(graphdef, params).extend(ResidualStream(x), caches, span)
+        return stream.value, updates
 
       x, updates["groups"] = jax.lax.scan(apply, x, (stacked, cache.layers["groups"]))  # inlined, it would copy the cache
-    if hasattr(self, "tail"):
-      x, update = self.tail.extend(x, jax.tree.map(lambda leaf: leaf[0], cache.layers["tail"]), span, reach)
-      updates["tail"] = jax.tree.map(lambda leaf: leaf[None], update)
-    return self.norm(x), cache.after(updates, span)
+    if self.tail is not None:
+      caches = jax.tree.map(lambda leaf: leaf[0], cache.layers["tail"])
+      stream, update = self.tail.extend(ResidualStream(x), caches, span)
+      x, updates["tail"] = stream.value, jax.tree.map(lambda leaf: leaf[None], update)
+    return self.norm(x), cache.append(updates, span)
 
-  def decodes_in_turn(self, cache: Cache) -> bool:
+  def unrolls_decoding(self, cache: Cache) -> bool:
     """Whether decoding goes from layer to layer without a loop, as kernels that find their layer in stacked arrays need it;
     on a GPU always, because the loop's copies of each layer's share would cost more."""
     return dispatch.platform() == "gpu" or (dispatch.platform() == "tpu" and self.skips_unused_slots(cache))
 
   def skips_unused_slots(self, cache: Cache) -> bool:
-    """Whether decoding reads every row of such a cache up to its own length, so that no `reach` is needed."""
+    """Whether decoding reads every row of such a cache up to its own length, so that no `cache_slots` is needed."""
     return cache.keys is not None and skips_unused_slots(
       cache.keys, self.config.num_heads, layers.activation_dtype(self.config), paged=cache.table is not None,
       implementation=dispatch.fitting_implementation(self.config.implementation))
 
-  def _repetitions(self) -> dict[str, list[Group]]:
+  def unstacked(self, fuse: bool = True) -> Atma:
+    """A copy that computes the same in fewer steps where it `unrolls_decoding`; on a GPU each step costs its start.
+
+    Every group has arrays of its own, which are read where they lie; whole sequences and chunks stack them first, once a pass.
+
+    Args:
+      fuse: let mixers make one matrix of those that belong together (`Mixer.fuse_projections`).
+    """
+    model = nnx.merge(*nnx.split(self))
+    if model.groups is not None:
+      model.groups = nnx.List(self._groups()["groups"])
+    if fuse:
+      for groups in model._groups().values():
+        for group in groups:
+          for block in group.blocks:
+            block.mixer.fuse_projections()
+    return model
+
+  def _groups(self) -> dict[str, list[Group]]:
     """The groups of blocks one by one, by the names of `Cache.layers`."""
     found = {}
-    if hasattr(self, "groups"):
-      repeats = self.config.num_layers // len(self.config.block_pattern)
+    if self.groups is not None:
       found["groups"] = list(self.groups) if isinstance(self.groups, nnx.List) else [
-        _of_stack(self.groups, i) for i in range(repeats)]
-    if hasattr(self, "tail"):
+        _unstack(self.groups, i) for i in range(self._repeats)]
+    if self.tail is not None:
       found["tail"] = [self.tail]
     return found
 
@@ -196,27 +274,8 @@ class Atma(nnx.Module):
     graphdefs, states = zip(*map(nnx.split, self.groups))
     return graphdefs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
-  def apart(self, join: bool = True) -> Atma:
-    """A copy that computes the same in fewer steps when it `decodes_in_turn`; on a GPU each costs its start.
 
-    Groups have arrays of their own, which are read where they lie (whole sequences and chunks stack them first, once a
-    pass); with `join`, matrices of a global mixer that belong together are one.
-    """
-    model = nnx.merge(*nnx.split(self))
-    if hasattr(self, "groups"):
-      model.groups = nnx.List(self._repetitions()["groups"])
-    for _, module in list(nnx.iter_graph(model)):
-      if join and isinstance(module, GlobalMixer):
-        module.join()
-    return model
-
-  def _rematerialised(self, apply: Any) -> Any:
-    if self.config.remat == "none":
-      return apply
-    return jax.checkpoint(apply, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not self.config.scan)
-
-
-def _of_stack(stacked: Group, index: int) -> Group:
+def _unstack(stacked: Group, index: int) -> Group:
   """One of stacked groups, its parameters without the axis of the stack."""
   graphdef, state = nnx.split(stacked)
   group = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
@@ -226,24 +285,25 @@ def _of_stack(stacked: Group, index: int) -> Group:
   return group
 
 
-def _in_turn(x: jax.Array, groups: list[Group], pasts: list[Past], span: Span,
-             reach: int | None) -> tuple[jax.Array, list[Past]]:
-  """`Group.extend` of one group after the other, without a loop: what is large in the pasts is used where it lies.
+def _decode_unrolled(x: Float[Array, "B 1 C"], groups: Sequence[Group], caches: Sequence[LayerCache],
+                     span: TokenSpan) -> tuple[Float[Array, "B 1 C"], list[LayerCache]]:
+  """`Group.extend` of one group after the other, without a loop: large arrays of the stacked caches are used where they lie.
 
-  Blocks get more rows than the pasts have; what comes of the others is dropped.
+  On a GPU blocks get more rows than the caches have, if their mixers accept them; the outputs of those rows are dropped.
   """
   updates, rows = [], x.shape[0]
-  if dispatch.platform() == "gpu" and rows < layers.FEW_ROWS and active_mesh() is None:
-    x = layers.fill(x, layers.FEW_ROWS)  # for the matrix units anyway; a norm of a single row would take two steps
+  padded = all(block.mixer.accepts_padded_rows for block in groups[0].blocks)
+  if dispatch.platform() == "gpu" and rows < layers.FEW_ROWS and active_mesh() is None and padded:
+    x = layers.pad_rows(x, layers.FEW_ROWS)  # for the matrix units anyway; a norm of a single row would take two steps
+  stream = ResidualStream(x)
   for repetition, group in enumerate(groups):
-    x, update = group.extend(x, [past.at(repetition) for past in pasts], span, reach)
-    pasts = [dataclasses.replace(past, memory=new.memory) if isinstance(past, GlobalPast) else past
-             for past, new in zip(pasts, update, strict=True)]
+    stream, update = group.extend(stream, [cache.select(repetition) for cache in caches], span)
+    caches = [cache.carry(new) for cache, new in zip(caches, update, strict=True)]
     updates.append(update)
-  return x[:rows], [past.stepped(list(own)) for past, own in zip(pasts, zip(*updates), strict=True)]
+  return stream.value[:rows], [cache.stack_updates(own) for cache, own in zip(caches, zip(*updates), strict=True)]
 
 
-def parameter_metadata(model: Atma) -> tuple[Any, Any]:
+def parameter_metadata(model: Atma) -> tuple[dict[str, Any], dict[str, Any]]:
   """Trees shaped like ``nnx.to_pure_dict(nnx.state(model, nnx.Param))``: logical axes, and optimizer groups.
 
   Works on an abstract model (`nnx.eval_shape`) too.
@@ -251,7 +311,7 @@ def parameter_metadata(model: Atma) -> tuple[Any, Any]:
   state = nnx.state(model, nnx.Param)
   flat = nnx.to_flat_state(state)
 
-  def tree(name: str) -> Any:
+  def tree(name: str) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.from_flat_state([(path, p.replace(p.get_metadata(name))) for path, p in flat]))
 
   return tree("logical_axes"), tree("optimizer")

@@ -26,10 +26,9 @@ from atma_jax.config import Config, check_context_divides
 from atma_jax.errors import UserError
 from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.models.operations import training_flops_per_token
-from atma_jax.ops import token_losses
 from atma_jax.ops.core.devices import PLANNED, Device
 from atma_jax.planning.hlo import Traffic, traffic
-from atma_jax.sharding import make_mesh, named_sharding, shard_count
+from atma_jax.sharding import make_mesh, named_sharding
 from atma_jax.training.state import abstract_state, optimizer_for
 from atma_jax.training.train_step import make_train_step
 
@@ -219,8 +218,7 @@ def _lower_evaluation(config: Config, definition: ModelDefinition, mesh: Mesh, l
 
   def losses(params: Params, tokens: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
     model = definition.merge(params)
-    return token_losses(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
-                        cap=config.model.logit_cap, chunk=config.train.loss_chunk, time_shards=shard_count("sequence"))
+    return model.token_losses(model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk=config.train.loss_chunk)
 
   lowered = jax.jit(losses, out_shardings=named_sharding(mesh, ("batch", "sequence"))).lower(params, shape)
   return _Lowered(lowered, params, {}, shape)

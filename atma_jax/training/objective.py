@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from atma_jax.config import AuxiliaryConfig
+from atma_jax.errors import UserError
 from atma_jax.models import Atma
 from atma_jax.models.block import Block, Trace
-from atma_jax.ops import cross_entropy
 from atma_jax.ops.regularizers import draw_sketch, regularizer
-from atma_jax.sharding import shard_count
 
 
 def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], *, z_loss: float,
@@ -60,9 +59,10 @@ def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""]
     if regularize:
       sketch = draw_sketch(sketch_key, output.shape[-1], options.sketch)
       found["regularizer"] = regularizer(options.regularizer, output, sketch)
-    if distract and hasattr(block.mixer, "distractor_loss"):
+    if distract:
       inputs = jax.random.normal(input_key, (options.distractors, output.shape[-1]), output.dtype)
-      found["distractor"] = block.mixer.distractor_loss(trace, inputs)
+      if (distractor_loss := block.mixer.distractor_loss(trace, inputs)) is not None:
+        found["distractor"] = distractor_loss
     return found
 
   hidden, results = model.tapped(tokens[:, :-1], tap)
@@ -72,14 +72,15 @@ def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""]
     terms["regularizer"] = jnp.mean(jnp.stack([r["regularizer"] for r in results]))
     total = (1 - options.regularizer_weight) * loss + options.regularizer_weight * terms["regularizer"]
   if distract:
-    terms["distractor"] = jnp.mean(jnp.stack([r["distractor"] for r in results if "distractor" in r]))
+    distractor_losses = [r["distractor"] for r in results if "distractor" in r]
+    if not distractor_losses:
+      raise UserError(f"config.train.auxiliary.distractors={options.distractors}: must be 0, because no mixer has such a loss")
+    terms["distractor"] = jnp.mean(jnp.stack(distractor_losses))
     total = total + options.distractor_weight * terms["distractor"]
   return total, terms
 
 
 def _token_loss(model: Atma, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"], z_loss: float,
                 chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  loss, square = cross_entropy(hidden, model.head.kernel[...], model.head.bias[...], targets,
-                               jnp.ones(targets.shape, jnp.float32), cap=model.config.logit_cap, z_loss=z_loss, chunk=chunk,
-                               time_shards=shard_count("sequence"))
+  loss, square = model.next_token_loss(hidden, targets, z_loss=z_loss, chunk=chunk)
   return loss / targets.size, square / targets.size

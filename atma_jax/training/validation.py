@@ -16,8 +16,7 @@ import numpy as np
 from atma_jax.config import Config
 from atma_jax.data.pipeline import heldout_documents, validation_batches
 from atma_jax.models.definition import ModelDefinition, Params
-from atma_jax.ops import token_losses
-from atma_jax.sharding import named_sharding, shard_count
+from atma_jax.sharding import named_sharding
 
 
 def make_validation(config: Config, definition: ModelDefinition, mesh: Mesh,
@@ -42,8 +41,7 @@ def make_validation(config: Config, definition: ModelDefinition, mesh: Mesh,
   def losses(params: Params, tokens: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
     chex.assert_rank(tokens, 2)
     model = definition.merge(params)
-    return token_losses(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
-                        cap=config.model.logit_cap, chunk=config.train.loss_chunk, time_shards=shard_count("sequence"))
+    return model.token_losses(model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk=config.train.loss_chunk)
 
   batch_size = config.data.batch_size // config.train.accumulation
   documents = list(heldout_documents(directory)) if config.data.heldout_documents else []

@@ -14,8 +14,9 @@ import pytest
 from atma_jax.config import MemoryConfig, ModelConfig
 from atma_jax.models import Atma, count_parameters, parameter_metadata
 from atma_jax.models.layers import head_norm
-from atma_jax.models.mixers.attention import GlobalMixer
-from atma_jax.ops import cross_entropy, short_conv
+from atma_jax.models.mixers.attention import AttentionMixer
+from atma_jax.models.residual import ResidualStream
+from atma_jax.ops import short_conv
 
 TINY = ModelConfig(vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48,
                    activation_dtype="float32")
@@ -28,8 +29,7 @@ def tiny(**changes) -> ModelConfig:
 
 def loss_of(graphdef, params, tokens):
   model = nnx.merge(graphdef, params)
-  loss, _ = cross_entropy(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:],
-                          jnp.ones(tokens[:, 1:].shape, jnp.float32), cap=model.config.logit_cap, z_loss=0.0, chunk=16)
+  loss, _ = model.next_token_loss(model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk=16)
   return loss / tokens[:, 1:].size
 
 
@@ -53,7 +53,7 @@ def test_causal_by_gradient(attention, window):
 
   def output_at(x, t):
     groups, stacked = nnx.split(model.groups)
-    y, _ = jax.lax.scan(lambda x, p: nnx.merge(groups, p)(x), x, stacked)
+    y, _ = jax.lax.scan(lambda x, p: (nnx.merge(groups, p)(ResidualStream(x))[0].value, None), x, stacked)
     return jnp.sum(y[:, t] ** 2)
 
   gradient = jax.grad(output_at)(embedded, 12)
@@ -136,7 +136,7 @@ def test_every_parameter_is_alive_after_two_steps(init):
 def test_mimetic_start_matches_what_followed_the_same_token():
   """Queries meet the key of a token's predecessor: alone in the network, position t looks for where its token was before."""
   config = tiny(init="mimetic", num_layers=1, block_pattern=("global",), num_heads=2, num_kv_heads=1)
-  mixer = GlobalMixer(config, rngs=nnx.Rngs(0))
+  mixer = AttentionMixer(config, rngs=nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(1), (1, 12, config.width))
   x = x.at[:, 9].set(x[:, 4])  # the token of step 4 again: step 5 is what followed
   q, _ = jnp.split(mixer.q(x).reshape(1, 12, 2, -1), 2, axis=-1)

@@ -60,7 +60,7 @@ def test_decoding_in_pieces_equals_the_full_pass(model):
 
 def test_a_token_touches_top_k_slots():
   trace = {}
-  RavenMixer(TINY, rngs=nnx.Rngs(0))(jax.random.normal(jax.random.key(0), (2, 9, 16)), trace)
+  RavenMixer(TINY, rngs=nnx.Rngs(0))(jax.random.normal(jax.random.key(0), (2, 9, 16)), trace=trace)
   log_decay = np.asarray(trace["log_decay"])
   assert log_decay.shape == (2, 9, 4, 6) and (log_decay <= 0).all()
   np.testing.assert_array_equal((log_decay < 0).sum(-1), 2)

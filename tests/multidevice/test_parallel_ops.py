@@ -17,8 +17,10 @@ from atma_jax.models.definition import ModelDefinition
 from atma_jax.ops.gated_delta import api as delta_api
 from atma_jax.ops.gated_delta import pallas_gpu as delta_kernels
 from atma_jax.ops.polar_attention import api as polar_api
+from atma_jax.ops.polar_attention.api import attend
 from atma_jax.ops.polar_attention.gpu import pallas_gpu as polar_kernels
 from atma_jax.ops.polar_attention.gpu.pallas_gpu import Tile, Tiles
+from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 from atma_jax.ops.rms_norm import api as rms_norm
 from atma_jax.ops.rms_norm import pallas_gpu as rms_norm_pallas_gpu
 from atma_jax.ops.short_conv import pallas_gpu as short_conv_pallas_gpu
@@ -87,10 +89,10 @@ def polar_inputs(H, K):
 ])
 def test_polar_attention(interpreted, implementation, H, K, axes, own):
   def call(op, implementation, q, k, v, raw):
-    return op(q, k, v, **raw, window=5, null_length=3, count_length=4, implementation=implementation)
+    return op(q, k, v, PolarParams(**raw), AttentionSpec(5, 3, 4), implementation=implementation)
 
   # Rounding at 2^-24 of sums of up to 64 products, and of 64 queries or keys: as in test_context_parallel.
-  compare(functools.partial(call, ops.polar_attention, "reference"),
+  compare(functools.partial(call, attend, "reference"),
           functools.partial(call, parallel.polar_attention, implementation), polar_inputs(H, K), axes, 3e-5)
   rows, heads, kv_heads = own
   assert implementation == "xla" or set(interpreted) == {((rows, T, heads, D), (rows, T, kv_heads, D))}
@@ -114,12 +116,12 @@ def test_gated_delta_kernels(interpreted):
 def test_what_cannot_be_split_is_refused():
   q, k, v, raw = polar_inputs(6, 3)
   with jax.set_mesh(make_mesh(data=2, tensor=4)), pytest.raises(ValueError, match=r"6 query heads .* tensor=4"):
-    parallel.polar_attention(q, k, v, **raw, window=None, null_length=None, count_length=None, implementation="xla")
+    parallel.polar_attention(q, k, v, PolarParams(**raw), AttentionSpec(), implementation="xla")
   with jax.set_mesh(make_mesh(data=4, context=2)):
     refusals = {"reference": "split sequence has no .reference.", "pallas_tpu": "needs a TPU", "pallas_gpu": "needs a GPU"}
     for name, why in refusals.items():
       with pytest.raises(NotImplementedError, match=why):
-        parallel.polar_attention(q, k, v, **raw, window=None, null_length=None, count_length=None, implementation=name)
+        parallel.polar_attention(q, k, v, PolarParams(**raw), AttentionSpec(), implementation=name)
       with pytest.raises(NotImplementedError, match=why):
         parallel.gated_delta(q, q, q, log_gamma=q[..., 0], beta=q[..., 0], initial_state=None, implementation=name)
     with pytest.raises(ValueError, match="18 tokens: must be a multiple of twice mesh context=2"):
@@ -158,7 +160,7 @@ def test_gated_projection(interpreted, monkeypatch, axes, own):
   compare(whole, functools.partial(parallel.gated_projection, implementation="pallas_gpu"), values, axes, 1e-5)
   assert set(interpreted) == {(own, own)}
   with jax.set_mesh(make_mesh(data=4, tensor=2)):
-    assert not parallel.makes_gradients_side_by_side("auto")
+    assert not parallel.concatenates_gradients("auto")
 
 
 @pytest.mark.parametrize(("axes", "own", "added"), [
@@ -186,8 +188,8 @@ def test_projections_over_tensor_exchange_nothing():
     x = jax.ShapeDtypeStruct((4, 16, 64), jnp.float32, sharding=named_sharding(mesh, ("batch", None, None)))
 
     def projected(params, x):
-      (group, *_), *_ = definition.merge(params)._repetitions().values()
-      return group.blocks[0].mixer._projected(x)
+      (group, *_), *_ = definition.merge(params)._groups().values()
+      return group.blocks[0].mixer.project(x)
 
     outputs = named_sharding(mesh, ("batch", None, "heads"))
     text = jax.jit(projected, out_shardings=outputs).lower(definition.abstract_params(mesh), x).compile().as_text()

@@ -107,8 +107,8 @@ def test_the_choice(monkeypatch):
     squared_gate_gradients(u, u, u, bias, implementation="pallas_gpu")
   with pytest.raises(ValueError, match=r"bias \(32,\)"):
     squared_gate_gradients(u, u, u, bias[:32])
-  assert GRADIENTS.choose(u, u, u, bias) == "xla" and not parallel.makes_gradients_side_by_side("auto")  # on a CPU
-  monkeypatch.setattr(squared_gate_pallas_gpu.kernels, "elsewhere", lambda device: None)
+  assert GRADIENTS.choose(u, u, u, bias) == "xla" and not parallel.concatenates_gradients("auto")  # on a CPU
+  monkeypatch.setattr(squared_gate_pallas_gpu.kernels, "device_refusal", lambda device: None)
   supports = squared_gate_pallas_gpu.supports
   assert supports(u, u, u, bias) is None
   assert "float16" in supports(u.astype(jnp.float16), u, u, bias)

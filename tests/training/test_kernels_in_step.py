@@ -15,6 +15,7 @@ from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from atma_jax.models.block import Group
 from atma_jax.models.definition import ModelDefinition
 from atma_jax.models.model import REMAT_POLICIES
+from atma_jax.models.residual import ResidualStream
 from atma_jax.ops.core import dispatch
 from atma_jax.planning import ahead
 from atma_jax.sharding import make_mesh
@@ -97,8 +98,10 @@ def test_remat_dots_keeps_the_residual_stream_and_what_norms_divide_by():
   graphdef, params = nnx.split(group)
 
   def gradient(params, x):
-    blocks = jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)(x)[0], policy=REMAT_POLICIES["dots"])
-    y, transpose = jax.vjp(blocks, params, x)
+    def blocks(params, x):
+      return nnx.merge(graphdef, params)(ResidualStream(x))[0].value
+
+    y, transpose = jax.vjp(jax.checkpoint(blocks, policy=REMAT_POLICIES["dots"]), params, x)
     return transpose(y)
 
   eqns = jax.make_jaxpr(gradient)(params, jax.ShapeDtypeStruct((2, 24, C), jnp.bfloat16)).jaxpr.eqns

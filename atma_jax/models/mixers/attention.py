@@ -1,126 +1,220 @@
-"""Global mixer: projections, an attention core (polar, nope or rope) and the optional memory."""
+"""The kind ``global``: attention over the whole context (polar, nope or rope), with an optional gated-delta memory beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import ClassVar
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from atma_jax.config import ModelConfig
-from atma_jax.models import layers
-from atma_jax.models.cache import GlobalPast, Span, convolve
-from atma_jax.models.memory import Memory
+from atma_jax.models import layers, memory
+from atma_jax.models.cache import LayerCache, Rings, TokenSpan
+from atma_jax.models.mixers import Mixer, Trace, register_mixer
 from atma_jax.models.parallel import polar_attention, softmax_attention
 from atma_jax.ops import rotary_embedding
+from atma_jax.ops.core import visibility
 from atma_jax.ops.core.dispatch import fitting_implementation
 from atma_jax.ops.distractors import polar_distractor_loss, softmax_distractor_loss
-from atma_jax.ops.polar_attention.cached.api import cached_polar_attention, cached_softmax_attention
-from atma_jax.ops.polar_attention import formula
-from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
+from atma_jax.ops.polar_attention.cached.api import append, cached_polar_attention, cached_softmax_attention, quantise
+from atma_jax.ops.polar_attention.formula import last_positions, of_positions
+from atma_jax.ops.polar_attention.spec import SCALARS, AttentionSpec, PolarParams
 from atma_jax.sharding import shard_count
 
 ROPE_SCALE = 0.12
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionCache(LayerCache):
+  """The cache of an attention mixer. In an update, keys and values are those of the T new tokens, (B, K, T, D).
+
+  Attributes:
+    keys: position p in slot ``p % R``, for rope rotated to its position; (P, K, R / N, D) in a paged cache.
+    values: likewise.
+    canon_q: inputs of the canon convolution of the queries; none for rope.
+    canon_k: of the keys.
+    canon_v: of the values.
+    memory: the state of the gated-delta memory, in float32 or wider; none without memory.
+    key_scale: what int8 keys are to be multiplied by, (P, K, R / N) in a paged cache; none for other dtypes, none in an update.
+    value_scale: likewise.
+    layer: in unrolled decoding, which of the stacked keys, values, scales and memories is meant; these stay stacked then.
+  """
+
+  rings: ClassVar[tuple[str, ...]] = ("keys", "values", "key_scale", "value_scale")
+
+  keys: Float[Array, "B K R D"]
+  values: Float[Array, "B K R D"]
+  canon_q: Float[Array, "B taps-1 H*D"] | None = None
+  canon_k: Float[Array, "B taps-1 K*D"] | None = None
+  canon_v: Float[Array, "B taps-1 K*D"] | None = None
+  memory: Float[Array, "B H D D"] | None = None
+  key_scale: Float[Array, "B K R"] | None = None
+  value_scale: Float[Array, "B K R"] | None = None
+  layer: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+  @property
+  def slots(self) -> int:
+    """R, or the slots of a page."""
+    return self.keys.shape[-2]
+
+  @property
+  def scales(self) -> tuple[Array, Array] | None:
+    """Those of keys and of values, where they are int8."""
+    return None if self.key_scale is None or self.value_scale is None else (self.key_scale, self.value_scale)
+
+  def append(self, update: AttentionCache, span: TokenSpan) -> AttentionCache:
+    """Writes the new keys and values; padding is not written, and of more new tokens than slots only the last."""
+    def write(ring: jax.Array, new: jax.Array) -> jax.Array:
+      return append(ring, new, span.lengths, span.counts, span.table)
+
+    new = {"keys": update.keys, "values": update.values}
+    if self.key_scale is not None:
+      (new["keys"], new["key_scale"]), (new["values"], new["value_scale"]) = map(quantise, new.values())
+    return dataclasses.replace(update, **{name: write(getattr(self, name), x) for name, x in new.items()})
+
+  def select(self, repetition: int) -> AttentionCache:
+    """As for every cache, but what is large stays stacked: kernels read and update it where it lies."""
+    canon = {name: x if (x := getattr(self, name)) is None else x[repetition] for name in ("canon_q", "canon_k", "canon_v")}
+    return dataclasses.replace(self, **canon, layer=repetition)
+
+  def carry(self, update: AttentionCache) -> AttentionCache:
+    """Takes over the stacked memories, one of which a layer has updated."""
+    return dataclasses.replace(self, memory=update.memory)
+
+  def stack_updates(self, updates: Sequence[AttentionCache]) -> AttentionCache:
+    """As for every cache; the last update holds the memories of all layers."""
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(dataclasses.replace(update, memory=None) for update in updates))
+    return dataclasses.replace(stacked, memory=updates[-1].memory)
+
+
+def attention_spec(config: ModelConfig) -> AttentionSpec:
+  """Which keys the queries of a model see, and how they count them."""
+  return AttentionSpec(window=config.window, null_length=config.null_length, count_length=config.count_length)
+
+
 class PolarCore(nnx.Module):
-  """Polar attention (paper section "Polar Attention"): direction and magnitude, each projected on its own."""
+  """Polar attention (arXiv 2606.25156, section "Polar Attention"): direction and magnitude, each with a projection of its own."""
+
+  has_canon: ClassVar[bool] = True
+  """Whether queries, keys and values pass through a canon convolution first."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
     heads, dim = config.num_heads, config.head_dim
-
-    def scalar(value: float) -> nnx.Param:
-      return layers.parameter(config, rngs, layers.constant(value), (heads,), ("vector",), "vector")
-
-    self.null_base, self.null_slope, self.len_gain, self.mag_beta = scalar(2.0), scalar(0.5), scalar(-1.0), scalar(-1.5)
+    for scalar in SCALARS:
+      setattr(self, scalar.name, layers.parameter(config, rngs, layers.constant(scalar.initial), (heads,), ("vector",), "vector"))
     self.v_null = layers.parameter(config, rngs, layers.zeros, (heads, dim), (None, None), "muon_out_in")
     self.mu_proj = layers.Linear(config, heads, config.width, (None, "embed"), output=True, rngs=rngs)
 
-  def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array,
-               trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
-    """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) of length direction_scale, and magnitudes (B, T, H)."""
-    direction, magnitude = polar_attention(q, k, v, **self.parameters(), implementation=self.config.implementation)
-    heads = direction * self.config.direction_scale
+  @property
+  def params(self) -> PolarParams:
+    """The parameters of `polar_attention`."""
+    return PolarParams(**{field.name: getattr(self, field.name)[...] for field in dataclasses.fields(PolarParams)})
+
+  @property
+  def spec(self) -> AttentionSpec:
+    """Which keys a query sees, and how they are counted."""
+    return attention_spec(self.config)
+
+  @property
+  def magnitude_projections(self) -> list[layers.Linear]:
+    """The layers that take magnitudes: one."""
+    return [self.mu_proj]
+
+  def __call__(self, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
+               cache: AttentionCache | None, span: TokenSpan | None,
+               trace: Trace | None) -> tuple[Float[Array, "B T H D"], list[Float[Array, "B T H"]], Float[Array, "B T K D"]]:
+    """Heads of length direction_scale, their magnitudes as a list of one, and the keys to remember."""
+    config = self.config
+    if cache is None or span is None or span.cache_slots == 0:
+      direction, magnitude = polar_attention(q, k, v, self.params, self.spec, implementation=config.implementation)
+    else:
+      direction, magnitude = cached_polar_attention(
+        q, k, v, cache.keys, cache.values, span.lengths, self.params, self.spec, scales=cache.scales,
+        cache_slots=span.cache_slots, layer=cache.layer, table=span.table,
+        implementation=fitting_implementation(config.implementation))
+    heads = direction * config.direction_scale
     if trace is not None:
       trace |= {"heads": heads, "magnitude": magnitude}
-    return heads, magnitude
+    return heads, [magnitude], k
 
-  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast, span: Span,
-             reach: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same after `past`, and the keys to remember."""
-    if reach == 0:
-      return *self(q, k, v), k
-    direction, magnitude = cached_polar_attention(q, k, v, past.keys, past.values, span.lengths, **self.parameters(),
-                                                  scales=past.scales, reach=reach, layer=past.layer, table=span.table,
-                                                  implementation=fitting_implementation(self.config.implementation))
-    return direction * self.config.direction_scale, magnitude, k
-
-  def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:
-    """Mean softmax mass that random keys (R, K, D) take from the null."""
+  def distractor_loss(self, trace: Trace, keys: Float[Array, "R K D"], values: Float[Array, "R K D"]) -> Float[Array, ""]:
+    """Mean softmax mass that random keys take from the null."""
     del values
     T, D = trace["q"].shape[1], self.config.head_dim
-    raw = self.parameters()
-    attention = AttentionSpec(*(raw.pop(name) for name in ("window", "null_length", "count_length")))
-    temperature, null, _ = formula.of_positions(PolarParams(**raw), formula.last_positions(T, T), attention)
+    temperature, null, _ = of_positions(self.params, last_positions(T, T), self.spec)
     return polar_distractor_loss(trace["q"], keys, temperature / math.sqrt(D), null)
-
-  def parameters(self) -> dict[str, Any]:
-    """Keyword arguments of `polar_attention` and `polar_statistics`."""
-    return {"v_null": self.v_null[...], "null_base": self.null_base[...], "null_slope": self.null_slope[...],
-            "len_gain": self.len_gain[...], "mag_beta": self.mag_beta[...], "window": self.config.window,
-            "null_length": self.config.null_length, "count_length": self.config.count_length}
 
 
 class SoftmaxCore(nnx.Module):
-  """The matched baselines: plain softmax attention, with (rope) or without (nope) rotary positions."""
+  """The matched baseline "nope": softmax attention without positions."""
+
+  has_canon: ClassVar[bool] = True
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     del rngs
     self.config = config
 
-  def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array,
-               trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, None]:
-    """q (B, T, H, D); k, v (B, T, K, D) -> heads (B, T, H, D) and no magnitudes."""
-    q, k, scale = self._positioned(q, k, jnp.arange(q.shape[1]))
-    heads = softmax_attention(q, k, v, scale=scale, window=self.config.window)
+  @property
+  def magnitude_projections(self) -> list[layers.Linear]:
+    """None: there are no magnitudes."""
+    return []
+
+  def __call__(self, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
+               cache: AttentionCache | None, span: TokenSpan | None,
+               trace: Trace | None) -> tuple[Float[Array, "B T H D"], list[Float[Array, "B T H"]], Float[Array, "B T K D"]]:
+    """Heads, no magnitudes, and the keys to remember."""
+    config, spec, steps = self.config, attention_spec(self.config), jnp.arange(q.shape[1])
+    q, k, scale = self.positioned(q, k, steps if span is None else span.lengths[:, None] + steps)
+    if cache is None or span is None or span.cache_slots == 0:
+      heads = softmax_attention(q, k, v, scale=scale, spec=spec)
+    else:
+      heads = cached_softmax_attention(
+        q, k, v, cache.keys, cache.values, span.lengths, scale=scale, spec=spec, scales=cache.scales,
+        cache_slots=span.cache_slots, layer=cache.layer, table=span.table,
+        implementation=fitting_implementation(config.implementation))
     if trace is not None:
       trace |= {"heads": heads}
-    return heads, None
+    return heads, [], k
 
-  def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, past: GlobalPast, span: Span,
-             reach: int | None) -> tuple[jax.Array, None, jax.Array]:
-    """The same after `past`, and the keys to remember."""
-    q, k, scale = self._positioned(q, k, span.lengths[:, None] + jnp.arange(q.shape[1]))
-    if reach == 0:
-      return softmax_attention(q, k, v, scale=scale, window=self.config.window), None, k
-    heads = cached_softmax_attention(q, k, v, past.keys, past.values, span.lengths, scale=scale, window=self.config.window,
-                                     scales=past.scales, reach=reach, layer=past.layer, table=span.table,
-                                     implementation=fitting_implementation(self.config.implementation))
-    return heads, None, k
-
-  def distractor_loss(self, trace: dict[str, jax.Array], keys: jax.Array, values: jax.Array) -> jax.Array:
-    """Mean squared change of the heads when random keys and values (R, K, D), which have no position, are added."""
-    q, k, scale = self._positioned(trace["q"], trace["k"], jnp.arange(trace["q"].shape[1]))
+  def distractor_loss(self, trace: Trace, keys: Float[Array, "R K D"], values: Float[Array, "R K D"]) -> Float[Array, ""]:
+    """Mean squared change of the heads when random keys and values, which have no position, are added."""
+    q, k, scale = self.positioned(trace["q"], trace["k"], jnp.arange(trace["q"].shape[1]))
     return softmax_distractor_loss(q, k, trace["v"], keys, values, scale=scale, window=self.config.window)
 
-  def _positioned(self, q: jax.Array, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, float]:
-    """Queries and keys, rotated to their positions for rope, and the scale of their products."""
-    if self.config.attention == "rope":
-      return rotary_embedding(q, positions), rotary_embedding(k, positions), ROPE_SCALE
+  def positioned(self, q: Array, k: Array, positions: Array) -> tuple[Array, Array, float]:
+    """Queries and keys as they meet at `positions` (T,) or (B, T), and the scale of their products."""
+    del positions
     return q, k, 1 / math.sqrt(self.config.head_dim)
 
 
-CORES = {"polar": PolarCore, "nope": SoftmaxCore, "rope": SoftmaxCore}
-CANON_ATTENTIONS = ("polar", "nope")
+class RotaryCore(SoftmaxCore):
+  """The matched baseline "rope": softmax attention with rotary positions, without canon convolutions."""
+
+  has_canon = False
+
+  def positioned(self, q: Array, k: Array, positions: Array) -> tuple[Array, Array, float]:
+    """See `SoftmaxCore`; rotated."""
+    return rotary_embedding(q, positions), rotary_embedding(k, positions), ROPE_SCALE
 
 
-class GlobalMixer(nnx.Module):
-  """``W_proj(core(q, k, v) * sigmoid(gate)) + addend + memory`` on (B, T, C)."""
+CORES = {"polar": PolarCore, "nope": SoftmaxCore, "rope": RotaryCore}
+
+
+@register_mixer("global")
+class AttentionMixer(Mixer):
+  """``W_proj(core(q, k, v) * sigmoid(gate))``, plus the magnitudes' projection and the memory's output."""
+
+  accepts_padded_rows = True
+  fused_inputs: layers.Linear | None = None  # all layers that take x as one, see `fuse_projections`
+  fused_outputs: layers.Linear | None = None  # all layers that give the output
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -130,12 +224,12 @@ class GlobalMixer(nnx.Module):
     self.v = layers.Linear(config, width, inner_kv, ("embed", "kv_heads"), rngs=rngs)
     self.core = CORES[config.attention](config, rngs=rngs)
     self.out_proj = layers.Linear(config, inner, width, ("heads", "embed"), output=True, rngs=rngs)
-    if config.attention in CANON_ATTENTIONS:
+    if self.core.has_canon:
       self.canon_q = layers.DepthwiseFilter(config, config.canon_taps, inner, rngs=rngs)
       self.canon_k = layers.DepthwiseFilter(config, config.canon_taps, inner_kv, rngs=rngs)
       self.canon_v = layers.DepthwiseFilter(config, config.canon_taps, inner_kv, rngs=rngs)
     if config.memory.enabled:
-      self.memory = Memory(config, rngs=rngs)
+      self.memory = memory.Memory(config, rngs=rngs)
     if config.init == "mimetic":
       self._start_as_induction_heads()
 
@@ -152,105 +246,104 @@ class GlobalMixer(nnx.Module):
     queries = self.q.kernel[...].reshape(width, heads, 2 * dim)
     keys = jnp.repeat(self.k.kernel[...].reshape(width, groups, dim), heads // groups, axis=1)
     self.q.kernel[...] = queries.at[..., :dim].set(keys).reshape(width, -1)
-    if config.attention in CANON_ATTENTIONS:
+    if self.core.has_canon:
       # z + conv(z) with -1 on the current token and +1 on the one before is the one before.
       self.canon_q.weight[...] = jnp.zeros_like(self.canon_q.weight[...])
       self.canon_k.weight[...] = jnp.zeros_like(self.canon_k.weight[...]).at[-1].set(-1.0).at[-2].set(1.0)
 
-  def __call__(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> jax.Array:
-    return self.extend(x, GlobalPast(), None, trace=trace)[0]
+  def __call__(self, x: Float[Array, "B T C"], cache: AttentionCache | None = None, span: TokenSpan | None = None,
+               trace: Trace | None = None) -> tuple[layers.LinearSum, AttentionCache | None]:
+    """See `Mixer`.
 
-  def summands(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> tuple[list[jax.Array], jax.Array]:
-    """What the output is the sum of: products (B, T, C) and a bias (C,)."""
-    found, _ = self._found(x, GlobalPast(), None, None, trace)
-    products, biases = zip(*(part.unbiased(y, 1) for part, y in zip(self._outputs(), found, strict=True)))
-    return [y for y, in products], sum(bias[0] for bias in biases)
-
-  def extend(self, x: jax.Array, past: GlobalPast, span: Span | None,
-             reach: int | None = None, trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, GlobalPast]:
-    """The output for tokens that follow `past`, and the update of the past; of rows as for `LocalMixer`.
-
-    A `trace` receives q (B, T, H, D), k and v (B, T, K, D) as the core takes them before any rotation, the core's ``heads``
-    (B, T, H, D) and, for polar attention, ``magnitude`` (B, T, H); of the memory see `Memory`.
+    A trace receives q (B, T, H, D), k and v (B, T, K, D) as the core takes them before any rotation, the core's ``heads``
+    (B, T, H, D) and, for polar attention, ``magnitude`` (B, T, H); of the memory see `Memory.read`.
     """
-    found, past = self._found(x, past, span, reach, trace)
-    if hasattr(self, "outputs"):
-      return self.outputs(layers.fill(jnp.concatenate([y.astype(found[0].dtype) for y in found], axis=-1), x.shape[0])), past
-    return sum(part(layers.fill(y, x.shape[0])) for part, y in zip(self._outputs(), found, strict=True)), past
-
-  def _found(self, x: jax.Array, past: GlobalPast, span: Span | None, reach: int | None,
-             trace: dict[str, jax.Array] | None) -> tuple[list[jax.Array], GlobalPast]:
-    """What each of `_outputs` takes, and the update of the past."""
     config, (B, T) = self.config, (x.shape[0] if span is None else span.rows, x.shape[1])
-    q, gate, k, v, *gates = (part[:B] for part in self._projected(x))
+    q, gate, k, v, *gates = (piece[:B] for piece in self.project(x))
     q, gate = (z.reshape(B, T, config.num_heads, config.head_dim) for z in (q, gate))
     q = layers.head_norm(q)
     k = layers.head_norm(k.reshape(B, T, config.num_kv_heads, config.head_dim))
     v = v.reshape(B, T, config.num_kv_heads, config.head_dim)
     histories, state = (None, None, None), None
-    if config.attention in CANON_ATTENTIONS:
-      q, canon_q = _canon(q, self.canon_q, past.canon_q, span, "heads")
-      k, canon_k = _canon(k, self.canon_k, past.canon_k, span, "kv_heads")
-      v, canon_v = _canon(v, self.canon_v, past.canon_v, span, "kv_heads")
+    if self.core.has_canon:
+      past_q, past_k, past_v = (None, None, None) if cache is None else (cache.canon_q, cache.canon_k, cache.canon_v)
+      q, canon_q = _canon(q, self.canon_q, past_q, span, "heads")
+      k, canon_k = _canon(k, self.canon_k, past_k, span, "kv_heads")
+      v, canon_v = _canon(v, self.canon_v, past_v, span, "kv_heads")
       histories = canon_q, canon_k, canon_v
     if trace is not None:
       trace |= {"q": q, "k": k, "v": v}
-    if span is None:
-      heads, magnitude = self.core(q, k, v, trace)
-    else:
-      heads, magnitude, keys = self.core.extend(q, k, v, past, span, reach)
-    found = [(heads * jax.nn.sigmoid(gate)).reshape(B, T, -1)]
-    if magnitude is not None:
-      found.append(magnitude)
-    if config.memory.enabled:
-      read, state = self.memory.read(*gates, q, k, v, past.memory, span, trace, past.layer)
-      found.append(read)
-    if span is None:
-      return found, past
-    return found, GlobalPast(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(v, 1, 2), *histories, state)
+    heads, magnitudes, keys = self.core(q, k, v, cache, span, trace)
+    channels = [(heads * jax.nn.sigmoid(gate)).reshape(B, T, -1), *magnitudes]
+    if self.memory is not None:
+      past, layer = (None, None) if cache is None else (cache.memory, cache.layer)
+      read, state = self.memory.read(tuple(gates), q, k, v, past, span, trace, layer)
+      channels.append(read)
+    output = layers.LinearSum(list(zip(self._output_layers(), channels, strict=True)))
+    if self.fused_outputs is not None:
+      output = layers.LinearSum([(self.fused_outputs, jnp.concatenate([y.astype(channels[0].dtype) for y in channels], axis=-1))])
+    if cache is None:
+      return output, None
+    return output, AttentionCache(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(v, 1, 2), *histories, state)
 
-  def join(self) -> None:
+  def fuse_projections(self) -> None:
     """Makes one matrix of those that take the same input, and one of those whose outputs are added."""
-    self.inputs, self.outputs = layers.Linear.beside(self._projections()), layers.Linear.summed(self._outputs())
+    self.fused_inputs = layers.Linear.concatenate_outputs(self._input_layers())
+    self.fused_outputs = layers.Linear.concatenate_inputs(self._output_layers())
 
-  def _projections(self) -> list[layers.Linear]:
-    memory = [self.memory.gamma, self.memory.beta, self.memory.gate] if self.config.memory.enabled else []
-    return [self.q, self.k, self.v, *memory]
-
-  def _projected(self, x: jax.Array) -> list[jax.Array]:
-    """Queries and their gates (B, T, H D), keys and values (B, T, K D), and what the memory's gates are made of."""
-    first, *others = self._projections()
+  def project(self, x: Float[Array, "B T C"]) -> list[Array]:
+    """Queries and their gates (B, T, H D), keys and values (B, T, K D), and the outputs of the memory's gates."""
+    first, *others = self._input_layers()
     heads, shape = self.config.num_heads, x.shape[:-1]
-    if not hasattr(self, "inputs"):
-      split = first.split(x, 2, groups=heads)
-      if shard_count("heads") > 1:  # each has its own piece of every matrix, not of two side by side
-        return [*split, *(part(x) for part in others)]
-      # Products of few outputs in pairs: each gradient with respect to x is as large as x, and all are stored and added up.
-      pairs = others[:2], others[2:4], others[4:]
-      return [*split, *(piece for some in pairs if some for piece in _pieces(layers.Linear.beside(some)(x), some))]
-    q, *rest = _pieces(self.inputs(x), (first, *others))
-    return [*(z.reshape(*shape, -1) for z in jnp.split(q.reshape(*shape, heads, -1), 2, axis=-1)), *rest]
+    if self.fused_inputs is not None:
+      q, *rest = _split(self.fused_inputs(x), (first, *others))
+      return [*(z.reshape(*shape, -1) for z in jnp.split(q.reshape(*shape, heads, -1), 2, axis=-1)), *rest]
+    pieces = first.split(x, 2, groups=heads)
+    if shard_count("heads") > 1:  # each device has its own piece of every matrix, not of two side by side
+      return [*pieces, *(linear(x) for linear in others)]
+    # Products of few outputs in pairs: each gradient with respect to x is as large as x, and all are stored and added up.
+    pairs = others[:2], others[2:4], others[4:]
+    return [*pieces, *(piece for pair in pairs if pair for piece in _split(layers.Linear.concatenate_outputs(pair)(x), pair))]
 
-  def _outputs(self) -> list[layers.Linear]:
-    magnitude = [self.core.mu_proj] if isinstance(self.core, PolarCore) else []
-    return [self.out_proj, *magnitude, *([self.memory.out_proj] if self.config.memory.enabled else [])]
+  def _input_layers(self) -> list[layers.Linear]:
+    gates = [] if self.memory is None else [self.memory.gamma, self.memory.beta, self.memory.gate]
+    return [self.q, self.k, self.v, *gates]
 
-  def distractor_loss(self, trace: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
-    """The core's loss for keys and values of random inputs (R, C), normed as keys are, without canon convolutions."""
+  def _output_layers(self) -> list[layers.Linear]:
+    return [self.out_proj, *self.core.magnitude_projections, *([] if self.memory is None else [self.memory.out_proj])]
+
+  @classmethod
+  def init_cache(cls, config: ModelConfig, batch: int, rings: Rings) -> AttentionCache:
+    activation = layers.activation_dtype(config)
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    keys, values = (jnp.zeros((rings.count, kv_heads, rings.slots, dim), rings.dtype) for _ in range(2))
+    canon = [jnp.zeros((batch, config.canon_taps - 1, n * dim), activation) if CORES[config.attention].has_canon else None
+             for n in (heads, kv_heads, kv_heads)]
+    scales = [jnp.zeros((rings.count, kv_heads, rings.slots), jnp.float32) if rings.dtype == "int8" else None for _ in range(2)]
+    return AttentionCache(keys, values, *canon, memory.init_state(config, batch), *scales)
+
+  @classmethod
+  def operations(cls, config: ModelConfig, sequence_length: int) -> float:
+    """Scores and values, 2 x 2 H D a visible key, for the mean number of visible keys; and the memory."""
+    visible = visibility.visible_pairs(sequence_length, sequence_length, config.window) / sequence_length
+    return 4 * config.num_heads * config.head_dim * visible + memory.operations(config)
+
+  def distractor_loss(self, trace: Trace, inputs: Float[Array, "R C"]) -> Float[Array, ""]:
+    """The core's loss for keys and values of random inputs, normed as keys are, without canon convolutions."""
     shape = (inputs.shape[0], self.config.num_kv_heads, self.config.head_dim)
     return self.core.distractor_loss(trace, layers.head_norm(self.k(inputs).reshape(shape)), self.v(inputs).reshape(shape))
 
 
-def _pieces(y: jax.Array, parts: Sequence[layers.Linear]) -> list[jax.Array]:
-  """What each of `parts` gave of the output of `Linear.beside` them."""
-  ends = list(itertools.accumulate(part.bias.shape[0] for part in parts))
+def _split(y: Array, linears: Sequence[layers.Linear]) -> list[Array]:
+  """The output of each of `linears`, from that of `Linear.concatenate_outputs`."""
+  ends = list(itertools.accumulate(linear.bias.shape[0] for linear in linears))
   return jnp.split(y, ends[:-1], axis=-1)
 
 
-def _canon(z: jax.Array, conv: layers.DepthwiseFilter, history: jax.Array | None,
-           span: Span | None, channels: str) -> tuple[jax.Array, jax.Array | None]:
-  """``z + conv(z)`` over the flattened heads of z (B, T, heads, D), and the history after z; `channels` as for `convolve`."""
+def _canon(z: Float[Array, "B T heads D"], conv: layers.DepthwiseFilter, history: Array | None, span: TokenSpan | None,
+           channels: str) -> tuple[Float[Array, "B T heads D"], Array | None]:
+  """``z + conv(z)`` over the flattened heads, and the history after z; arguments as for `DepthwiseFilter`."""
   B, T, heads, dim = z.shape
   flat = z.reshape(B, T, heads * dim)
-  y, history = convolve(flat, conv.weight[...], history, span, channels)
+  y, history = conv(flat, history, span, channels)
   return (flat + y).reshape(B, T, heads, dim), history

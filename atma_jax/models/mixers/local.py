@@ -1,19 +1,35 @@
-"""Local mixer: a gated short convolution, as in LFM2."""
+"""The kind ``local``: a gated short convolution, as in LFM2."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from flax import nnx
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
-from atma_jax.models.cache import LocalPast, Span, convolve
+from atma_jax.models.cache import LayerCache, Rings, TokenSpan
+from atma_jax.models.mixers import Mixer, Trace, register_mixer
 from atma_jax.models.parallel import gated_short_conv
 from atma_jax.ops.core.dispatch import fitting_implementation
 
 
-class LocalMixer(nnx.Module):
-  """``[b, c, h] = split(W_in x);  y = W_out(c * conv(b * h))`` on (B, T, C)."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LocalCache(LayerCache):
+  """The cache of a local mixer: the last inputs of its convolution."""
+
+  history: Float[Array, "B taps-1 C"]
+
+
+@register_mixer("local")
+class LocalMixer(Mixer):
+  """``[b, c, h] = split(W_in x);  y = W_out(c * conv(b * h))``."""
+
+  accepts_padded_rows = True
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config, width = config, config.width
@@ -21,18 +37,18 @@ class LocalMixer(nnx.Module):
     self.conv = layers.DepthwiseFilter(config, config.conv_taps, width, rngs=rngs)
     self.out_proj = layers.Linear(config, width, width, ("mlp", "embed"), output=True, rngs=rngs)
 
-  def __call__(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> jax.Array:
-    del trace  # nothing inside is of interest beyond the block's own arrays
-    return self.extend(x, LocalPast(), None)[0]
-
-  def summands(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> tuple[list[jax.Array], jax.Array]:
-    """What the output is the sum of: products (B, T, C) and a bias (C,)."""
+  def __call__(self, x: Float[Array, "B T C"], cache: LocalCache | None = None, span: TokenSpan | None = None,
+               trace: Trace | None = None) -> tuple[layers.LinearSum, LocalCache | None]:
+    """See `Mixer`; a trace receives nothing."""
     del trace
-    products, bias = self.out_proj.unbiased(self._gated(x), 1)
-    return products, bias[0]
+    if cache is None or span is None:
+      return layers.LinearSum([(self.out_proj, self._gated_conv(x))]), None
+    b, c, h = (piece[: span.rows] for piece in self.in_proj.split(x, 3))
+    y, history = self.conv(b * h, cache.history, span, "mlp")
+    return layers.LinearSum([(self.out_proj, c * y)]), LocalCache(history)
 
-  def _gated(self, x: jax.Array) -> jax.Array:
-    """What `out_proj` takes, of whole sequences."""
+  def _gated_conv(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    """``c * conv(b * h)`` of whole sequences."""
     def project(arrays: int) -> tuple[list[jax.Array], jax.Array]:
       pieces, bias = self.in_proj.unbiased(x, arrays)
       return pieces, bias.reshape(3, -1)
@@ -40,15 +56,7 @@ class LocalMixer(nnx.Module):
     return gated_short_conv(project, self.conv.weight[...], channels="mlp",
                             implementation=fitting_implementation(self.config.implementation))
 
-  def extend(self, x: jax.Array, past: LocalPast, span: Span | None,
-             reach: int | None = None) -> tuple[jax.Array, LocalPast]:
-    """The output for tokens that follow `past`, and the update of the past; it has no slots for `reach` to limit.
-
-    Rows of x beyond those of the past are filled-up ones (`model.Atma.extend`).
-    """
-    del reach
-    if span is None:
-      return self.out_proj(self._gated(x)), LocalPast(None)
-    b, c, h = (part[: span.rows] for part in self.in_proj.split(x, 3))
-    y, history = convolve(b * h, self.conv.weight[...], past.history, span, "mlp")
-    return self.out_proj(layers.fill(c * y, x.shape[0])), LocalPast(history)
+  @classmethod
+  def init_cache(cls, config: ModelConfig, batch: int, rings: Rings) -> LocalCache:
+    del rings
+    return LocalCache(jnp.zeros((batch, config.conv_taps - 1, config.width), layers.activation_dtype(config)))

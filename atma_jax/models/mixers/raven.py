@@ -1,4 +1,4 @@
-"""Raven: a mixer whose memory is a set of slots, of which a sparse router picks those that a token writes to.
+"""The kind ``raven``: a mixer that remembers in a fixed set of slots; a sparse router picks those that a token writes to.
 
 Restated from goombalab/raven and the configuration in which the ATMA experiments used it (no convolution, swish feature map,
 sigmoid router, Mamba2 decay). Left out: the Gumbel noise that their training adds to the router's logits.
@@ -6,21 +6,33 @@ sigmoid router, Mamba2 decay). Left out: the Gumbel noise that their training ad
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from atma_jax.config import ModelConfig
-from atma_jax.models import layers
-from atma_jax.models.cache import RavenPast, Span, counted
-from atma_jax.models.memory import Memory
+from atma_jax.models import layers, memory
+from atma_jax.models.cache import LayerCache, Rings, TokenSpan
+from atma_jax.models.mixers import Mixer, Trace, register_mixer
 from atma_jax.ops.slot_memory.api import slot_memory
 
-_STEP_SIZES = (1e-3, 1e-1)  # of the decay's start, drawn log-uniformly, as in Mamba2
+_STEP_SIZES = (1e-3, 1e-1)  # range of the initial step sizes, drawn log-uniformly, as in Mamba2
 _DECAY_RATES = (1e-4, 16.0)
 _ROUTE_FLOOR = 1e-9
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RavenCache(LayerCache):
+  """The cache of a Raven mixer: its slots, whatever the length, in float32 or wider, and the state of the gated-delta memory."""
+
+  slot_keys: Float[Array, "B H slots D"]
+  slot_values: Float[Array, "B H slots D"]
+  memory: Float[Array, "B H D D"] | None = None
 
 
 class Projection(nnx.Module):
@@ -32,7 +44,7 @@ class Projection(nnx.Module):
     self.kernel = layers.parameter(config, rngs, layers.weight_init(config, features_in, output=output),
                                    (features_in, features_out), axes, "muon")
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... F"]:
     return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
 
 
@@ -43,13 +55,16 @@ class HeadNorm(nnx.Module):
     self.eps = config.norm_eps
     self.weight = layers.parameter(config, rngs, layers.ones, (config.head_dim,), ("vector",), "vector")
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
     wide = jnp.promote_types(jnp.float32, x.dtype)
     return (layers.unit_rms(x.astype(wide), self.eps) * self.weight[...].astype(wide)).astype(x.dtype)
 
 
-class RavenMixer(nnx.Module):
-  """``W_o(norm(silu(o)))`` with o read from the slots, and optionally the gated-delta memory beside it, on (B, T, C)."""
+@register_mixer("raven")
+class RavenMixer(Mixer):
+  """``W_o(norm(silu(o)))`` with o read from the slots, plus the output of the gated-delta memory if there is one."""
+
+  accepts_padded_rows = True
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -65,24 +80,14 @@ class RavenMixer(nnx.Module):
     self.q_norm, self.k_norm, self.o_norm = (HeadNorm(config, rngs=rngs) for _ in range(3))
     self.out_proj = Projection(config, inner, width, ("heads", "embed"), output=True, rngs=rngs)
     if config.memory.enabled:
-      self.memory = Memory(config, rngs=rngs)
+      self.memory = memory.Memory(config, rngs=rngs)
 
-  def __call__(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> jax.Array:
-    return self.extend(x, RavenPast(), None, trace=trace)[0]
+  def __call__(self, x: Float[Array, "B T C"], cache: RavenCache | None = None, span: TokenSpan | None = None,
+               trace: Trace | None = None) -> tuple[Float[Array, "B T C"], RavenCache | None]:
+    """See `Mixer`.
 
-  def summands(self, x: jax.Array, trace: dict[str, jax.Array] | None = None) -> tuple[list[jax.Array], jax.Array]:
-    """The output as a sum of products (B, T, C) and a bias (C,), as of the other mixers."""
-    y = self(x, trace)
-    return [y], jnp.zeros(y.shape[-1:], jnp.float32)
-
-  def extend(self, x: jax.Array, past: RavenPast, span: Span | None, reach: int | None = None,
-             trace: dict[str, jax.Array] | None = None) -> tuple[jax.Array, RavenPast]:
-    """The output for tokens that follow `past`, and the update of the past, which no `reach` limits; of rows as for `LocalMixer`.
-
-    A `trace` receives q (B, T, H, D), k and v (B, T, K, D), and ``log_decay`` (B, T, H, slots); of the memory see `Memory`.
+    A trace receives q (B, T, H, D), k and v (B, T, K, D), and ``log_decay`` (B, T, H, slots); of the memory see `Memory.read`.
     """
-    del reach
-    filled = x.shape[0]
     x = x if span is None else x[: span.rows]
     config, (B, T, _) = self.config, x.shape
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -91,20 +96,20 @@ class RavenMixer(nnx.Module):
     v = jax.nn.silu(self.v(x)).reshape(B, T, kv_heads, dim)
     log_decay = self._log_decay(x)
     if span is not None:
-      log_decay = jnp.where(counted((B, T), span)[..., None, None], log_decay, 0)  # padding leaves the slots alone
+      log_decay = jnp.where(span.real(T)[..., None, None], log_decay, 0)  # padding leaves the slots alone
     if trace is not None:
       trace |= {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    slots = None if past.slot_keys is None else (past.slot_keys, past.slot_values)
+    past = None if cache is None else (cache.slot_keys, cache.slot_values)
     out, slots = slot_memory(q, jnp.repeat(k, heads // kv_heads, axis=2), jnp.repeat(v, heads // kv_heads, axis=2),
-                             log_decay=log_decay, scale=1 / math.sqrt(dim), initial_state=slots)
+                             log_decay=log_decay, scale=1 / math.sqrt(dim), initial_state=past)
     out, state = self.out_proj(self.o_norm(jax.nn.silu(out)).reshape(B, T, -1)), None
-    if config.memory.enabled:
-      read, state = self.memory(x, q, k, v, past.memory, span, trace)
+    if self.memory is not None:
+      read, state = self.memory(x, q, k, v, None if cache is None else cache.memory, span, trace)
       out = out + read
-    return layers.fill(out, filled), past if span is None else RavenPast(*slots, state)
+    return out, None if cache is None else RavenCache(*slots, state)
 
-  def _log_decay(self, x: jax.Array) -> jax.Array:
-    """(B, T, H, slots) float32: the head's decay times the routing weight, which is zero but for the best `top_k` slots."""
+  def _log_decay(self, x: Float[Array, "B T C"]) -> Float[Array, "B T H slots"]:
+    """The head's decay times the routing weight, which is zero but for the best `top_k` slots; in float32 or wider."""
     config, wide = self.config, jnp.promote_types(jnp.float32, x.dtype)
     scores = jax.nn.sigmoid(self.router(x).astype(wide)).reshape(*x.shape[:2], config.num_heads, config.raven.slots)
     best, index = jax.lax.top_k(scores, config.raven.top_k)
@@ -112,6 +117,19 @@ class RavenMixer(nnx.Module):
     route = jnp.sum(jax.nn.one_hot(index, config.raven.slots, dtype=wide) * best[..., None], axis=-2)
     step = jax.nn.softplus(self.step_size(x).astype(wide) + self.step_bias[...].astype(wide))
     return -(jnp.exp(self.log_rate[...].astype(wide)) * step)[..., None] * route
+
+  @classmethod
+  def init_cache(cls, config: ModelConfig, batch: int, rings: Rings) -> RavenCache:
+    del rings
+    wide = jnp.promote_types(jnp.float32, layers.activation_dtype(config))
+    slots = (jnp.zeros((batch, config.num_heads, config.raven.slots, config.head_dim), wide) for _ in range(2))
+    return RavenCache(*slots, memory.init_state(config, batch))
+
+  @classmethod
+  def operations(cls, config: ModelConfig, sequence_length: int) -> float:
+    """Decay and write of keys and values, scores and read, 10 H D a slot; and the memory."""
+    del sequence_length
+    return 10 * config.raven.slots * config.num_heads * config.head_dim + memory.operations(config)
 
 
 def _log_rates(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
