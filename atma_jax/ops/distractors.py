@@ -1,13 +1,14 @@
 """Distractor losses: random keys that a query should not find (ATMA, arXiv 2606.25156).
 
-The R random keys are the same for every row of the batch and visible to every query. Scores exist for one block of
-queries at a time and are computed again in the backward pass: memory is O(block x R), never (T, R).
+The R random keys are the same for every row of the batch and visible to every query. Scores exist for one block of queries at a
+time and are recomputed in the backward pass: memory is O(block x R), never (T, R).
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from atma_jax.ops.core import streaming
 from atma_jax.ops.core.streaming import Statistics
@@ -15,28 +16,30 @@ from atma_jax.ops.core.streaming import Statistics
 BLOCK = 128  # queries at a time
 
 
-def polar_distractor_loss(q: jax.Array, keys: jax.Array, temperature: jax.Array, null: jax.Array) -> jax.Array:
+def polar_distractor_loss(q: Float[Array, "B T H D"], keys: Float[Array, "R K D"], temperature: Float[Array, "T H"],
+                          null: Float[Array, "T H"]) -> Float[Array, ""]:
   """Mean over queries and heads of the softmax mass that the random keys take from the null.
 
   Args:
-    q: (B, T, H, D).
-    keys: (R, K, D) random keys; no gradient flows into them.
-    temperature: (T, H) factor of the scores, ``temp / sqrt(D)``.
-    null: (T, H) null logits, already times the temperature.
+    q: queries.
+    keys: random keys; no gradient flows into them.
+    temperature: factor of the scores, ``temp / sqrt(D)``.
+    null: null logits, already times the temperature.
   """
   M, L, _ = _statistics(q, keys, None, temperature)
   return jnp.mean(jax.nn.sigmoid(M + jnp.log(L) - null))
 
 
-def softmax_distractor_loss(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, *, scale: float,
-                            window: int | None = None) -> jax.Array:
+def softmax_distractor_loss(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
+                            keys: Float[Array, "R K D"], values: Float[Array, "R K D"], *, scale: float,
+                            window: int | None = None) -> Float[Array, ""]:
   """Mean squared change of causal softmax attention's output when random keys and values are added.
 
   Args:
-    q: (B, T, H, D); k, v: (B, T, K, D), as the attention takes them.
-    keys, values: (R, K, D); no gradient flows into them.
-    scale: of the scores.
-    window: keys a query may see, besides the random ones.
+    q, k, v: as the attention takes them.
+    keys, values: random ones; no gradient flows into them.
+    scale: factor of the scores.
+    window: keys a query may see besides the random ones, its own included; None is all up to its own.
   """
   scales = jnp.full(q.shape[1:3], scale, jnp.result_type(jnp.float32, q))
   real = streaming.attention_statistics(q, k, v, scales, window=window)
@@ -47,7 +50,7 @@ def softmax_distractor_loss(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.
 
 def _statistics(q: jax.Array, keys: jax.Array, values: jax.Array | None,
                 scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """M and L (B, T, H), and S (B, T, H, D) where there are values, over all keys; M is a constant of the backward pass."""
+  """Statistics over all random keys: M and L (B, T, H), and S (B, T, H, D) where there are values; M carries no gradient."""
   (B, T, H, _), (R, K, D) = q.shape, keys.shape
   dtype = jnp.result_type(jnp.float32, q)
   keys = jax.lax.stop_gradient(keys)
@@ -56,11 +59,12 @@ def _statistics(q: jax.Array, keys: jax.Array, values: jax.Array | None,
   count = -(-T // size)
 
   def blocks(x: jax.Array, axis: int) -> jax.Array:
-    """Cuts time, which lies along `axis`, into blocks, which become the first axis."""
+    """Cuts time, which is `axis`, into blocks along a new first axis."""
     x = jnp.pad(x, [(0, count * size - T if a == axis else 0) for a in range(x.ndim)])
     return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1:]), axis, 0)
 
-  def whole(x: jax.Array) -> jax.Array:
+  def join(x: jax.Array) -> jax.Array:
+    """The inverse of `blocks`."""
     return jnp.moveaxis(x, 0, 1).reshape(B, count * size, *x.shape[3:])[:, :T]
 
   @jax.checkpoint
@@ -77,5 +81,5 @@ def _statistics(q: jax.Array, keys: jax.Array, values: jax.Array | None,
                        preferred_element_type=dtype)
     return M, jnp.sum(p, axis=-1), found.reshape(B, size, H, D)
 
-  M, L, *S = jax.tree.map(whole, jax.lax.map(block, (blocks(q, 1), blocks(scale, 0))))
+  M, L, *S = jax.tree.map(join, jax.lax.map(block, (blocks(q, 1), blocks(scale, 0))))
   return M, L, S[0] if S else None

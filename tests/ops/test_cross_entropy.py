@@ -79,7 +79,7 @@ def test_log_partition_of_the_kernel_is_that_of_the_formula(monkeypatch, B, T, V
   for a, b, c in zip(first, expected, second, strict=True):
     assert a.dtype == jnp.float32 and bool(jnp.all(a == c))
     np.testing.assert_allclose(a, b, rtol=0, atol=2 * cap * 2.0**-22)  # exponents of up to twice the cap, rounded a few times
-  monkeypatch.setattr(cross_entropy_pallas_gpu.kernels, "elsewhere", lambda device: None)
+  monkeypatch.setattr(cross_entropy_pallas_gpu.kernels, "device_refusal", lambda device: None)
   arguments = jnp.asarray(head, jnp.float32), jnp.zeros(V), targets
   refusal = functools.partial(cross_entropy_pallas_gpu.supports_log_partition, *arguments)
   assert refusal(cap) is None and "capped" in refusal(50.0)

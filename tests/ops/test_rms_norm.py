@@ -83,7 +83,7 @@ def test_the_choice(monkeypatch):
   assert OP.choose(x, (x,), v, v, EPS) == "xla"  # on a CPU
   with pytest.raises(NotImplementedError, match="needs a TPU"):
     sum_and_norm(x, [x], v, v, eps=EPS, implementation="pallas_tpu")
-  monkeypatch.setattr(rms_norm_pallas_gpu.kernels, "elsewhere", lambda device: None)
+  monkeypatch.setattr(rms_norm_pallas_gpu.kernels, "device_refusal", lambda device: None)
 
   def refusal(C, dtype=jnp.bfloat16):
     z, vector = jax.ShapeDtypeStruct((1, 4, C), dtype), jax.ShapeDtypeStruct((C,), jnp.float32)

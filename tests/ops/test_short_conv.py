@@ -107,7 +107,7 @@ def test_the_choice(monkeypatch):
     gated_short_conv([gate] * 2, weight)
   with pytest.raises(ValueError, match=r"bias \(2, 64\)"):
     gated_short_conv([gate] * 3, weight, weight[:2])
-  monkeypatch.setattr(short_conv_pallas_gpu.kernels, "elsewhere", lambda device: None)
+  monkeypatch.setattr(short_conv_pallas_gpu.kernels, "device_refusal", lambda device: None)
   supports = short_conv_pallas_gpu.supports
   assert supports([gate] * 3, weight, None) is None
   assert "float16" in supports([gate.astype(jnp.float16)], weight, None)

@@ -40,7 +40,7 @@ def supports(head: jax.Array, bias: jax.Array, log_partition: jax.Array, targets
     return "takes no float64"
   if head.shape[-1] % 128:
     return f"takes multiples of 128 logits, not {head.shape[-1]}"
-  return kernels.elsewhere("gpu")
+  return kernels.device_refusal("gpu")
 
 
 def supports_log_partition(head: jax.Array, bias: jax.Array, targets: jax.Array, cap: float) -> str | None:

@@ -22,7 +22,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, *, state: jax.Array, **pa
   del k, parameters
   if state.dtype != jnp.float32:
     return f"takes a float32 state, not {state.dtype}"
-  return kernels.head_refusal(q, v) or kernels.elsewhere("gpu")
+  return kernels.head_refusal(q, v) or kernels.device_refusal("gpu")
 
 
 def gated_delta_step(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, state: jax.Array,

@@ -39,7 +39,7 @@ def supports(x: jax.Array, terms: tuple[jax.Array, ...], bias: jax.Array, weight
   C = x.shape[-1]
   if C % 64 or MOST_THREAD_COLUMNS * 32 * _warps(C) < C:
     return f"takes widths that are a power of two, at least 64, times a small number, not {C}"
-  return kernels.elsewhere("gpu")
+  return kernels.device_refusal("gpu")
 
 
 def sum_and_norm(x: jax.Array, terms: tuple[jax.Array, ...], bias: jax.Array, weight: jax.Array, eps: float, *,

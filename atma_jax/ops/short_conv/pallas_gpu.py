@@ -40,7 +40,7 @@ def supports(projected: Sequence[jax.Array], weight: jax.Array, bias: jax.Array 
     return "takes no float64"
   if weight.shape[1] % 64:
     return f"takes multiples of 64 channels, not {weight.shape[1]}"
-  return kernels.elsewhere("gpu")
+  return kernels.device_refusal("gpu")
 
 
 def gated_short_conv(projected: Sequence[jax.Array], weight: jax.Array, bias: jax.Array | None = None, *,

@@ -34,7 +34,7 @@ def supports(u: jax.Array, h: jax.Array, dh: jax.Array, bias: jax.Array) -> str 
     return "takes no float64"
   if u.shape[-1] % 64:
     return f"takes multiples of 64 columns, not {u.shape[-1]}"
-  return kernels.elsewhere("gpu")
+  return kernels.device_refusal("gpu")
 
 
 def squared_gate_gradients(u: jax.Array, h: jax.Array, dh: jax.Array, bias: jax.Array, *,

@@ -12,9 +12,6 @@ largest of its vector.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -57,10 +54,10 @@ def tokens_since(slot: jax.Array, length: jax.Array, slots: int) -> jax.Array:
 
 
 def cached_polar_attention(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], keys: jax.Array,
-                           values: jax.Array, lengths: Int[Array, " B"], params: PolarParams | None = None,
-                           spec: AttentionSpec | None = None, *, scales: Scales = None, cache_slots: int | None = None,
-                           layer: int | None = None, table: Int[Array, "B N"] | None = None, implementation: str = "auto",
-                           reach: int | None = None, **flat: Any) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+                           values: jax.Array, lengths: Int[Array, " B"], params: PolarParams, spec: AttentionSpec, *,
+                           scales: Scales = None, cache_slots: int | None = None, layer: int | None = None,
+                           table: Int[Array, "B N"] | None = None,
+                           implementation: str = "auto") -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
   """`polar_attention` of T new tokens that follow the `lengths` cached ones.
 
   Args:
@@ -73,10 +70,6 @@ def cached_polar_attention(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"
   Returns:
     direction in q's dtype and magnitude, float32 or wider.
   """
-  if params is None:  # the form of before: goes as soon as nothing calls it
-    lengths_of = {f.name: flat.pop(f.name, None) for f in dataclasses.fields(AttentionSpec)}
-    params, spec = PolarParams(**flat), AttentionSpec(**lengths_of)
-  cache_slots = cache_slots if reach is None else reach
   positions = lengths[:, None] + jnp.arange(q.shape[1])
   per_query = formula.of_positions(params, positions, spec, formula.accumulator(q))
   statistics = cached_statistics(q, k, v, keys, values, lengths, per_query.temp * q.shape[-1]**-0.5, window=spec.window,
@@ -88,13 +81,12 @@ def cached_polar_attention(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"
 def cached_softmax_attention(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
                              keys: jax.Array, values: jax.Array, lengths: Int[Array, " B"], *, scale: float,
                              spec: AttentionSpec = NO_WINDOW, scales: Scales = None, cache_slots: int | None = None,
-                             layer: int | None = None, table: Int[Array, "B N"] | None = None, implementation: str = "auto",
-                             window: int | None = None, reach: int | None = None) -> Float[Array, "B T H D"]:
+                             layer: int | None = None, table: Int[Array, "B N"] | None = None,
+                             implementation: str = "auto") -> Float[Array, "B T H D"]:
   """`softmax_attention` of T new tokens, in q's dtype; arguments as for `cached_polar_attention`, the window as in `spec`."""
-  window, cache_slots = window or spec.window, cache_slots if reach is None else reach
   factors = jnp.full(q.shape[:3], scale, formula.accumulator(q))
-  statistics = cached_statistics(q, k, v, keys, values, lengths, factors, window=window, scales=scales, cache_slots=cache_slots,
-                                 layer=layer, table=table, implementation=implementation)
+  statistics = cached_statistics(q, k, v, keys, values, lengths, factors, window=spec.window, scales=scales,
+                                 cache_slots=cache_slots, layer=layer, table=table, implementation=implementation)
   return (statistics.S / statistics.L[..., None]).astype(q.dtype)
 
 
@@ -185,7 +177,7 @@ def decoding_refusal(device: str, q: jax.Array, k: jax.Array, keys: jax.Array, s
     return f"takes groups of at most {group} heads, not {q.shape[2] // k.shape[2]}"
   if table is not None and keys.shape[-2] % page:
     return f"takes pages of a multiple of {page} tokens, not {keys.shape[-2]}"
-  return pallas.head_refusal(q) or pallas.elsewhere(device)
+  return pallas.head_refusal(q) or pallas.device_refusal(device)
 
 
 def quantise(x: Float[Array, "*B D"]) -> tuple[Int[Array, "*B D"], Float[Array, "*B"]]:

@@ -43,7 +43,7 @@ def supports_append(ring: jax.Array, new: jax.Array, lengths: jax.Array, counts:
     return f"writes one new vector a row, not {new.shape[3]} of shape {new.shape[4:]}"
   if ring.dtype not in (jnp.int8, jnp.bfloat16, jnp.float32):
     return f"takes int8, bfloat16 or float32 vectors, not {ring.dtype}"
-  return pallas.head_refusal(ring) or pallas.elsewhere("tpu")
+  return pallas.head_refusal(ring) or pallas.device_refusal("tpu")
 
 
 def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array,
