@@ -25,8 +25,7 @@ import numpy as np
 from atma_jax.evaluation.resources import OutOfMemory, available_bytes, memory_errors
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache
-from atma_jax.ops import token_losses, token_predictions
-from atma_jax.sharding import named_sharding, shard_count
+from atma_jax.sharding import named_sharding
 
 _SHORTEST_PIECE, _LONGEST_PIECE = 128, 16_384  # tokens; within a piece later keys are masked, between pieces they do not exist
 
@@ -115,7 +114,7 @@ class Scorer:
   def _losses(self, rows: Int[np.ndarray, "B T+1"]) -> Float[np.ndarray, "B T"]:
 
     def losses(model: Atma, tokens: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
-      return self._token_losses(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], shard_count("sequence"))
+      return model.token_losses(model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk=self._chunk)
 
     padded = self._pad_right(rows, targets=1)
     return np.asarray(self._call(losses, self._place(padded)))[:, : rows.shape[1] - 1]
@@ -142,7 +141,7 @@ class Scorer:
 
     def piece_losses(model: Atma, cache: Cache, tokens: Int[Array, "B t+1"]) -> tuple[Cache, Float[Array, "B t"]]:
       hidden, cache = model.extend(tokens[:, :-1], cache)
-      return cache, self._token_losses(model, hidden, tokens[:, 1:])
+      return cache, model.token_losses(hidden, tokens[:, 1:], chunk=self._chunk)
 
     length = rows.shape[1] - 1
     cache, losses = self._empty_cache(len(rows), length), []
@@ -198,17 +197,11 @@ class Scorer:
 
   # --- Programs -------------------------------------------------------------------------------------------------------
 
-  def _token_losses(self, model: Atma, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"],
-                    pieces: int = 1) -> Float[Array, "B T"]:
-    """Losses of targets; `pieces` is how many parts the mesh splits the time axis into."""
-    return token_losses(hidden, model.head.kernel[...], model.head.bias[...], targets, cap=self._config.logit_cap,
-                        chunk=self._chunk, time_shards=pieces)
-
-  def _token_scores(self, model: Atma, hidden: Float[Array, "B T C"],
-                    targets: Int[Array, "B T"]) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
-    predictions = token_predictions(hidden, model.head.kernel[...], model.head.bias[...], cap=self._config.logit_cap,
-                                    chunk=self._chunk)
-    return self._token_losses(model, hidden, targets), predictions
+  def _token_scores(self, model: Atma, hidden: Float[Array, "B P C"],
+                    targets: Int[Array, "B P"]) -> tuple[Float[Array, "B P"], Int[Array, "B P"]]:
+    """Losses of the targets and predictions of them, at some positions only."""
+    predictions = model.token_predictions(hidden, chunk=self._chunk, whole=False)
+    return model.token_losses(hidden, targets, chunk=self._chunk, whole=False), predictions
 
   def _cache_sharding(self, stacked: bool) -> NamedSharding:
     """Spreads the rows of an array (B, ...), or of a stacked one (repetition, B, ...), over the mesh."""

@@ -42,7 +42,6 @@ from atma_jax.evaluation.suite import Cell, Inputs, Progress, Suite, fingerprint
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache, nbytes
-from atma_jax.ops import cross_entropy
 from atma_jax.sharding import named_sharding
 
 _SHORTEST_ROW = 32  # tokens of a fine-tuning row, padding included
@@ -176,8 +175,7 @@ def finetune(model: Atma, examples: Sequence[Sequence[Example]], mesh: Mesh, *, 
 
   def loss_fn(params: nnx.State, tokens: jax.Array, weights: jax.Array) -> jax.Array:
     model = nnx.merge(graph, params, rest)
-    total, _ = cross_entropy(model.hidden(tokens[:, :-1]), model.head.kernel[...], model.head.bias[...], tokens[:, 1:], weights,
-                             cap=model.config.logit_cap, z_loss=0.0, chunk=_CHUNK)
+    total, _ = model.next_token_loss(model.hidden(tokens[:, :-1]), tokens[:, 1:], weights, chunk=_CHUNK)
     return total / jnp.sum(weights)
 
   def step(state: tuple, tokens: jax.Array, weights: jax.Array) -> tuple[tuple, jax.Array]:

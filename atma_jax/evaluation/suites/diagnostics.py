@@ -32,7 +32,7 @@ from atma_jax.evaluation.statistics import mean_and_error
 from atma_jax.evaluation.suite import Cell, Inputs, Progress, Suite, fingerprint
 from atma_jax.evaluation.tapping import document_rows, tap_layers
 from atma_jax.models.block import Block, Tap, Trace
-from atma_jax.ops import polar_statistics
+from atma_jax.ops.polar_attention.api import attention_statistics
 
 SATURATED = 0.99
 RESIDUAL = ("residual_mean_shift", "residual_std_ratio", "residual_rms_ratio")
@@ -49,6 +49,9 @@ def diagnostics_cells(inputs: Inputs, options: CheckedOptions) -> list[Cell]:
   if training > rows.shape[1]:
     rows = document_rows(dataclasses.replace(inputs, lengths=(*inputs.lengths, training)), "diagnostics")
   reference = functools.cache(lambda: observe(inputs, rows[:, :training]))
+  shapes = jax.eval_shape(lambda tokens: inputs.model.tapped(tokens, make_tap(0))[1], jax.ShapeDtypeStruct((1, 1), jnp.int32))
+  measured = [(*RESIDUAL, *(name for name in POLAR if name in layer), *(MEMORY if "memory_norm" in layer else ()))
+              for layer in shapes]
 
   def cell(length: int) -> Cell:
     def run(progress: Progress) -> list[Measurement]:
@@ -56,13 +59,7 @@ def diagnostics_cells(inputs: Inputs, options: CheckedOptions) -> list[Cell]:
       progress(len(rows) * length)
       return layer_measurements(length, layers, reference())
 
-    model = inputs.config.model
-    expected = []
-    for layer in range(model.num_layers):
-      is_global = model.block_pattern[layer % len(model.block_pattern)] == "global"
-      names = (*RESIDUAL, *(POLAR if is_global and model.attention == "polar" else ()),
-               *(MEMORY if is_global and model.memory.enabled else ()))
-      expected += [(name, length, layer, None) for name in names]
+    expected = [(name, length, layer, None) for layer, names in enumerate(measured) for name in names]
     settings = {"documents": len(rows), "training_length": training, "text": fingerprint(rows)}
     return Cell(f"diagnostics at {length}", tuple(expected), settings, len(rows) * length, run)
 
@@ -88,7 +85,8 @@ def make_tap(start: int) -> Tap:
     mean = output.mean(1)
     result = {"mean": mean, "variance": jnp.square(output - mean[:, None]).mean(1)}
     if "magnitude" in trace:
-      statistics = polar_statistics(trace["q"][:, start:], trace["k"], trace["v"], **block.mixer.core.parameters())
+      core = block.mixer.core
+      statistics = attention_statistics(trace["q"][:, start:], trace["k"], trace["v"], core.params, core.spec)
       magnitude = trace["magnitude"][:, start:]
       result |= {name: value.mean(1) for name, value in statistics.items()}
       result |= {"magnitude": magnitude.mean(1), "magnitude_saturation": _as_float32(magnitude > SATURATED).mean(1)}
