@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from flax import nnx
 import jax
 import numpy as np
 import pytest
 
-from atma_jax.checkpoints.load import overridden
-from atma_jax.checkpoints.overrides import checked_overrides
 from atma_jax.config import Config
 from atma_jax.data.needles import draw_needle
 from atma_jax.data.tokenizers import ByteTokenizer
@@ -125,29 +122,6 @@ def test_variants_of_a_checkpoint_are_kept_apart(tmp_path):
     assert results.find({**identity, variant: 8}, "document_loss", 64)
     assert results.find(identity, "document_loss", 64) is None
     assert results.find({**identity, variant: 9}, "document_loss", 64) is None
-
-
-@pytest.mark.parametrize("name", ["null_length", "count_length"])
-@pytest.mark.parametrize("length, found", [(None, None), (8, 8), (0, None)])
-def test_counts_of_a_model(lively, name, length, found):
-  changed = overridden(lively, {} if length is None else {name: length})
-  assert getattr(changed.config, name) == found
-  tokens = np.random.default_rng(0).integers(1, 257, (1, 24))
-  before, after = (np.asarray(model(tokens)) for model in (lively, changed))
-  np.testing.assert_array_equal(after[:, :8], before[:, :8])
-  assert np.array_equal(before, after) == (found is None)
-
-
-@pytest.mark.parametrize("name", ["null_length", "count_length"])
-def test_counts_of_a_model_that_does_not_count(lively, name):
-  config = dataclasses.replace(lively.config, attention="nope")
-  with pytest.raises(UserError, match=f"{name}=8: only polar attention counts its keys, and the model's is nope"):
-    overridden(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), {name: 8})
-  config = dataclasses.replace(lively.config, block_pattern=("raven",))
-  with pytest.raises(UserError, match=f"{name}=8: only polar attention counts its keys, and the model has no attention"):
-    overridden(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), {name: 8})
-  with pytest.raises(UserError, match=f"{name}=-1: must be a number of keys, or 0"):
-    checked_overrides({name: -1})
 
 
 def test_statistics_against_known_values():
