@@ -14,7 +14,6 @@ from atma_jax.models.cache import LayerCache, TokenSpan
 from atma_jax.models.mixers import Trace, mixer_class
 from atma_jax.models.parallel import concatenates_gradients, gated_projection, sums_in_norms
 from atma_jax.models.residual import ResidualStream
-from atma_jax.ops.core.dispatch import fitting_implementation
 from atma_jax.ops.squared_gate.api import squared_gate
 
 Tap = Callable[["Block", Trace, Array], Any]
@@ -28,7 +27,7 @@ class MLP(nnx.Module):
   """``W_proj(g * relu(u)^2)`` with ``[u, g] = split(W_fc x)``."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.implementation = fitting_implementation(config.implementation)
+    self.implementation = config.implementation
     self.fc = layers.Linear(config, config.width, 2 * config.mlp_width, ("embed", "mlp"), rngs=rngs)
     self.out_proj = layers.Linear(config, config.mlp_width, config.width, ("mlp", "embed"), output=True, rngs=rngs)
 
@@ -72,7 +71,7 @@ class Group(nnx.Module):
   """The blocks of one repetition of the block pattern, in order: what a scanned model repeats."""
 
   def __init__(self, config: ModelConfig, pattern: tuple[str, ...], *, rngs: nnx.Rngs):
-    self.implementation = fitting_implementation(config.implementation)
+    self.implementation = config.implementation
     self.blocks = nnx.List([Block(config, kind, rngs=rngs) for kind in pattern])
 
   def __call__(self, x: ResidualStream, tap: Tap | None = None,

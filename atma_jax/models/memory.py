@@ -14,7 +14,6 @@ from atma_jax.models import layers
 from atma_jax.models.cache import TokenSpan
 from atma_jax.models.mixers import Trace
 from atma_jax.models.parallel import gated_delta
-from atma_jax.ops.core.dispatch import fitting_implementation
 from atma_jax.ops.gated_delta.step import gated_delta_step
 
 
@@ -69,7 +68,7 @@ class Memory(nnx.Module):
       log_gamma, beta = jnp.where(real, log_gamma, 0), jnp.where(real, beta, 0)  # padding leaves the state alone
     if span is not None and state is not None and T == 1:
       readout, state = gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state, layer=layer,
-                                        implementation=fitting_implementation(config.implementation))
+                                        implementation=config.implementation)
     else:
       readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
                                    implementation=config.implementation)

@@ -132,7 +132,8 @@ class Atma(nnx.Module):
     """
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
     return ops.cross_entropy(hidden, self.head.kernel[...], self.head.bias[...], targets, weights, cap=self.head.cap,
-                             z_loss=z_loss, chunk=chunk, time_shards=shard_count("sequence"))
+                             z_loss=z_loss, chunk=chunk, time_shards=shard_count("sequence"),
+                             implementation=self.config.implementation)
 
   def token_losses(self, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"], *, chunk: int,
                    whole: bool = True) -> Float[Array, "B T"]:
@@ -141,7 +142,7 @@ class Atma(nnx.Module):
     With ``whole=False`` hidden states are some of those of a sequence, which the mesh does not split over time.
     """
     return ops.token_losses(hidden, self.head.kernel[...], self.head.bias[...], targets, cap=self.head.cap, chunk=chunk,
-                            time_shards=shard_count("sequence") if whole else 1)
+                            time_shards=shard_count("sequence") if whole else 1, implementation=self.config.implementation)
 
   def token_predictions(self, hidden: Float[Array, "B T C"], *, chunk: int, whole: bool = True) -> Int[Array, "B T"]:
     """The most likely next tokens; arguments as for `token_losses`."""
@@ -237,7 +238,7 @@ class Atma(nnx.Module):
     """Whether decoding reads every row of such a cache up to its own length, so that no `cache_slots` is needed."""
     return cache.keys is not None and skips_unused_slots(
       cache.keys, self.config.num_heads, layers.activation_dtype(self.config), paged=cache.table is not None,
-      implementation=dispatch.fitting_implementation(self.config.implementation))
+      implementation=self.config.implementation)
 
   def unstacked(self, fuse: bool = True) -> Atma:
     """A copy that computes the same in fewer steps where it `unrolls_decoding`; on a GPU each step costs its start.

@@ -16,12 +16,8 @@ import jax
 
 from atma_jax.models.definition import ModelDefinition
 from atma_jax.models.mixers import mixer_class
+from atma_jax.ops.core import devices
 
-# Dense bfloat16 TFLOP/s of one device, from the vendors' datasheets, by a part of `Device.device_kind`.
-PEAK_TFLOPS = {
-  "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459,
-  "TPU v5": 459, "TPU v6": 918, "TPU7x": 2307,
-}
 _COUNTED_GROUPS = ("muon", "muon_depthwise", "head")  # optimizer groups of the parameters that take part in products
 
 
@@ -37,6 +33,6 @@ def training_flops_per_token(definition: ModelDefinition, sequence_length: int) 
 
 def peak_flops(configured_tflops: float | None) -> float | None:
   """Operations a second of all devices together, or None where the device is unknown."""
-  kind = jax.devices()[0].device_kind
-  tflops = configured_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in kind), None)
+  device = devices.of_kind(jax.devices()[0].device_kind)
+  tflops = configured_tflops or (device.tflops if device else None)
   return None if tflops is None else tflops * 1e12 * jax.device_count()

@@ -56,13 +56,14 @@ def polar_attention(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: F
 
 
 def softmax_attention(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], *, scale: float,
-                      spec: AttentionSpec) -> Float[Array, "B T H D"]:
+                      spec: AttentionSpec, implementation: str) -> Float[Array, "B T H D"]:
   """`atma_jax.ops.softmax_attention` of whole sequences."""
   chex.assert_rank([q, k, v], 4)
   if shard_count("sequence") == 1:
-    op = functools.partial(ops.softmax_attention, scale=scale, window=spec.window)
+    op = functools.partial(ops.softmax_attention, scale=scale, window=spec.window, implementation=implementation)
   else:
-    op = functools.partial(context_parallel.softmax_attention, scale=scale, spec=spec, axis=_CONTEXT)
+    op = functools.partial(context_parallel.softmax_attention, scale=scale, spec=spec, axis=_CONTEXT,
+                           implementation=implementation)
   if active_mesh() is None:
     return op(q, k, v)
   return _over_heads(lambda q, k, v, _: op(q, k, v), q, k, v, {}, {}, _activations(q))
@@ -116,7 +117,7 @@ def gated_short_conv(project: Callable[[int], tuple[Sequence[jax.Array], jax.Arr
     arrays, bias = project(3)
     gate, output_gate, x = (z + b.astype(z.dtype) for z, b in zip(arrays, bias, strict=True))
     return output_gate * short_conv(gate * x, weight, channels=channels)
-  one = dispatch.platform() == "gpu" and implementation != "xla" and shard_count(channels) == 1
+  one = dispatch.may_run_kernels(implementation, "gpu") and shard_count(channels) == 1
   arrays, bias = project(1 if one else 3)
   call = functools.partial(ops.gated_short_conv, implementation=implementation)
   if active_mesh() is None:
@@ -138,7 +139,7 @@ def gated_projection(x: Float[Array, "B T C"], kernel: Float[Array, "C 2*F"], bi
 
 def concatenates_gradients(implementation: str) -> bool:
   """Whether `gated_projection` is the faster form of the MLP's gate: on a GPU, unless the mesh splits hidden units."""
-  return dispatch.platform() == "gpu" and implementation != "xla" and shard_count("mlp") == 1
+  return dispatch.may_run_kernels(implementation, "gpu") and shard_count("mlp") == 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -190,7 +191,7 @@ def sum_and_norm(x: Float[Array, "B T C"], added: Sequence[Float[Array, "B T C"]
 
 def sums_in_norms(implementation: str) -> bool:
   """Whether sums of the residual stream are best made by the kernel that norms them: on a GPU."""
-  return dispatch.platform() == "gpu" and implementation != "xla"
+  return dispatch.may_run_kernels(implementation, "gpu")
 
 
 def _activations(x: jax.Array) -> tuple[str | None, ...]:

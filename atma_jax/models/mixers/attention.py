@@ -20,7 +20,6 @@ from atma_jax.models.mixers import Mixer, Trace, register_mixer
 from atma_jax.models.parallel import polar_attention, softmax_attention
 from atma_jax.ops import rotary_embedding
 from atma_jax.ops.core import visibility
-from atma_jax.ops.core.dispatch import fitting_implementation
 from atma_jax.ops.distractors import polar_distractor_loss, softmax_distractor_loss
 from atma_jax.ops.polar_attention.cached.api import append, cached_polar_attention, cached_softmax_attention, quantise
 from atma_jax.ops.polar_attention.formula import last_positions, of_positions
@@ -139,7 +138,7 @@ class PolarCore(nnx.Module):
       direction, magnitude = cached_polar_attention(
         q, k, v, cache.keys, cache.values, span.lengths, self.params, self.spec, scales=cache.scales,
         cache_slots=span.cache_slots, layer=cache.layer, table=span.table,
-        implementation=fitting_implementation(config.implementation))
+        implementation=config.implementation)
     heads = direction * config.direction_scale
     if trace is not None:
       trace |= {"heads": heads, "magnitude": magnitude}
@@ -174,12 +173,12 @@ class SoftmaxCore(nnx.Module):
     config, spec, steps = self.config, attention_spec(self.config), jnp.arange(q.shape[1])
     q, k, scale = self.positioned(q, k, steps if span is None else span.lengths[:, None] + steps)
     if cache is None or span is None or span.cache_slots == 0:
-      heads = softmax_attention(q, k, v, scale=scale, spec=spec)
+      heads = softmax_attention(q, k, v, scale=scale, spec=spec, implementation=config.implementation)
     else:
       heads = cached_softmax_attention(
         q, k, v, cache.keys, cache.values, span.lengths, scale=scale, spec=spec, scales=cache.scales,
         cache_slots=span.cache_slots, layer=cache.layer, table=span.table,
-        implementation=fitting_implementation(config.implementation))
+        implementation=config.implementation)
     if trace is not None:
       trace |= {"heads": heads}
     return heads, [], k

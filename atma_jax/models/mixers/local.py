@@ -14,7 +14,6 @@ from atma_jax.models import layers
 from atma_jax.models.cache import LayerCache, Rings, TokenSpan
 from atma_jax.models.mixers import Mixer, Trace, register_mixer
 from atma_jax.models.parallel import gated_short_conv
-from atma_jax.ops.core.dispatch import fitting_implementation
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +53,7 @@ class LocalMixer(Mixer):
       return pieces, bias.reshape(3, -1)
 
     return gated_short_conv(project, self.conv.weight[...], channels="mlp",
-                            implementation=fitting_implementation(self.config.implementation))
+                            implementation=self.config.implementation)
 
   @classmethod
   def init_cache(cls, config: ModelConfig, batch: int, rings: Rings) -> LocalCache:

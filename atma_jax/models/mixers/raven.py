@@ -101,7 +101,8 @@ class RavenMixer(Mixer):
       trace |= {"q": q, "k": k, "v": v, "log_decay": log_decay}
     past = None if cache is None else (cache.slot_keys, cache.slot_values)
     out, slots = slot_memory(q, jnp.repeat(k, heads // kv_heads, axis=2), jnp.repeat(v, heads // kv_heads, axis=2),
-                             log_decay=log_decay, scale=1 / math.sqrt(dim), initial_state=past)
+                             log_decay=log_decay, scale=1 / math.sqrt(dim), initial_state=past,
+                             implementation=config.implementation)
     out, state = self.out_proj(self.o_norm(jax.nn.silu(out)).reshape(B, T, -1)), None
     if self.memory is not None:
       read, state = self.memory(x, q, k, v, None if cache is None else cache.memory, span, trace)
