@@ -26,7 +26,7 @@ _KIND_OF_FILE = {"attention": "global"}  # kinds that recipes and checkpoints do
 # Kind of mixer -> its module: one file each, and whatever `atma_jax.models.mixers.register_mixer` adds.
 MIXERS: dict[str, str] = {_KIND_OF_FILE.get(path.stem, path.stem): f"atma_jax.models.mixers.{path.stem}"
                           for path in sorted(_MIXER_FILES.glob("[!_]*.py"))}
-WITHOUT_DISTRACTORS = ("local", "raven")  # mixers known to have no distractor loss
+WITHOUT_ATTENTION = ("local", "raven")  # mixers known to have no window, no counted keys and no distractor loss
 INITS = ("default", "published", "mimetic")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMATS = ("none", "dots", "block")
@@ -393,7 +393,7 @@ def _validate_model(m: ModelConfig) -> None:
 
 def _validate_train(c: Config) -> None:
   distractors = c.train.auxiliary.distractors
-  _require(distractors == 0 or not set(c.model.layer_kinds) <= set(WITHOUT_DISTRACTORS), "train.auxiliary.distractors",
+  _require(distractors == 0 or not set(c.model.layer_kinds) <= set(WITHOUT_ATTENTION), "train.auxiliary.distractors",
            distractors, "0 in a model without global blocks")
   _require(c.data.batch_size % c.train.accumulation == 0, "train.accumulation", c.train.accumulation,
            f"a divisor of data.batch_size={c.data.batch_size}")

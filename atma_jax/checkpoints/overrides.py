@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
-from atma_jax.config import ModelConfig, RetentionCap
+from atma_jax.config import WITHOUT_ATTENTION, ModelConfig, RetentionCap
 from atma_jax.errors import UserError, unknown_name
 
 WITHOUT = ("none", "None")  # how a command line spells None
@@ -59,7 +59,7 @@ class _RetentionCapOverride(Override):
 
 
 def _counts_no_keys(config: ModelConfig, value: Any) -> str:
-  if "global" not in config.block_pattern:
+  if set(config.block_pattern) <= set(WITHOUT_ATTENTION):
     return "only polar attention counts its keys, and the model has no attention"
   if config.attention != "polar":
     return f"only polar attention counts its keys, and the model's is {config.attention}"
@@ -67,7 +67,7 @@ def _counts_no_keys(config: ModelConfig, value: Any) -> str:
 
 
 def _has_no_attention(config: ModelConfig, value: Any) -> str:
-  if value is not None and "global" not in config.block_pattern:
+  if value is not None and set(config.block_pattern) <= set(WITHOUT_ATTENTION):
     return "only attention has a window, and the model has no attention"
   return ""
 
