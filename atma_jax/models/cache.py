@@ -35,12 +35,14 @@ class TokenSpan:
     table: the pages of every row, of a paged cache.
     cache_slots: how many slots of keys and values are read, which all rows that count keep within; 0 says that nothing came
       before, and None that all slots are read.
+    implementation: the model's, by which new keys and values are written.
   """
 
   lengths: Int[Array, " B"]
   counts: Int[Array, " B"]
   table: Int[Array, "B N"] | None = None
   cache_slots: int | None = dataclasses.field(default=None, metadata={"static": True})
+  implementation: str = dataclasses.field(default="auto", metadata={"static": True})
 
   @property
   def rows(self) -> int:

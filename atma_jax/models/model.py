@@ -207,7 +207,8 @@ class Atma(nnx.Module):
     chex.assert_rank(tokens, 2)
     B, T = tokens.shape
     chex.assert_shape(cache.lengths, (B,), custom_message="tokens and cache must have as many rows")
-    span = TokenSpan(cache.lengths, jnp.full(B, T, jnp.int32) if counts is None else counts, cache.table, cache_slots)
+    span = TokenSpan(cache.lengths, jnp.full(B, T, jnp.int32) if counts is None else counts, cache.table, cache_slots,
+                     self.config.implementation)
     chex.assert_shape(span.counts, (B,), custom_message="counts must have as many rows as tokens")
     x, updates = constrain(self.embed(tokens), ACTIVATIONS), {}
     if T == 1 and self.unrolls_decoding(cache):

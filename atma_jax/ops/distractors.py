@@ -26,7 +26,7 @@ def polar_distractor_loss(q: Float[Array, "B T H D"], keys: Float[Array, "R K D"
     temperature: factor of the scores, ``temp / sqrt(D)``.
     null: null logits, already times the temperature.
   """
-  M, L, _ = _statistics(q, keys, None, temperature)
+  M, L, *_ = _statistics(q, keys, None, temperature)
   return jnp.mean(jax.nn.sigmoid(M + jnp.log(L) - null))
 
 
@@ -49,7 +49,7 @@ def softmax_distractor_loss(q: Float[Array, "B T H D"], k: Float[Array, "B T K D
 
 
 def _statistics(q: jax.Array, keys: jax.Array, values: jax.Array | None,
-                scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+                scale: jax.Array) -> tuple[jax.Array, ...]:
   """Statistics over all random keys: M and L (B, T, H), and S (B, T, H, D) where there are values; M carries no gradient."""
   (B, T, H, _), (R, K, D) = q.shape, keys.shape
   dtype = jnp.result_type(jnp.float32, q)
@@ -81,5 +81,4 @@ def _statistics(q: jax.Array, keys: jax.Array, values: jax.Array | None,
                        preferred_element_type=dtype)
     return M, jnp.sum(p, axis=-1), found.reshape(B, size, H, D)
 
-  M, L, *S = jax.tree.map(join, jax.lax.map(block, (blocks(q, 1), blocks(scale, 0))))
-  return M, L, S[0] if S else None
+  return jax.tree.map(join, jax.lax.map(block, (blocks(q, 1), blocks(scale, 0))))

@@ -71,7 +71,7 @@ class AttentionCache(LayerCache):
   def append(self, update: AttentionCache, span: TokenSpan) -> AttentionCache:
     """Writes the new keys and values; padding is not written, and of more new tokens than slots only the last."""
     def write(ring: jax.Array, new: jax.Array) -> jax.Array:
-      return append(ring, new, span.lengths, span.counts, span.table)
+      return append(ring, new, span.lengths, span.counts, span.table, span.implementation)
 
     new = {"keys": update.keys, "values": update.values}
     if self.key_scale is not None:

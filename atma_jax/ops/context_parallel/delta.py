@@ -34,7 +34,8 @@ def gated_delta(q: Float[Array, "B T H D"], k: Float[Array, "B T H D"], v: Float
   (B, _, H, D), Dv = q.shape, v.shape[-1]
   state = jax.ShapeDtypeStruct((B, H, Dv, D), jnp.result_type(jnp.float32, q, k, v))
   name = MEMORY.resolve(implementation, q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state)
-  readout, final = _memory(q, k, v, log_gamma, beta, axis, TRANSITION.resolve(name))
+  outputs: Any = _memory(q, k, v, log_gamma, beta, axis, TRANSITION.resolve(name))
+  readout, final = outputs
   last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
   return readout, jax.lax.psum(jnp.where(last, final, 0), axis)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -34,7 +35,7 @@ def polar_attention(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: F
   ring = _ring_of(q, k, v, spec.window, axis, implementation)
   q, k, v = map(ring.deal, (q, k, v))
   per_query = formula.of_positions(params, ring.positions(), spec, formula.accumulator(q))
-  statistics = Statistics(*_gather(q, k, v, per_query.temp * q.shape[-1]**-0.5, ring))
+  statistics = _statistics(q, k, v, per_query.temp * q.shape[-1]**-0.5, ring)
   direction, magnitude = jax.checkpoint(formula.finalise)(statistics, per_query, params.v_null)
   return ring.collect(direction.astype(q.dtype)), ring.collect(magnitude)
 
@@ -46,7 +47,7 @@ def softmax_attention(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v:
   ring = _ring_of(q, k, v, spec.window, axis, implementation)
   q, k, v = map(ring.deal, (q, k, v))
   scales = jnp.full(q.shape[1:3], scale, jnp.result_type(jnp.float32, q))
-  statistics = Statistics(*_gather(q, k, v, scales, ring))
+  statistics = _statistics(q, k, v, scales, ring)
   return ring.collect((statistics.S / statistics.L[..., None]).astype(q.dtype))
 
 
@@ -118,6 +119,11 @@ def _ring_of(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, axis:
   return ring
 
 
+def _statistics(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, ring: _Ring) -> Statistics:
+  gathered: Any = _gather(q, k, v, scale, ring)
+  return Statistics(*gathered)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _gather(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, ring: _Ring) -> Statistics:
   """Statistics of the local queries over all keys they see; scale (T, H)."""
@@ -129,7 +135,7 @@ def _gather_fwd(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array,
   steps = ring.steps(q, k)
   (rows, statistics), keys = steps.queries(q, scale), steps.keys(k, v)
 
-  def hop(carry, index):
+  def hop(carry: Any, index: jax.Array) -> tuple[Any, None]:
     statistics, keys = carry
     coming = rotate(keys, ring.axis, 1)  # needs nothing computed here, so it overlaps with what is
     return (steps.gather(rows, statistics, keys, ring.starts(index)), coming), None
@@ -145,7 +151,7 @@ def _gather_bwd(ring: _Ring, residuals: tuple[jax.Array, ...], cotangents: Stati
   steps = ring.steps(q, k)
   (rows, dqueries), keys = steps.cotangents(q, scale, statistics, cotangents[1:]), steps.keys(k, v)
 
-  def hop(carry, index):
+  def hop(carry: Any, index: jax.Array) -> tuple[Any, None]:
     dqueries, keys, dkeys = carry
     coming = rotate(keys, ring.axis, 1)
     dqueries, dkeys = steps.add_gradients(rows, dqueries, keys, dkeys, ring.starts(index))

@@ -107,11 +107,6 @@ class Op:
     raise NotImplementedError(f"{self.name}: no implementation serves this call on {where}")
 
 
-def fitting_implementation(implementation: str) -> str:
-  """Deprecated: models hand their implementation to every op as it is."""
-  return "xla" if implementation in ("reference", "xla") else "auto"
-
-
 def may_run_kernels(implementation: str, device: str) -> bool:
   """Whether a program that runs on `device`, "gpu" or "tpu", is allowed its kernels by an implementation's name."""
   return platform() == device and implementation in ("auto", f"pallas_{device}")

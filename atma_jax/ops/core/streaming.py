@@ -55,7 +55,8 @@ def attention_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"],
   """
   T, S = q.shape[1], k.shape[1]
   blocks = (block_q or block_size(T), block_k or block_size(S))
-  return Statistics(*_statistics(q, k, v, scale, window, blocks))
+  gathered: Any = _statistics(q, k, v, scale, window, blocks)
+  return Statistics(*gathered)
 
 
 def block_size(length: int) -> int:
@@ -80,8 +81,8 @@ def _statistics_fwd(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, 
 def _statistics_bwd(window: int | None, blocks: tuple[int, int], residuals: tuple[jax.Array, ...],
                     cotangents: Statistics) -> tuple[jax.Array, ...]:
   q, k, v, scale, M = residuals
-  cut, (_, *cotangents) = _whole(q, k, window, blocks), cotangents
-  rows, keys = cut.cut_queries((q, scale[None], M, *cotangents)), cut.cut_keys((k, v))
+  cut, (_, gL, gQ, gS) = _whole(q, k, window, blocks), cotangents
+  rows, keys = cut.cut_queries((q, scale[None], M, gL, gQ, gS)), cut.cut_keys((k, v))
   (dq, _), dkeys = cut.add_gradients(rows, keys, cut.zero_gradients(keys), (0,))
   dq, (dk, dv) = cut.join_queries(dq), cut.join_keys(dkeys)
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), scale_gradient(q, dq, scale)
@@ -171,15 +172,15 @@ class Blocks:
       keys: keys and values.
       key_starts: positions at which the segments of the keys start.
     """
-    keys, values = keys
+    all_keys, all_values = keys
 
     def query_block(inputs: Any) -> Statistics:
       first, (q, scale), statistics = inputs
 
       def key_block(segment: int, j: jax.Array, carry: Statistics) -> Statistics:
         M, L, Q, S = carry
-        v = self._take(values, segment, j)
-        logits = self._logits(first - key_starts[segment], j, q, self._take(keys, segment, j), scale)
+        v = self._take(all_values, segment, j)
+        logits = self._logits(first - key_starts[segment], j, q, self._take(all_keys, segment, j), scale)
         M, old = jnp.maximum(M, jnp.max(logits, axis=-1)), M
         a, p = jnp.exp(old - M), jnp.exp(logits - M[..., None])
         found = jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=self.dtype)
@@ -202,15 +203,15 @@ class Blocks:
     Returns:
       The gradient of the queries with ``scale sum_j dlogit_j`` of each, and `gradients` plus what these queries add.
     """
-    keys, values = keys
+    all_keys, all_values = keys
 
     def query_block(carry: Any, inputs: Any) -> tuple[Any, Any]:
       first, (q, scale, M, gL, gQ, gS) = inputs
-      gS = gS.astype(values.dtype)
+      gS = gS.astype(all_values.dtype)
 
       def key_block(segment: int, j: jax.Array, carry: Any) -> Any:
         dq, total, dk, dv = carry
-        k, v = self._take(keys, segment, j), self._take(values, segment, j)
+        k, v = self._take(all_keys, segment, j), self._take(all_values, segment, j)
         p = jnp.exp(self._logits(first - key_starts[segment], j, q, k, scale) - M[..., None])
         dp = jnp.einsum("bkgtd,bksd->bkgts", gS, v, preferred_element_type=self.dtype)
         dscore = (scale[..., None] * p * (dp + gL[..., None] + 2 * gQ[..., None] * p)).astype(q.dtype)

@@ -54,7 +54,7 @@ def count_features(visible: Float[Array, "..."], spec: AttentionSpec) -> Counts:
   return Counts(jnp.log(visible), jnp.sqrt(jnp.log(counted + 1)), jnp.log(held), jnp.log1p(held) / jnp.log1p(visible))
 
 
-def _multiply_add(x: jax.Array, y: jax.Array, z: jax.typing.ArrayLike) -> jax.Array:
+def _multiply_add(x: jax.Array, y: jax.Array, z: Any) -> jax.Array:
   return z + y * x
 
 

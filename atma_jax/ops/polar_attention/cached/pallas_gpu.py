@@ -101,7 +101,7 @@ def _share_kernel(length_ref: Ref, scale_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref
   def step(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     m, L, Q, S = carry
     slot = block * KEYS + jnp.arange(KEYS)
-    if paged:
+    if table_ref is not None:
       steps = keys_ref.shape[1] // KEYS  # in a page
       place = table_ref[lax.div(block, steps)], pl.ds(lax.rem(block, steps) * KEYS, KEYS)
     else:
@@ -133,8 +133,8 @@ def _share_kernel(length_ref: Ref, scale_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref
   own = jnp.sum(q.astype(jnp.float32) * k_ref[...].astype(jnp.float32)[None, :], axis=1) * scale
   mine = jnp.where(share == 0, jnp.ones((ROWS,), jnp.float32), 0)
   carry = jnp.where(share == 0, own, MASKED), mine, mine, mine[:, None] * v_ref[...].astype(jnp.float32)[None, :]
-  bounds = (first + lax.div(count * i, splits) for i in (share, share + 1))
-  m, L, Q, S = lax.fori_loop(*bounds, step, carry)
+  start, end = (first + lax.div(count * i, splits) for i in (share, share + 1))
+  m, L, Q, S = lax.fori_loop(start, end, step, carry)
   M_ref[...], L_ref[...], Q_ref[...], S_ref[...] = m, L, Q, S
 
 

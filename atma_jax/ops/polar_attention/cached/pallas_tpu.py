@@ -56,7 +56,7 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
   if layer is None:
     layer, keys, values, scales = 0, *jax.tree.map(lambda x: x[None], (keys, values, scales))
   rings, length = keys.shape[1], keys.shape[3]
-  slots = length * table.shape[1] if paged else length
+  slots = length if table is None else length * table.shape[1]
   block = length if paged else min(block, slots)
 
   def rows(x: jax.Array) -> jax.Array:  # (B, 1, H, ...) -> (B, K, ROWS, ...)
@@ -86,7 +86,8 @@ def cached_statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array,
     out_shape=[jax.ShapeDtypeStruct((B, *shape), jnp.float32) for shape in (*[scalars] * 3, sums)],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
   )(lengths, *((table,) if paged else ()), rows(scale)[..., None], rows(q), k, v, keys, values, *(scales or ()))
-  return Statistics(*(x[:, :, :G].reshape(B, 1, H, *x.shape[3:])[..., 0] for x in (M, L, Q)), S[:, :, :G].reshape(B, 1, H, D))
+  M, L, Q = (x[:, :, :G].reshape(B, 1, H, *x.shape[3:])[..., 0] for x in (M, L, Q))
+  return Statistics(M, L, Q, S[:, :, :G].reshape(B, 1, H, D))
 
 
 def _blocks(length: jax.Array, slots: int, block: int, window: int | None) -> tuple[jax.Array, jax.Array]:

@@ -46,13 +46,13 @@ def _statistics(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, value
   gather = functools.partial(_gather, group(q), group(scale), positions, window)
   block = min(BLOCK, slots_for(T)) if T > 1 else 1
   pad = -T % block
-  new = [jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v)]
   new_positions = jnp.pad(positions, ((0, 0), (0, pad)), constant_values=NOWHERE)
-  own = gather(*new, new_positions, block, jnp.int32((T + pad) // block))
+  new_k, new_v = (jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
+  own = gather(new_k, new_v, new_positions, block, jnp.int32((T + pad) // block))
   held = jnp.minimum(jnp.max(lengths, initial=0), cache_slots)
   block = min(BLOCK, cache_slots)
-  keys, values, *scales = (x[:, :, :cache_slots] for x in (keys, values, *(scales or ())))
-  past = gather(keys, values, slot_positions(lengths, R)[:, :cache_slots], block, (held + block - 1) // block, scales)
+  keys, values, *kept_scales = (x[:, :, :cache_slots] for x in (keys, values, *(scales or ())))
+  past = gather(keys, values, slot_positions(lengths, R)[:, :cache_slots], block, (held + block - 1) // block, kept_scales)
   return jax.tree.map(ungroup, streaming.merge(past, own))
 
 
@@ -100,17 +100,17 @@ def _gather(q: jax.Array, scale: jax.Array, positions: jax.Array, window: int | 
 
   def blocks(keys: jax.Array, values: jax.Array, key_positions: jax.Array, *scales: jax.Array) -> Statistics:
     """Statistics over each of N blocks: (B, K, N, G, T) and (B, K, N, G, T, D)."""
-    scales = [x.reshape(B, K, -1, 1, 1, block).astype(dtype) for x in scales]
+    factors = [x.reshape(B, K, -1, 1, 1, block).astype(dtype) for x in scales]
     keys, values = (x.reshape(B, K, -1, block, D).astype(q.dtype) for x in (keys, values))
     scores = jnp.einsum("bkgtd,bknsd->bkngts", q, keys, preferred_element_type=dtype)
-    if scales:
-      scores = scores * scales[0]
+    if factors:
+      scores = scores * factors[0]
     distance = positions[:, None, :, None] - key_positions.reshape(B, -1, 1, block)  # (B, N, T, block)
     visible = visibility.sees(distance, window)[:, None, :, None]
     logits = jnp.where(visible, scale[:, :, None, ..., None] * scores, -jnp.inf)
     M = jnp.maximum(jnp.max(logits, -1), jnp.finfo(dtype).min)  # finite: exp(M - M) is a number for an empty block
     p = jnp.exp(logits - M[..., None])
-    weights = p * scales[1] if scales else p
+    weights = p * factors[1] if factors else p
     found = jnp.einsum("bkngts,bknsd->bkngtd", weights.astype(q.dtype), values, preferred_element_type=dtype)
     return Statistics(M, jnp.sum(p, -1), jnp.sum(p * p, -1), found)
 

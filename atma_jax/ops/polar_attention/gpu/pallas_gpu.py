@@ -37,6 +37,7 @@ from atma_jax.ops.polar_attention.formula import Counts, PerQuery
 from atma_jax.ops.polar_attention.gpu.gpu_grid import Call, Grid, Ref, by_queries, rows_where, three_loops
 from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams, Scalars
 
+Slice = pl.Slice | slice
 Visible = Callable[[], jax.Array] | Literal[False]  # makes the mask of a pair of blocks; False where every query sees every key
 
 
@@ -59,7 +60,7 @@ def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Arra
 # What a block of keys, or of queries, adds to the sums of each kernel; `visible` makes the mask, and is False where all see all.
 
 
-def fold(call: Call, q: jax.Array, scale: jax.Array, k_ref: Ref, v_ref: Ref, keys: pl.Slice, visible: Visible,
+def fold(call: Call, q: jax.Array, scale: jax.Array, k_ref: Ref, v_ref: Ref, keys: Slice, visible: Visible,
          carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
   """Adds a block of keys to the statistics of a block of queries: m, the largest logit in base 2, L, Q and S."""
   m, L, Q, S = carry
@@ -75,7 +76,7 @@ def fold(call: Call, q: jax.Array, scale: jax.Array, k_ref: Ref, v_ref: Ref, key
 
 
 def add_dq(call: Call, q: jax.Array, go: jax.Array, scale: jax.Array, lse: jax.Array, twice: jax.Array, delta: jax.Array,
-           k_ref: Ref, v_ref: Ref, keys: pl.Slice, visible: Visible, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+           k_ref: Ref, v_ref: Ref, keys: Slice, visible: Visible, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
   """Adds a block of keys to dq of a block of queries, and to each query's sum of dlogit (a `RowSum`), times its scale."""
   (dq, total), natural, k = carry, scale / LOG2_E, k_ref[keys, :]
   p = call.scaled_exp2(dot(q, k, (1, 1)), scale[:, None], lse[:, None])
@@ -114,7 +115,7 @@ class RowSum:
 
 
 def add_dkv(call: Call, k: jax.Array, v: jax.Array, q_ref: Ref, go_ref: Ref, scale_ref: Ref, lse_ref: Ref, twice_ref: Ref,
-            delta_ref: Ref, h: jax.Array, rows: pl.Slice, visible: Visible,
+            delta_ref: Ref, h: jax.Array, rows: Slice, visible: Visible,
             carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """Adds a block of queries of head h of the group to dk and dv of a block of keys."""
   dk, dv = carry
@@ -169,9 +170,9 @@ def _forward_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, scalars_ref: Ref, counts
   scale = per_query.temp * (LOG2_E * q.shape[1] ** -0.5)
 
   def step(masked: bool, j: jax.Array, carry: Any) -> Any:
-    keys = rows_where(masked and call.keys % tile.k > 0, call.keys, k_ref, v_ref)
+    k, v = rows_where(masked and call.keys % tile.k > 0, call.keys, k_ref, v_ref)
     visible = masked and functools.partial(_mask, call, row, j * tile.k, tile)
-    return fold(call, q, scale, *keys, pl.ds(j * tile.k, tile.k), visible, carry)
+    return fold(call, q, scale, k, v, pl.ds(j * tile.k, tile.k), visible, carry)
 
   zeros = jnp.zeros((tile.q,), jnp.float32)
   carry = zeros - jnp.inf, zeros, zeros, jnp.zeros((tile.q, q.shape[1]), jnp.float32)
@@ -234,9 +235,9 @@ def _dq_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, g_ref: Ref, direction_ref: Re
   scale_ref[...], twice_ref[...], delta_ref[...] = scale, twice, delta
 
   def step(masked: bool, j: jax.Array, carry: Any) -> Any:
-    keys = rows_where(masked and call.keys % tile.k > 0, call.keys, k_ref, v_ref)
+    k, v = rows_where(masked and call.keys % tile.k > 0, call.keys, k_ref, v_ref)
     visible = masked and functools.partial(_mask, call, row, j * tile.k, tile)
-    return add_dq(call, q, go, scale, lse, twice, delta, *keys, pl.ds(j * tile.k, tile.k), visible, carry)
+    return add_dq(call, q, go, scale, lse, twice, delta, k, v, pl.ds(j * tile.k, tile.k), visible, carry)
 
   zeros = jnp.zeros(q.shape, jnp.float32), RowSum.zero(tile.q, q.dtype)
   dq, total = three_loops(call.key_blocks(row + call.offset, tile, pl.cdiv(call.keys, tile.k)), step, zeros)
@@ -268,8 +269,8 @@ def _dkv_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref,
         query = i * tile.q + jnp.arange(tile.q)[None, :]
         return call.sees(query + call.offset - (key + jnp.arange(tile.k)[:, None]))
 
-      queries = rows_where(masked and call.queries % tile.q > 0, call.queries, q_ref, go_ref)
-      return add_dkv(call, k, v, *queries, scale_ref, lse_ref, twice_ref, delta_ref, h, pl.ds(i * tile.q, tile.q),
+      queries, cotangents = rows_where(masked and call.queries % tile.q > 0, call.queries, q_ref, go_ref)
+      return add_dkv(call, k, v, queries, cotangents, scale_ref, lse_ref, twice_ref, delta_ref, h, pl.ds(i * tile.q, tile.q),
                      masked and visible, carry)
     return three_loops(bounds, step, carry)
 

@@ -50,12 +50,13 @@ class RingSteps:
   def gather(self, rows: Any, statistics: Any, keys: Any, key_starts: Sequence[jax.Array]) -> Any:
     tile, (q, scale) = self._call.tiles.forward, rows
     query, key, head_rows, scalars, grid = by_queries(tile, q, keys[0])
-    return Statistics(*self._run("ring_attention", _gather_kernel, tile, grid.shape, key_starts, (q, *keys, scale),
-                                 (query, key, key, head_rows), statistics, (scalars, scalars, scalars, query)))
+    M, L, Q, S = self._run("ring_attention", _gather_kernel, tile, grid.shape, key_starts, (q, *keys, scale),
+                           (query, key, key, head_rows), statistics, (scalars, scalars, scalars, query))
+    return Statistics(M, L, Q, S)
 
   def statistics(self, statistics: Any) -> Statistics:
-    M, L, Q, S = statistics
-    return Statistics(*(rows_of(self._uncut(x, 2)) for x in (M / LOG2_E, L, Q)), self._uncut(S, 1))
+    M, L, Q = (rows_of(self._uncut(x, 2)) for x in (statistics.M / LOG2_E, statistics.L, statistics.Q))
+    return Statistics(M, L, Q, self._uncut(statistics.S, 1))
 
   def cotangents(self, q: jax.Array, scale: jax.Array, statistics: Any,
                  cotangents: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, Any]:
@@ -157,7 +158,7 @@ def _gather_kernel(starts_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, scale_re
   tile, q, scale = call.tiles.forward, q_ref[...], scale_ref[...]
   row = Grid.first_row(tile)
 
-  def step(keys: pl.Slice, visible: pallas_gpu.Visible, carry: Any) -> Any:
+  def step(keys: pallas_gpu.Slice, visible: pallas_gpu.Visible, carry: Any) -> Any:
     return pallas_gpu.fold(call, q, scale, k_ref, v_ref, keys, visible, carry)
 
   carry = m_ref[...], L_ref[...], Q_ref[...], S_ref[...]
@@ -172,7 +173,7 @@ def _dq_kernel(starts_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref,
   row = Grid.first_row(tile)
   scalars = scale_ref[...], m_ref[...], twice_ref[...], delta_ref[...]
 
-  def step(keys: pl.Slice, visible: pallas_gpu.Visible, carry: Any) -> Any:
+  def step(keys: pallas_gpu.Slice, visible: pallas_gpu.Visible, carry: Any) -> Any:
     return pallas_gpu.add_dq(call, q, go, *scalars, k_ref, v_ref, keys, visible, carry)
 
   carry = dq_ref[...], RowSum.zero(tile.q, q.dtype)

@@ -51,8 +51,8 @@ def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Arra
   temp, null, curve = formula.of_positions(params, formula.last_positions(T, S), spec)
   window = None if spec.window is None or spec.window >= S else spec.window
   call = Call(B, T, S, K, H // K, D, window, tiles, interpret)
-  direction, lse, sum_p2 = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32),
-                                   params.v_null.astype(jnp.float32), call)
+  outputs: Any = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32), params.v_null.astype(jnp.float32), call)
+  direction, lse, sum_p2 = outputs
   return direction, formula.magnitude(1 / sum_p2, jax.nn.sigmoid(lse - null), curve)
 
 
@@ -302,13 +302,14 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, temp: jax.Array, null: jax
 
 
 def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, temp: jax.Array, null: jax.Array, v_null: jax.Array,
-                    call: Call) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+                    call: Call) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
   outputs = checkpoint_name(_forward(q, k, v, temp, null, v_null, call), dispatch.POLAR_ATTENTION)
   direction, lse, sum_p2, norm = outputs
   return (direction, lse / LOG2_E, sum_p2), (q, k, v, temp, null, v_null, direction, lse, sum_p2, norm)
 
 
-def _attend_backward(call: Call, residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _attend_backward(call: Call, residuals: tuple[jax.Array, ...],
+                     cotangents: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
   q, k, v, temp, null, v_null, direction, lse, sum_p2, norm = residuals
   through = formula.through_null(cotangents, direction, lse / LOG2_E - null, sum_p2, norm, v_null)
   dq, dk, dv, q_dq, total = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, through.twice, through.delta, call)

@@ -214,8 +214,8 @@ class Call:
     cost = pl.CostEstimate(flops=2 * products * self.dim * pairs, transcendentals=pairs,
                            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays))
     scalars = () if starts is None else (starts,)
-    plan = {"grid": grid, "in_specs": [spec for _, spec in inputs], "out_specs": [spec for _, spec in outputs],
-            "scratch_shapes": scratch}
+    plan: dict[str, Any] = {"grid": grid, "in_specs": [spec for _, spec in inputs],
+                            "out_specs": [spec for _, spec in outputs], "scratch_shapes": scratch}
     if scalars:
       plan = {"grid_spec": pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, **plan)}
     first = len(scalars) + len(inputs) - carried
