@@ -23,7 +23,7 @@ def commands() -> dict[str, set[str]]:
   for path in paths:
     text = re.sub(r"\\\n\s*", " ", path.read_text())
     for name, line in re.findall(r"python -m atma_jax\.(\w+)([^\n`]*)", text):
-      found.setdefault(name, set()).update(re.findall(r"(?<![\w-])--([a-z][\w.]*)", line.partition(" #")[0]))
+      found.setdefault(name, set()).update(re.findall(r"(?<![\w=-])--([a-z][\w.]*)", line.partition(" #")[0]))
   return found
 
 

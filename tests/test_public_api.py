@@ -65,7 +65,7 @@ def trained(tmp_path_factory):
   for i in range(40):
     (corpus / f"{i:02}.txt").write_text(f"Document {i}. " + "The quick brown fox jumps over the lazy dog. " * (8 + i))
   data = dataclasses.replace(CONFIG.data, sources=(f"text:{corpus}/*.txt",), directory=str(workdir / "data"))
-  prepare(data, workers=1)
+  prepare(data, data.directory, workers=1)
   save_model(workdir, dataclasses.replace(CONFIG, data=data), Atma(CONFIG.model, rngs=nnx.Rngs(0)), ByteTokenizer(), 1)
   return workdir
 
