@@ -4,7 +4,7 @@
     python -m atma_jax.generate --checkpoint=DIR --prompts_file=FILE > completions.jsonl
     python -m atma_jax.generate --checkpoint=DIR --prompt_file=BOOK --save_state=STATE; ... --load_state=STATE --prompt=QUESTION
 
-A single prompt is streamed to the terminal; a file of prompts holds one a line and gives a JSON line for each, in order.
+A single prompt is streamed to the terminal. A file of prompts holds one per line, and each becomes a JSON line, in order.
 """
 
 from __future__ import annotations
@@ -28,43 +28,47 @@ _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newe
 _EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; empty starts a document.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File whose text is continued.")
-_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A prompt a line.")
-_LOAD_STATE = flags.DEFINE_string("load_state", None, "File of --save_state, whose prompt comes before the one given.")
-_SAVE_STATE = flags.DEFINE_string("save_state", None, "File that gets the state after the prompt.")
+_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "File with one prompt per line.")
+_LOAD_STATE = flags.DEFINE_string("load_state", None, "File written by --save_state, whose prompt comes before the one given.")
+_SAVE_STATE = flags.DEFINE_string("save_state", None, "File to write the state after the prompt to.")
 _SAMPLING = DataclassFlags(Sampling, repeated=("stop",))
-_ROWS = flags.DEFINE_integer("rows", 8, "Prompts of a file decoded at once.", lower_bound=1)
-_CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Most prompts of a file decoded at once.", lower_bound=1)
+_CHUNK = flags.DEFINE_integer("chunk", 512, "Most prompt tokens in one forward pass, a power of two.")
 _FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.")
-_STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at the text.", lower_bound=1)
+_DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Tokens decoded before the text is looked at.", lower_bound=1)
+flags.DEFINE_alias("stride", "decode_steps")  # its earlier name
 _OVERRIDES = cli.define_override_flags()
-_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Of keys and values; default is the model's.")
+_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Type of keys and values; default is the model's.")
 
 
 def main() -> None:
-  """Prints the text that continues a prompt. Raises UserError on bad flags, checkpoints and saved states."""
+  """Prints the text that continues a prompt. Raises `UserError` on bad flags, checkpoints and saved states."""
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint=DIR is required")
-  given = [flag for flag in (_PROMPT, _PROMPT_FILE, _PROMPTS_FILE) if flag.value is not None]
-  if len(given) != 1:
+  if sum(flag.value is not None for flag in (_PROMPT, _PROMPT_FILE, _PROMPTS_FILE)) != 1:
     raise UserError("--prompt=TEXT, --prompt_file=FILE or --prompts_file=FILE is required, and only one of them")
-  if given[0] is _PROMPTS_FILE and (_LOAD_STATE.value or _SAVE_STATE.value):
-    raise UserError("--load_state and --save_state: of one prompt, so not with --prompts_file")
+  if _PROMPTS_FILE.value is not None and (_LOAD_STATE.value or _SAVE_STATE.value):
+    raise UserError("--load_state and --save_state take one prompt, so they cannot be used with --prompts_file")
   sampling = _SAMPLING.value
-  prompts = [_PROMPT.value] if given[0] is _PROMPT else [read_text("prompt_file", _PROMPT_FILE.value)] if (
-    given[0] is _PROMPT_FILE) else read_lines("prompts_file", _PROMPTS_FILE.value)
+  if _PROMPTS_FILE.value is not None:
+    prompts = read_lines("prompts_file", _PROMPTS_FILE.value)
+  elif _PROMPT_FILE.value is not None:
+    prompts = [read_text("prompt_file", _PROMPT_FILE.value)]
+  else:
+    prompts = [_PROMPT.value or ""]
   config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, overrides=_OVERRIDES.values())
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
   capacity = 1 << (len(before) + max(len(tokenizer.encode(p)) for p in prompts) + sampling.max_tokens).bit_length()
   rows = -(-min(_ROWS.value, len(prompts)) // jax.device_count()) * jax.device_count()  # split over all devices
   engine = Engine(model, tokenizer, rows=rows, capacity=capacity, chunk=_CHUNK.value, prefixes=1,
-                  first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value, cache_dtype=_CACHE_DTYPE.value)
+                  first_chunk=_FIRST_CHUNK.value, decode_steps=_DECODE_STEPS.value, cache_dtype=_CACHE_DTYPE.value)
   if _LOAD_STATE.value:
     engine.load(_LOAD_STATE.value)
-  if given[0] is _PROMPTS_FILE:
+  if _PROMPTS_FILE.value is not None:
     return complete_all(engine, prompts, sampling)
   prompt = np.concatenate([before, tokenizer.encode(prompts[0])])
   if len(prompt) == len(before) > 0:
-    raise UserError("--load_state: needs a prompt of at least one token that goes on from it")
+    raise UserError("--load_state: needs a prompt of at least one token that continues it")
   prompt = engine.check(prompt, sampling)
   if _SAVE_STATE.value:
     engine.save(_SAVE_STATE.value, prompt)

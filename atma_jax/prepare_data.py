@@ -2,8 +2,8 @@
 
     python -m atma_jax.prepare_data --config=configs/quickstart.py --directory=DIR
 
-Runs in parallel processes with a progress bar. Killed at any moment, it goes on from the last whole shard when started
-again and ends with the same bytes; a finished directory is only described.
+Works in parallel processes and shows progress bars. If it is killed at any moment and started again, it continues after the last
+whole shard and ends with the same bytes. A finished directory is only described.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from atma_jax.data.process_pool import MOST_WORKERS
 from atma_jax.errors import UserError
 
 _CONFIG = cli.define_config_flag()
-_DIRECTORY = flags.DEFINE_string("directory", None, "Where to write; default is config.data.directory.")
-_WORKERS = flags.DEFINE_integer("workers", None, f"Processes; default is one a core, at most {MOST_WORKERS}.",
+_DIRECTORY = flags.DEFINE_string("directory", None, "Folder to write; default is config.data.directory.")
+_WORKERS = flags.DEFINE_integer("workers", None, f"Processes; default is one per core, at most {MOST_WORKERS}.",
                                 lower_bound=1)
 
 
 def main() -> None:
-  """Writes tokenizer and shards, or goes on where it was stopped. Raises UserError on bad flags and sources."""
+  """Writes the tokenizer and the shards, or continues where it was stopped. Raises `UserError` on bad flags and sources."""
   config = _CONFIG.value
   directory = _DIRECTORY.value or config.data.directory
   if not directory:
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def describe(manifest: Manifest) -> str:
-  """What a prepared directory holds, as lines of text."""
+  """Returns what a prepared directory holds, as lines of text."""
   tokenizer = manifest.tokenizer
   lines = [f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens"]
   for scan in manifest.scanned:

@@ -1,9 +1,10 @@
-"""Serves a checkpoint, from its directory alone, by the OpenAI completions protocol.
+"""Serves a checkpoint, from its directory alone, with the OpenAI completions protocol.
 
     python -m atma_jax.serve --checkpoint=DIR [--port=8000 --rows=8 --capacity=4096 --cache_gib=8 --cache_dtype=int8]
     curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "def main(", "max_tokens": 64, "stream": true}'
 
-Paths: /v1/completions, /v1/models, /health, /metrics (Prometheus). SIGTERM lets what runs finish, then exits with 0.
+Paths: /v1/completions, /v1/models, /health, /metrics (Prometheus). After SIGTERM the server answers
+what is running, refuses what arrives, and exits with 0.
 """
 
 from __future__ import annotations
@@ -17,33 +18,34 @@ from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.footprint import sizes_within
 from atma_jax.models.cache import CACHE_DTYPES
-from atma_jax.serving.protocol import Limits
+from atma_jax.serving.limits import Limits
 from atma_jax.sharding import make_mesh
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
 _EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is every one.")
-_PORT = flags.DEFINE_integer("port", 8000, "0 takes a free one, which the log names.", lower_bound=0, upper_bound=65535)
-_MODEL_NAME = flags.DEFINE_string("model_name", None, "Name clients ask for; default is that of the recipe.")
-_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a prompt and its text at most.", lower_bound=2)
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of them.")
+_PORT = flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one, which the log names.", lower_bound=0, upper_bound=65535)
+_MODEL_NAME = flags.DEFINE_string("model_name", None, "Name that clients ask for; default is the recipe's.")
+_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Most tokens of a prompt and its text.", lower_bound=2)
 _ROWS = flags.DEFINE_integer("rows", 8, "Sequences decoded at once, split over the devices.", lower_bound=1)
-_CACHE_GIB = flags.DEFINE_float("cache_gib", None, "As many rows as this memory (of a device) holds, not --rows; see --page.")
-_PAGE = flags.DEFINE_integer("page", None, "Tokens of a page, of which --rows share as many as --cache_gib holds; 8 to 256.")
-_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Of keys and values; default is the model's.")
-_CHUNK = flags.DEFINE_integer("chunk", 512, "Prompt tokens in one forward pass, a power of two.")
+_CACHE_GIB = flags.DEFINE_float("cache_gib", None, "Memory of a device for caches, in GiB; it replaces --rows, but see --page.")
+_PAGE = flags.DEFINE_integer("page", None, "Tokens of a page, 8 to 256; --rows share as many as --cache_gib holds.")
+_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Type of keys and values; default is the model's.")
+_CHUNK = flags.DEFINE_integer("chunk", 512, "Most prompt tokens in one forward pass, a power of two.")
 _FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.")
-_STRIDE = flags.DEFINE_integer("stride", 8, "Tokens decoded between two looks at the text.", lower_bound=1)
-_PREFIXES = flags.DEFINE_integer("prefixes", 4, "Prompts whose state is kept for those that go on from them.", lower_bound=0)
-_LOGPROBS = flags.DEFINE_integer("max_logprobs", 5, "Likeliest tokens a request may ask for.", lower_bound=0)
-_PROMPT_LOGPROBS = flags.DEFINE_boolean("prompt_logprobs", True, "Serve echo with logprobs, which scores prompts.")
+_DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Tokens decoded before the text is looked at.", lower_bound=1)
+flags.DEFINE_alias("stride", "decode_steps")  # its earlier name
+_PREFIXES = flags.DEFINE_integer("prefixes", 4, "Prompts whose states are kept for those that continue them.", lower_bound=0)
+_LOGPROBS = flags.DEFINE_integer("max_logprobs", 5, "Most likeliest tokens that a request may ask for.", lower_bound=0)
+_PROMPT_LOGPROBS = flags.DEFINE_boolean("prompt_logprobs", True, "Serve echo with logprobs, for which prompts are scored.")
 _OVERRIDES = cli.define_override_flags()
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share a copy of the model; the others split the rows.", lower_bound=1)
 _LIMITS = DataclassFlags(Limits)
 
 
 def main() -> int:
-  """Serves until SIGTERM has drained it. Raises UserError on bad flags, checkpoints and an address that is taken."""
+  """Serves until SIGTERM has drained it. Raises `UserError` on bad flags, bad checkpoints and an address that is taken."""
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint=DIR is required")
   limits = _LIMITS.value
@@ -57,8 +59,8 @@ def main() -> int:
   listener = listen(_HOST.value, _PORT.value)
   config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh, ema=_EMA.value, overrides=_OVERRIDES.values())
   options = {"capacity": _CAPACITY.value, "prefixes": _PREFIXES.value, "cache_dtype": _CACHE_DTYPE.value}
-  sizes = sizes_within(config.model, _CACHE_GIB.value, rows=_ROWS.value, page=_PAGE.value, parts=mesh.shape["data"], **options)
-  engine = Engine(model, tokenizer, **sizes, chunk=_CHUNK.value, first_chunk=_FIRST_CHUNK.value, stride=_STRIDE.value,
+  sizes = sizes_within(config.model, _CACHE_GIB.value, rows=_ROWS.value, page=_PAGE.value, shards=mesh.shape["data"], **options)
+  engine = Engine(model, tokenizer, **sizes, chunk=_CHUNK.value, first_chunk=_FIRST_CHUNK.value, decode_steps=_DECODE_STEPS.value,
                   alternatives=_LOGPROBS.value, prompt_logprobs=_PROMPT_LOGPROBS.value, **options)
   del model
   logging.info("step %d, %d rows of %d tokens; compiling", step, engine.rows, _CAPACITY.value)

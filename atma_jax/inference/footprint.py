@@ -1,59 +1,73 @@
-"""Admission by memory: how many rows, or how many pages of keys and values, a memory of caches holds, and who has which page."""
+"""Memory of the cache: how many rows or pages fit into so many GiB, and which request holds which pages."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
+from jaxtyping import Int
 import numpy as np
 
 from atma_jax.config import ModelConfig
 from atma_jax.errors import UserError
 from atma_jax.models.cache import PAGE_LIMIT, Cache, nbytes
 
-SPARE_ROWS = 2  # a prompt on its way, and the row it is put into, exist twice for a moment
+SPARE_ROWS = 2  # while a prompt is being placed, its own state and that of the row exist twice for a moment
+SMALLEST_PAGE = 8  # tokens
 
 
 class Pages:
-  """The pages of a pool, of which requests hold as many as they need until they end.
+  """A pool of pages, of which each request holds as many as it needs until it ends.
 
   Args:
-    total: pages.
+    total: number of pages.
     page: tokens of a page.
-    row: pages that a request may need at most.
+    most: the most pages that one request may need, N.
   """
 
-  def __init__(self, total: int, page: int, row: int):
-    self.total, self.page, self.row = total, page, row
-    self._free = list(range(total))[::-1]  # the last freed is the next taken
+  def __init__(self, total: int, page: int, most: int):
+    self.total, self.page, self.most = total, page, most
+    self._free = list(range(total))[::-1]  # the last page freed is the next one taken
 
   @property
   def free(self) -> int:
-    """How many nobody holds."""
+    """Number of pages that nobody holds."""
     return len(self._free)
 
   def needed(self, tokens: int) -> int:
-    """Pages of a request of so many cached tokens; with a window the last of them take the place of the first."""
-    return min(-(-tokens // self.page), self.row)
+    """Returns the pages that a request with so many cached tokens needs; with a window, the last tokens replace the first."""
+    return min(-(-tokens // self.page), self.most)
 
-  def take(self, count: int) -> np.ndarray | None:
-    """(row,) int32: `count` pages, then `total`, which is none; nothing where fewer are free."""
+  def take(self, count: int) -> Int[np.ndarray, " N"] | None:
+    """Takes pages out of the pool.
+
+    Args:
+      count: number of pages.
+
+    Returns:
+      (N,) int32: the pages, and `total` in the remaining places, which stands for no page. None if too few are free.
+    """
     if count > len(self._free):
       return None
     taken = [self._free.pop() for _ in range(count)]
-    return np.array(taken + [self.total] * (self.row - count), np.int32)
+    return np.array(taken + [self.total] * (self.most - count), np.int32)
 
-  def give_back(self, pages: np.ndarray) -> None:
-    """Frees what `take` gave."""
+  def give_back(self, pages: Int[np.ndarray, " N"]) -> None:
+    """Returns to the pool what `take` returned."""
     self._free += [int(page) for page in pages[::-1] if page < self.total]
 
 
 def rows_within(config: ModelConfig, memory_gib: float, *, capacity: int, prefixes: int = 0,
                 cache_dtype: str | None = None) -> int:
-  """How many rows a memory of caches holds, beside the states of kept prefixes and of prompts on their way.
+  """Computes how many rows fit, beside the states of kept prefixes and of prompts being prefilled.
+
+  Args:
+    config: of the model.
+    memory_gib: memory for all of these states, in GiB.
+    capacity: tokens of a row.
+    prefixes: number of kept prefixes.
+    cache_dtype: dtype of keys and values, one of `cache.CACHE_DTYPES`; None is the activation dtype.
 
   Raises:
-    UserError: not even one.
+    UserError: not even one row fits.
   """
   row = nbytes(jax.eval_shape(lambda: Cache.create(config, 1, capacity, cache_dtype)))
   rows = int(memory_gib * 2**30 / row) - prefixes - SPARE_ROWS
@@ -66,39 +80,63 @@ def rows_within(config: ModelConfig, memory_gib: float, *, capacity: int, prefix
 
 def pages_within(config: ModelConfig, memory_gib: float, *, rows: int, page: int, capacity: int, prefixes: int = 0,
                  cache_dtype: str | None = None) -> int:
-  """How many pages `rows` requests can share in a memory of caches, beside what `rows_within` counts; no more than they need.
+  """Computes how many pages fit, but no more than `rows` requests can use.
+
+  Args:
+    config: of the model.
+    memory_gib: memory for pages, rows, kept prefixes and prompts being prefilled, in GiB.
+    rows: requests decoded at once, which share the pages.
+    page: tokens of a page.
+    capacity: most tokens of a request.
+    prefixes: number of kept prefixes.
+    cache_dtype: dtype of keys and values, one of `cache.CACHE_DTYPES`; None is the activation dtype.
 
   Raises:
-    UserError: fewer than one request of full capacity needs.
+    UserError: not even one request of full capacity fits, or the model has no keys and values.
   """
   def create(rows: int, pages: int | None) -> Cache:
     return jax.eval_shape(lambda: Cache.create(config, rows, capacity, cache_dtype, page=page, pages=pages))
 
-  row, each, whole = nbytes(create(1, None)), nbytes(create(1, 1)) - nbytes(create(1, 0)), create(1, 1).table.shape[1]
-  if not each:
+  row, page_bytes, table = nbytes(create(1, None)), nbytes(create(1, 1)) - nbytes(create(1, 0)), create(1, 1).table
+  if not page_bytes or table is None:
     raise UserError(f"page={page}: the model keeps no keys and values that could lie in pages")
+  most = table.shape[1]
   fixed = (prefixes + SPARE_ROWS) * row + nbytes(create(rows, 0))
-  pages = int((memory_gib * 2**30 - fixed) / each)
-  if pages < whole:
+  pages = int((memory_gib * 2**30 - fixed) / page_bytes)
+  if pages < most:
     raise UserError(f"cache_gib={memory_gib}: {rows} rows, {prefixes} kept prefixes and {SPARE_ROWS} prompts on their way "
-                    f"take {fixed / 2**30:.4g} GiB, and {whole} pages of {page} tokens, which one request may need, must fit: "
-                    f"at least {(fixed + whole * each) / 2**30:.4g}")
-  return min(pages, rows * whole)
+                    f"take {fixed / 2**30:.4g} GiB, and {most} pages of {page} tokens, which one request may need, must fit: "
+                    f"at least {(fixed + most * page_bytes) / 2**30:.4g}")
+  return min(pages, rows * most)
 
 
-def sizes_within(config: ModelConfig, memory_gib: float | None, *, rows: int, page: int | None, parts: int,
-                 **options: Any) -> dict[str, int]:
-  """Arguments of the engine: `rows` without a memory to keep to; with one as many as `parts` devices hold, or, given a
-  `page`, `rows` and as many pages. `options` are those of `rows_within`."""
+def sizes_within(config: ModelConfig, memory_gib: float | None, *, rows: int, page: int | None, shards: int, capacity: int,
+                 prefixes: int = 0, cache_dtype: str | None = None) -> dict[str, int]:
+  """Computes the engine's arguments `rows`, `page` and `pages` that make the most of a memory.
+
+  Args:
+    config: of the model.
+    memory_gib: memory of one device for states, in GiB; None takes `rows` as it is.
+    rows: requests decoded at once. With a memory and without a page, as many as fit are taken instead.
+    page: tokens of a page; None makes no pages.
+    shards: number of devices that the rows are spread over.
+    capacity: most tokens of a request.
+    prefixes: number of kept prefixes.
+    cache_dtype: dtype of keys and values, one of `cache.CACHE_DTYPES`; None is the activation dtype.
+
+  Raises:
+    UserError: nothing fits, or there is a page but no memory.
+  """
+  states = {"capacity": capacity, "prefixes": prefixes, "cache_dtype": cache_dtype}
   if page is None:
-    return {"rows": rows if memory_gib is None else rows_within(config, memory_gib, **options) * parts}
+    return {"rows": rows if memory_gib is None else rows_within(config, memory_gib, **states) * shards}
   if memory_gib is None:
     raise UserError(f"page={page}: needs cache_gib, the memory that holds the pages")
   check_page(page)
-  return {"rows": rows, "page": page, "pages": pages_within(config, memory_gib, rows=rows, page=page, **options)}
+  return {"rows": rows, "page": page, "pages": pages_within(config, memory_gib, rows=rows, page=page, **states)}
 
 
 def check_page(page: int) -> None:
-  """Raises UserError unless pages may have so many tokens."""
-  if not 8 <= page <= PAGE_LIMIT or page & (page - 1):
-    raise UserError(f"page={page}: must be a power of two from 8 to {PAGE_LIMIT}")
+  """Raises `UserError` unless a page may have so many tokens."""
+  if not SMALLEST_PAGE <= page <= PAGE_LIMIT or page & (page - 1):
+    raise UserError(f"page={page}: must be a power of two from {SMALLEST_PAGE} to {PAGE_LIMIT}")

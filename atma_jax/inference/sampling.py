@@ -1,116 +1,132 @@
-"""From logits to the next token. Every option is a number per row, so one compiled program serves any mixture."""
+"""Sampling: from logits to the next token.
+
+`Sampling` is the one place where an option of a request is declared: its default, its help, its legal values, and how it is
+stored on the device follow from its field. Flags of ``generate`` and fields of HTTP requests are derived from them. Every option
+that the device needs is an array with one entry per row, so one compiled program serves any mixture of requests.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from atma_jax.errors import UserError
 
 
-def _option(default: Any, description: str) -> Any:
-  return dataclasses.field(default=default, metadata={"help": description})
+def _option(default: Any, help: str, legal: str = "", is_legal: Callable[[Any], bool] = lambda value: True,
+            **metadata: Any) -> Any:
+  return dataclasses.field(default=default, metadata={"help": help, "legal": legal, "is_legal": is_legal, **metadata})
+
+
+def _whole_number(default: int, help: str, low: int, high: int) -> Any:
+  return _option(default, help, f"from {low} to {high}", lambda value: low <= value <= high, low=low, high=high)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How one request is sampled and when it ends; field names are those of the common completion services."""
+  """How one request is sampled and when it ends. The names are those of the common completion services.
 
-  max_tokens: int = _option(128, "Most new tokens of a prompt.")
-  temperature: float = _option(1.0, "0 takes the likeliest token.")
-  top_k: int = _option(0, "Draw from the k likeliest tokens; 0 is all.")
-  top_p: float = _option(1.0, "Draw from the likeliest tokens that together have this probability.")
-  min_p: float = _option(0.0, "Least share of the likeliest token's probability.")
-  repetition_penalty: float = _option(1.0, "Divides positive logits of tokens seen before, multiplies negative ones.")
-  seed: int = _option(0, "Of the random numbers.")
-  stop: tuple[str, ...] = _option((), "A string that ends the text and is not part of it; may be given several times.")
+  Raises:
+    UserError: a value is not legal.
+  """
+
+  max_tokens: int = _whole_number(128, "Most new tokens of a prompt.", 1, 2**31 - 1)
+  temperature: float = _option(1.0, "0 takes the likeliest token.", "0, or from 1e-4 to 1e4",
+                               lambda t: t == 0 or 1e-4 <= t <= 1e4)
+  top_k: int = _whole_number(0, "Draw from the k likeliest tokens; 0 is all.", 0, 2**31 - 1)
+  top_p: float = _option(1.0, "Draw from the likeliest tokens that together have this probability.", "above 0 and at most 1",
+                         lambda p: 0 < p <= 1)
+  min_p: float = _option(0.0, "Least share of the likeliest token's probability.", "between 0 and 1", lambda p: 0 <= p <= 1)
+  repetition_penalty: float = _option(1.0, "Divides positive logits of tokens seen before, multiplies negative ones.",
+                                      "from 0.01 to 100", lambda penalty: 0.01 <= penalty <= 100)
+  seed: int = _whole_number(0, "Seed of the random numbers.", 0, 2**32 - 1)
+  stop: tuple[str, ...] = _option((), "A string that ends the text and is not part of it; may be given several times.",
+                                  "non-empty strings", all)
   ignore_end: bool = _option(False, "Go on past end-of-text.")
 
-  def __post_init__(self):
-    legal = {
-      "max_tokens": (1 <= self.max_tokens < 2**31, "between 1 and 2^31 - 1"),
-      "temperature": (self.temperature == 0 or 1e-4 <= self.temperature <= 1e4, "0, or from 1e-4 to 1e4"),
-      "top_k": (0 <= self.top_k < 2**31, "at least 0"),
-      "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-      "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-      "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
-      "seed": (0 <= self.seed < 2**32, "between 0 and 2^32 - 1"),
-      "stop": (all(self.stop), "non-empty strings"),
-    }
-    for name, (good, words) in legal.items():
-      if not good:
-        raise UserError(f"{name}={getattr(self, name)!r}: must be {words}")
+  def __post_init__(self) -> None:
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if not field.metadata["is_legal"](value):
+        raise UserError(f"{field.name}={value!r}: must be {field.metadata['legal']}")
+
+  @property
+  def filters(self) -> bool:
+    """Whether top-k or top-p may exclude tokens, which requires sorted logits."""
+    return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
-class Knobs(NamedTuple):
-  """`Sampling` on the device, an entry a row."""
+class RowSampling(NamedTuple):
+  """The fields of `Sampling` that the device needs, with one entry per row of a batch."""
 
-  temperature: jax.Array  # (B,) float32
-  top_k: jax.Array  # (B,) int32
-  top_p: jax.Array  # (B,) float32
-  min_p: jax.Array  # (B,) float32
-  repetition_penalty: jax.Array  # (B,) float32
-  seed: jax.Array  # (B,) uint32
+  temperature: Float[Array, " B"]
+  top_k: Int[Array, " B"]
+  top_p: Float[Array, " B"]
+  min_p: Float[Array, " B"]
+  repetition_penalty: Float[Array, " B"]
+  seed: Int[Array, " B"]
 
   @classmethod
-  def of(cls, *samplings: Sampling) -> Knobs:
-    """The knobs of these requests, a row each."""
-    dtypes = {"top_k": jnp.int32, "seed": jnp.uint32}
-    return cls(*(jnp.asarray([getattr(s, name) for s in samplings], dtypes.get(name, jnp.float32))
-                 for name in cls._fields))
+  def stack(cls, *samplings: Sampling) -> RowSampling:
+    """Puts the options of B requests into arrays, one row each: float32, int32, and uint32 for seeds."""
+    return cls(*(jnp.asarray([getattr(sampling, name) for sampling in samplings], _DTYPES[name]) for name in cls._fields))
 
 
-def narrows(sampling: Sampling) -> bool:
-  """Whether top-k or top-p may take tokens away, for which the logits must be sorted."""
-  return sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1)
+_DTYPES: dict[str, type[np.generic]] = {
+  field.name: np.uint32 if field.name == "seed" else np.int32 if field.type == "int" else np.float32
+  for field in dataclasses.fields(Sampling)}
 
 
-def sample(logits: jax.Array, knobs: Knobs, seen: jax.Array, index: jax.Array, narrow: bool | None = None) -> jax.Array:
-  """The next token of each row, from its own logits, knobs and random numbers alone.
+def sample(logits: Float[Array, "B V"], options: RowSampling, seen: Bool[Array, "B V"], drawn: Int[Array, " B"],
+           filters: bool | None = None) -> Int[Array, " B"]:
+  """Draws the next token of every row from that row's logits, options and random numbers alone.
 
-  In this order: repetition penalty, temperature, top-k, top-p of what is left, min-p. Ties at a threshold are kept.
+  Applies, in this order: repetition penalty, temperature, top-k, top-p among what is left, min-p. Ties at a threshold are kept.
 
   Args:
-    logits: (B, V) float32, -inf for tokens that must not come.
-    knobs: of B rows.
-    seen: (B, V) bool, tokens of prompt and text so far.
-    index: (B,) int32, how many tokens the row has drawn: with the seed, what its random numbers depend on.
-    narrow: whether a row `narrows`. None looks at the knobs, and spares all rows what none needs; a GPU would have to ask
-      the host for that.
+    logits: (B, V) float32; -inf for tokens that must never be drawn.
+    options: of the B rows.
+    seen: (B, V) bool, the tokens of prompt and text so far.
+    drawn: (B,) int32, how many tokens the row has drawn. Its random numbers depend on this and the seed.
+    filters: whether any row has `Sampling.filters`. None decides on the device, so that a batch without such rows skips the sort;
+      on a GPU that branch would have to ask the host.
 
   Returns:
     (B,) int32.
   """
-  penalty = knobs.repetition_penalty[:, None]
+  penalty = options.repetition_penalty[:, None]
   logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
   greedy = jnp.argmax(logits, axis=-1)
 
   def draw() -> jax.Array:
-    scaled = logits / jnp.where(knobs.temperature > 0, knobs.temperature, 1)[:, None]
-    if narrow is None:
-      narrowed = (knobs.top_k > 0) | (knobs.top_p < 1)
-      scaled = jax.lax.cond(jnp.any(narrowed), lambda: _top(scaled, knobs), lambda: scaled)
-    elif narrow:
-      scaled = _top(scaled, knobs)
-    floor = jnp.max(scaled, axis=-1, keepdims=True) + jnp.log(knobs.min_p)[:, None]
+    scaled = logits / jnp.where(options.temperature > 0, options.temperature, 1)[:, None]
+    if filters is None:
+      filtered = (options.top_k > 0) | (options.top_p < 1)
+      scaled = jax.lax.cond(jnp.any(filtered), lambda: _filter_top_k_top_p(scaled, options), lambda: scaled)
+    elif filters:
+      scaled = _filter_top_k_top_p(scaled, options)
+    floor = jnp.max(scaled, axis=-1, keepdims=True) + jnp.log(options.min_p)[:, None]
     scaled = jnp.where(scaled >= floor, scaled, -jnp.inf)
     noise = jax.vmap(lambda seed, i: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), i), logits.shape[1:]))
-    return jnp.argmax(scaled + noise(knobs.seed, index), axis=-1)
+    return jnp.argmax(scaled + noise(options.seed, drawn), axis=-1)
 
-  drawn = jax.lax.cond(jnp.any(knobs.temperature > 0), draw, lambda: greedy) if narrow is None else draw()
-  return jnp.where(knobs.temperature > 0, drawn, greedy).astype(jnp.int32)
+  token = jax.lax.cond(jnp.any(options.temperature > 0), draw, lambda: greedy) if filters is None else draw()
+  return jnp.where(options.temperature > 0, token, greedy).astype(jnp.int32)
 
 
-def _top(logits: jax.Array, knobs: Knobs) -> jax.Array:
-  """-inf for what top-k, and then top-p of what it leaves, take away."""
+def _filter_top_k_top_p(logits: Float[Array, "B V"], options: RowSampling) -> Float[Array, "B V"]:
+  """Sets logits to -inf that top-k, and then top-p among the rest, exclude."""
   ordered = -jnp.sort(-logits, axis=-1)
   rank = jnp.arange(logits.shape[-1])
-  k = jnp.where(knobs.top_k > 0, knobs.top_k, logits.shape[-1])[:, None]
+  k = jnp.where(options.top_k > 0, options.top_k, logits.shape[-1])[:, None]
   probabilities = jax.nn.softmax(jnp.where(rank < k, ordered, -jnp.inf), axis=-1)
   before = jnp.cumsum(probabilities, axis=-1) - probabilities
-  kept = (rank < k) & ((before < knobs.top_p[:, None]) | (knobs.top_p[:, None] >= 1)) | (rank == 0)
+  kept = (rank < k) & ((before < options.top_p[:, None]) | (options.top_p[:, None] >= 1)) | (rank == 0)
   lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits >= lowest, logits, -jnp.inf)

@@ -1,1 +1,1 @@
-"""The HTTP server: protocol, engine thread and application."""
+"""The HTTP server: the OpenAI completions protocol, an engine in a thread of its own, limits, and metrics."""

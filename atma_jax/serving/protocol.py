@@ -1,8 +1,8 @@
-"""The OpenAI completions protocol: from a JSON body to prompts and samplings, and from pieces to choices.
+"""The OpenAI completions protocol: from a JSON body to prompts and samplings, and from token outputs to choices.
 
-Beside the protocol's own fields a body may have `top_k`, `min_p`, `repetition_penalty` and `ignore_end`, as in `Sampling`.
-What the protocol has and this server does not do (`suffix`, penalties, `logit_bias`, `best_of` above `n`) is refused where it
-is asked for, never ignored. Choice i of a prompt is drawn with seed + i.
+Beside the protocol's own fields a body may have every field of `Sampling`, such as `top_k`. What the protocol has and this server
+does not do (`suffix`, penalties, `logit_bias`, `best_of` above `n`) is refused if it is asked for, never ignored. Choice i of a
+prompt is drawn with seed + i.
 """
 
 from __future__ import annotations
@@ -14,83 +14,83 @@ import math
 import secrets
 from typing import Any, NoReturn
 
+from jaxtyping import Int
 import numpy as np
 
 from atma_jax.data.tokenizers import END_OF_TEXT, Tokenizer
 from atma_jax.errors import UserError, unknown_name
-from atma_jax.inference.engine import Engine, Likeliest, Piece
+from atma_jax.inference.engine import Engine
+from atma_jax.inference.requests import Alternatives, TokenOutput, TokenScore
 from atma_jax.inference.sampling import Sampling
-from atma_jax.inference.text import TextStream
+from atma_jax.inference.text_stream import TextStream
 
 DEFAULT_MAX_TOKENS = 16
 MOST_STOPS = 16
 LONGEST_STOP = 256  # characters
-LEAST_LOGPROB = -9999.0  # what stands for minus infinity, which JSON has not
-FIELDS = ("model", "prompt", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "logprobs", "echo", "stop",
-          "seed", "user", "suffix", "presence_penalty", "frequency_penalty", "best_of", "logit_bias", "top_k", "min_p",
-          "repetition_penalty", "ignore_end")
+LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
+SAMPLING_FIELDS = {field.name: field for field in dataclasses.fields(Sampling)}
+FIELDS = {"model", "prompt", "n", "stream", "stream_options", "logprobs", "echo", "user", "suffix", "presence_penalty",
+          "frequency_penalty", "best_of", "logit_bias", *SAMPLING_FIELDS}
 
 
 class ProtocolError(Exception):
-  """A refusal: HTTP status and the fields of the protocol's error object."""
+  """A refused request.
+
+  Attributes:
+    status: of the HTTP answer.
+    message: one line that says what is wrong and what is legal.
+    param: the field of the body at fault, if it is one.
+    code: what clients can test for, if there is such a code.
+  """
 
   def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
     super().__init__(message)
     self.status, self.message, self.param, self.code = status, message, param, code
 
   def to_dict(self) -> dict[str, Any]:
-    """The body of the answer."""
+    """Returns the body of the answer, the protocol's error object."""
     kinds = {429: "rate_limit_error", 404: "invalid_request_error"}
     kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
     return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def _limit(default: Any, least: float, description: str) -> Any:
-  return dataclasses.field(default=default, metadata={"least": least, "help": description})
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """What a server takes on."""
-
-  queue: int = _limit(64, 0, "Sequences that may wait beside those that decode; more are refused with 429.")
-  request_timeout_s: float = _limit(600.0, 1e-3, "Time from a request's arrival to the end of its answer, then 504.")
-  body_mib: float = _limit(8.0, 1e-3, "Size of a request's body; larger ones are refused with 413.")
-  grace_s: float = _limit(30.0, 0, "Time that what runs has to finish after SIGTERM.")
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value, least = getattr(self, field.name), field.metadata["least"]
-      if not least <= value < float("inf"):
-        raise UserError(f"{field.name}={value}: must be finite and at least {least:g}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """A checked request; choice i belongs to prompt i // n."""
+  """A checked request. Choice i belongs to prompt i // n.
 
-  prompts: list[np.ndarray]
-  samplings: list[Sampling]  # one a choice
+  Attributes:
+    prompts: token ids of each prompt, (T,) int32.
+    samplings: one for each choice.
+    n: choices for each prompt.
+    echo: whether the text begins with the prompt.
+    logprobs: number of likeliest tokens reported with each token; None reports no log-probabilities.
+    stream: whether the answer is a stream of events.
+    include_usage: whether the stream ends with the token counts.
+    silent: max_tokens=0, so only the prompt is wanted.
+  """
+
+  prompts: list[Int[np.ndarray, " T"]]
+  samplings: list[Sampling]
   n: int
   echo: bool
   logprobs: int | None
   stream: bool
   include_usage: bool
-  silent: bool  # max_tokens=0: the prompt is all that is wanted
+  silent: bool
 
   @property
   def scored(self) -> bool:
-    """Whether the prompt's own log-probabilities are wanted."""
+    """Whether log-probabilities of the prompt are wanted."""
     return self.echo and self.logprobs is not None
 
 
 def dumps(value: Any) -> bytes:
-  """JSON in UTF-8; what is no text (half a surrogate pair in an error message) is escaped."""
+  """Writes JSON in UTF-8. What is not text, such as half a surrogate pair in an error message, is escaped."""
   return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-  """A JSON object; anything else is refused with 400."""
+  """Reads a JSON object. Raises a `ProtocolError` of status 400 for anything else."""
   def constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
@@ -104,17 +104,17 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices: int, longest: int) -> Call:
-  """Checks every field.
+  """Checks every field of a request.
 
   Args:
     values: the body.
     engine: what will serve the call.
-    model: its name.
-    most_choices: of all prompts together.
-    longest: tokens of a prompt and its text.
+    model: the name that the model is served under.
+    most_choices: legal number of choices of all prompts together.
+    longest: legal number of tokens of a prompt and its text.
 
   Raises:
-    ProtocolError: naming the first wrong field and what is legal.
+    ProtocolError: names the first wrong field and what is legal.
   """
   for name in values:
     if name not in FIELDS:
@@ -150,7 +150,7 @@ def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices:
 
 
 def _refuse_unserved(values: dict[str, Any]) -> None:
-  """Fields of the protocol that this server has no use for, unless they ask for nothing."""
+  """Refuses fields of the protocol that this server does not serve, unless they ask for nothing."""
   _typed(values, "user", str, "", "a string")
   for name, nothing in (("suffix", ("",)), ("presence_penalty", (0,)), ("frequency_penalty", (0,)), ("logit_bias", ({},)),
                         ("best_of", (1, values.get("n")))):
@@ -161,6 +161,7 @@ def _refuse_unserved(values: dict[str, Any]) -> None:
 
 
 def _sampling(values: dict[str, Any], max_tokens: int) -> Sampling:
+  """Reads every field of `Sampling`: three as the protocol defines them, the others as their types say."""
   stop = values.get("stop")
   stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
   if not isinstance(stop, list | tuple) or len(stop) > MOST_STOPS or not all(
@@ -168,17 +169,26 @@ def _sampling(values: dict[str, Any], max_tokens: int) -> Sampling:
     raise ProtocolError(400, f"stop: must be a string of 1 to {LONGEST_STOP} characters, or up to {MOST_STOPS} of them",
                         param="stop")
   seed = secrets.randbits(32) if values.get("seed") is None else _integer(values, "seed", 0, -2**63, 2**63 - 1) % 2**32
-  numbers = {name: _number(values, name, default) for name, default in (
-    ("temperature", 1.0), ("top_p", 1.0), ("min_p", 0.0), ("repetition_penalty", 1.0))}
+  options: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "stop": tuple(stop)}
+  options |= {name: _option(values, field) for name, field in SAMPLING_FIELDS.items() if name not in options}
   try:
-    return Sampling(max_tokens=max_tokens, seed=seed, stop=tuple(stop), top_k=_integer(values, "top_k", 0, 0, 2**31 - 1),
-                    ignore_end=_typed(values, "ignore_end", bool, False, "true or false"), **numbers)
+    return Sampling(**options)
   except UserError as error:
     raise ProtocolError(400, str(error), param=str(error).partition("=")[0]) from error
 
 
-def _prompts(value: Any, engine: Engine) -> list[np.ndarray]:
-  """Token ids of every prompt; none at all stands for the start of a document."""
+def _option(values: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
+  """Reads one field of `Sampling`, whose type is that of its default."""
+  if isinstance(field.default, bool):
+    return _typed(values, field.name, bool, field.default, "true or false")
+  if isinstance(field.default, int):
+    return _integer(values, field.name, field.default, field.metadata["low"], field.metadata["high"])
+  assert isinstance(field.default, float), f"{field.name}: how a request spells it has to be said in _sampling"
+  return _number(values, field.name, field.default)
+
+
+def _prompts(value: Any, engine: Engine) -> list[Int[np.ndarray, " T"]]:
+  """Token ids of every prompt. A missing prompt stands for the start of a document."""
   legal = "prompt: must be a string, a list of strings, a list of token ids or a list of lists of token ids"
   if value is None or isinstance(value, str):
     value = [value or ""]
@@ -188,14 +198,17 @@ def _prompts(value: Any, engine: Engine) -> list[np.ndarray]:
     value = [value]
   prompts = []
   for prompt in value:
-    ids = isinstance(prompt, list) and all(map(_is_token, prompt))
-    if not ids and not isinstance(prompt, str):
+    if isinstance(prompt, str):
+      if not _is_text(prompt):
+        raise ProtocolError(400, "prompt: holds half of a surrogate pair, which is no text", param="prompt")
+      ids = engine.tokenizer.encode(prompt)
+    elif isinstance(prompt, list) and all(map(_is_token, prompt)):
+      if not all(0 <= i < engine.config.vocab_size for i in prompt):
+        raise ProtocolError(400, f"prompt: token ids must be from 0 to {engine.config.vocab_size - 1}", param="prompt")
+      ids = prompt
+    else:
       raise ProtocolError(400, legal, param="prompt")
-    if not ids and not _is_text(prompt):
-      raise ProtocolError(400, "prompt: holds half of a surrogate pair, which is no text", param="prompt")
-    if ids and not all(0 <= i < engine.config.vocab_size for i in prompt):
-      raise ProtocolError(400, f"prompt: token ids must be from 0 to {engine.config.vocab_size - 1}", param="prompt")
-    tokens = np.asarray(engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int32)
+    tokens = np.asarray(ids, np.int32)
     prompts.append(tokens if len(tokens) else np.array([engine.tokenizer.eot_id], np.int32))
   return prompts
 
@@ -237,7 +250,7 @@ def _number(values: dict[str, Any], name: str, default: float) -> float:
   try:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
       return float(value)
-  except OverflowError:  # a whole number that no float holds
+  except OverflowError:  # a whole number too large for a float
     pass
   raise ProtocolError(400, f"{name}={_short(value)}: must be a finite number", param=name)
 
@@ -251,56 +264,67 @@ def _short(value: Any) -> str:
 
 
 class Choice:
-  """One choice of an answer: takes its pieces as they come and gives what to add to the answer."""
+  """One choice of an answer, built from its token outputs as they arrive.
+
+  Args:
+    call: the request.
+    index: of the choice.
+    tokenizer: of the model.
+
+  Attributes:
+    completion_tokens: tokens generated so far.
+    finish_reason: why the choice has ended, or None.
+  """
 
   def __init__(self, call: Call, index: int, tokenizer: Tokenizer):
     self._call, self._index, self._tokenizer = call, index, tokenizer
     self._prompt = call.prompts[index // call.n]
-    self._offsets = TextStream(tokenizer)  # the text without regard to stop strings
+    self._offsets = TextStream(tokenizer)  # the whole text, regardless of stop strings
     self._offset = 0
     self._started = False
-    self._scores: Iterable[tuple[float, Likeliest]] = ()
+    self._scores: Iterable[TokenScore] = ()
     self.completion_tokens = 0
     self.finish_reason: str | None = None
 
-  def take(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """The choice object that these pieces, the next ones, amount to."""
+  def add(self, outputs: Sequence[TokenOutput]) -> dict[str, Any]:
+    """Takes the next outputs and returns the protocol's choice object for them alone."""
     text, logprobs = "", {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for piece in pieces:
-      if piece.prompt_logprobs is not None:
-        self._scores = piece.prompt_logprobs
-      if not self._started and (piece.token is not None or piece.finish_reason is not None):
+    for output in outputs:
+      if output.prompt_logprobs is not None:
+        self._scores = output.prompt_logprobs
+      if not self._started and (output.token is not None or output.finish_reason is not None):
         self._started = True
         text += self._begin(logprobs)
-      if piece.token is not None and not self._call.silent:
+      if output.token is not None and not self._call.silent:
         self.completion_tokens += 1
-        self._add(logprobs, piece.token, piece.logprob, piece.alternatives)
-      text += "" if self._call.silent else piece.text
-      self.finish_reason = piece.finish_reason
+        self._add_token(logprobs, output.token, output.logprob, output.alternatives)
+      text += "" if self._call.silent else output.text
+      self.finish_reason = output.finish_reason
     if self._call.silent and self.finish_reason is not None:
       self.finish_reason = "length"
     return {"index": self._index, "text": text, "logprobs": None if self._call.logprobs is None else logprobs,
             "finish_reason": self.finish_reason}
 
-  def _begin(self, logprobs: dict[str, list]) -> str:
-    """The prompt, where it is to be part of the text."""
+  def _begin(self, logprobs: dict[str, list[Any]]) -> str:
+    """Returns the text in front of the first token: the prompt if it is to be echoed."""
     if not self._call.echo:
       return ""
-    scores = [(None, ()), *self._scores]
+    scores: list[tuple[float | None, Alternatives]] = [(None, ()), *self._scores]
     for token, (logprob, alternatives) in zip(self._prompt.tolist(), scores):
-      self._add(logprobs, token, logprob, alternatives)
+      self._add_token(logprobs, token, logprob, alternatives)
     return self._tokenizer.decode(self._prompt)
 
-  def _add(self, logprobs: dict[str, list], token: int, logprob: float | None, alternatives: Likeliest) -> None:
+  def _add_token(self, logprobs: dict[str, list[Any]], token: int, logprob: float | None, alternatives: Alternatives) -> None:
+    """Appends a token to the four lists of the protocol's logprobs object, if log-probabilities are wanted."""
     count = self._call.logprobs
     if count is None:
       return
-    top = None if logprob is None else {token_text(self._tokenizer, t): _finite(p) for t, p in alternatives[:count]}
-    own = token_text(self._tokenizer, token)
-    if top is not None:
-      top.setdefault(own, _finite(logprob))
-    for name, value in (("tokens", own), ("token_logprobs", None if logprob is None else _finite(logprob)),
-                        ("top_logprobs", top), ("text_offset", self._offset)):
+    own, top = token_text(self._tokenizer, token), None
+    if logprob is not None:
+      logprob = _finite(logprob)
+      top = {token_text(self._tokenizer, t): _finite(p) for t, p in alternatives[:count]}
+      top.setdefault(own, logprob)
+    for name, value in (("tokens", own), ("token_logprobs", logprob), ("top_logprobs", top), ("text_offset", self._offset)):
       logprobs[name].append(value)
     self._offset += len(self._offsets.push(token))
 
@@ -310,7 +334,7 @@ def _finite(logprob: float) -> float:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-  """A token as the protocol shows it; one that is no text by itself is shown as ``token_id:ID``."""
+  """Returns a token as the protocol shows it: its text, or ``token_id:ID`` if it is not text by itself."""
   if token == tokenizer.eot_id:
     return END_OF_TEXT
   text = tokenizer.decode([token]) if token < tokenizer.vocab_size else ""
@@ -318,6 +342,6 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def usage(call: Call, choices: Sequence[Choice]) -> dict[str, int]:
-  """Tokens of the prompts, each once, and of all choices."""
+  """Returns the protocol's usage object: the tokens of the prompts, each counted once, and of all choices."""
   prompt, completion = sum(map(len, call.prompts)), sum(choice.completion_tokens for choice in choices)
   return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -58,16 +58,16 @@ def full_logits(model: Atma, tokens: np.ndarray) -> np.ndarray:
 
 
 def extender(model: Atma):
-  """``extend(tokens, cache, counts, reach) -> (logits, cache)``, compiled."""
+  """``extend(tokens, cache, counts, cache_slots) -> (logits, cache)``, compiled."""
   graphdef, state = nnx.split(model)
 
-  @functools.partial(jax.jit, compiler_options=QUICK, static_argnames="reach")
-  def extend(state, tokens, cache, counts, reach):
+  @functools.partial(jax.jit, compiler_options=QUICK, static_argnames="cache_slots")
+  def extend(state, tokens, cache, counts, cache_slots):
     model = nnx.merge(graphdef, state)
-    hidden, cache = model.extend(tokens, cache, counts, reach=reach)
+    hidden, cache = model.extend(tokens, cache, counts, cache_slots=cache_slots)
     return model.head(hidden), cache
 
-  return lambda tokens, cache, counts=None, reach=None: extend(state, tokens, cache, counts, reach)
+  return lambda tokens, cache, counts=None, cache_slots=None: extend(state, tokens, cache, counts, cache_slots)
 
 
 def in_chunks(extend, cache: Cache, tokens: np.ndarray, chunks: list[int], width: int) -> tuple[np.ndarray, Cache]:

@@ -48,7 +48,7 @@ def assert_greedy(forward, prompt: np.ndarray, completion: Completion) -> np.nda
 
 @pytest.fixture(scope="module")
 def engine(model):
-  return Engine(model, ByteTokenizer(), rows=3, capacity=128, chunk=32, stride=4, alternatives=2, prefixes=2)
+  return Engine(model, ByteTokenizer(), rows=3, capacity=128, chunk=32, decode_steps=4, alternatives=2, prefixes=2)
 
 
 def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -88,47 +88,47 @@ def test_a_request_gets_what_it_gets_alone(engine):
 def test_nothing_is_compiled_while_serving(engine):
   """Whatever the lengths and options: one decoding program, and one prefill program a power of two."""
   engine.generate(prompts(12, seed=4), [Sampling(max_tokens=1 + i, top_k=i) for i in range(12)])
-  assert engine._decode._cache_size() == engine._place._cache_size() == engine._rest._cache_size() == 1
-  assert engine._prefill._cache_size() <= 2  # 16 and 32
+  assert engine.programs.decode._cache_size() == engine.programs.place._cache_size() == engine.programs.stop._cache_size() == 1
+  assert engine.programs.prefill._cache_size() <= 2  # 16 and 32
 
 
-def test_long_prompts_and_short_reaches(model):
-  """A first pass by the ops of the full forward pass, chunks after it, rows of very different lengths in reaches that grow
+def test_long_prompts_and_short_buckets(model):
+  """A first pass by the ops of the full forward pass, chunks after it, rows of very different lengths in buckets that grow
   while they decode: the tokens of the full pass, and no program after the warm-up."""
-  engine = Engine(model, ByteTokenizer(), rows=3, capacity=1024, chunk=64, first_chunk=256, stride=4, reaches=3)
-  assert engine.reaches == [256, 512, 1024]
+  engine = Engine(model, ByteTokenizer(), rows=3, capacity=1024, chunk=64, first_chunk=256, decode_steps=4, max_buckets=3)
+  assert engine.buckets == [256, 512, 1024]
   engine.warm_up()
-  programs = engine._prefill._cache_size(), engine._decode._cache_size()
-  assert programs == (5, 3)  # 16, 32, 64 and first 128, 256; one a reach
+  programs = engine.programs.prefill._cache_size(), engine.programs.decode._cache_size()
+  assert programs == (5, 3)  # 16, 32, 64 and first 128, 256; one per bucket
   rng = np.random.default_rng(11)
   starts = [rng.integers(0, 256, n).astype(np.int32) for n in (700, 245, 1, 257, 500, 100)]
   forward = full_pass(model, 720)
   for prompt, completion in zip(starts, engine.generate(starts, GREEDY), strict=True):
     assert_greedy(forward, prompt, completion)
-  assert (engine._prefill._cache_size(), engine._decode._cache_size()) == programs
+  assert (engine.programs.prefill._cache_size(), engine.programs.decode._cache_size()) == programs
 
 
 def test_a_long_prompt_lets_others_decode(engine):
-  """Between two strides a prompt moves by a bounded number of tokens, and may be cancelled on its way."""
+  """Between two decoding programs a prompt advances by a bounded number of tokens, and it may be cancelled meanwhile."""
   first = engine.submit([1], dataclasses.replace(GREEDY, max_tokens=60))
   second = engine.submit([2], dataclasses.replace(GREEDY, max_tokens=60))
-  assert engine.step() == []  # what the first stride has given is looked at after the second has begun
+  assert engine.step() == []  # the first tokens are looked at once the next program runs
   long = engine.submit(np.arange(100, dtype=np.int32), GREEDY)
-  before, rows = engine.prefilled, jax.tree.leaves(engine._rows)
-  pieces = engine.step()
+  before, rows = engine.prefilled, jax.tree.leaves(engine.state)
+  outputs = engine.step()
   assert all(leaf.is_deleted() for leaf in rows)  # the device writes where it read: nothing of a row exists twice
-  assert {piece.request for piece in pieces} == {first, second}
+  assert {output.request for output in outputs} == {first, second}
   assert engine.prefilled == before + 32 and engine.counts == {"waiting": 0, "prefilling": 1, "decoding": 2}
   assert engine.cancel(long).finish_reason == "cancelled" and engine.counts["prefilling"] == 0
   while engine.busy:
-    assert all(piece.request != long for piece in engine.step())
+    assert all(output.request != long for output in engine.step())
 
 
 def test_a_stored_prompt_is_gone_on_from(engine, forward, tmp_path):
   """In another engine of other sizes, with the tokens of the full pass and at the cost of what is new."""
   prompt = np.random.default_rng(12).integers(0, 256, 70).astype(np.int32)
   engine.save(tmp_path / "state.npz", prompt)
-  engine._kept.clear()
+  engine.forget_prefixes()
   before = engine.prefilled
   np.testing.assert_array_equal(engine.load(tmp_path / "state.npz"), prompt)
   longer = np.append(prompt, [1, 2, 3]).astype(np.int32)
@@ -138,7 +138,7 @@ def test_a_stored_prompt_is_gone_on_from(engine, forward, tmp_path):
 
 def test_int8_keys_and_values_move_log_probabilities_a_little(model, engine):
   """By less than a tenth in a model of large random weights; what a request gets still does not depend on its company."""
-  narrow = Engine(model, ByteTokenizer(), rows=3, capacity=128, chunk=32, stride=4, cache_dtype="int8")
+  narrow = Engine(model, ByteTokenizer(), rows=3, capacity=128, chunk=32, decode_steps=4, cache_dtype="int8")
   starts = prompts(5, seed=13)
   together = narrow.generate(starts, dataclasses.replace(GREEDY, max_tokens=8))
   alone, = narrow.generate(starts[4:], dataclasses.replace(GREEDY, max_tokens=8))
@@ -181,15 +181,15 @@ def test_cancelled_requests_free_their_rows(engine):
   names = [engine.submit(prompt, GREEDY) for prompt in starts]
   tokens, ends = {name: [] for name in names}, {}
   while engine.busy:
-    pieces = engine.step()
-    if (piece := engine.cancel(int(rng.choice(names)))) is not None:
-      pieces.append(piece)
-    for piece in pieces:
-      assert piece.request not in ends
-      if piece.token is not None:
-        tokens[piece.request].append(piece.token)
-      if piece.finish_reason is not None:
-        ends[piece.request] = piece.finish_reason
+    outputs = engine.step()
+    if (output := engine.cancel(int(rng.choice(names)))) is not None:
+      outputs.append(output)
+    for output in outputs:
+      assert output.request not in ends
+      if output.token is not None:
+        tokens[output.request].append(output.token)
+      if output.finish_reason is not None:
+        ends[output.request] = output.finish_reason
   assert ends.keys() == set(names) and set(ends.values()) == {"length", "cancelled"}
   for name, completion in zip(names, expected):
     own = tokens[name]
@@ -206,7 +206,7 @@ def test_refusals(engine, model):
     with pytest.raises(UserError, match=words):
       engine.submit(prompt, sampling)
   for options, words in (({"chunk": 48}, "power of two"), ({"first_chunk": 256}, "power of two of at least 512"),
-                         ({"rows": 0}, "rows=0"), ({"stride": 0}, "stride=0")):
+                         ({"rows": 0}, "rows=0"), ({"decode_steps": 0}, "decode_steps=0")):
     with pytest.raises(UserError, match=words):
       Engine(model, ByteTokenizer(), **options)
   assert not engine.busy
@@ -215,7 +215,7 @@ def test_refusals(engine, model):
 def test_a_window_takes_any_length(lively, model):
   """Prompt and text many times the size of the cache."""
   model = lively(dataclasses.replace(model.config, window=12))
-  engine = Engine(model, ByteTokenizer(), rows=1, capacity=12, chunk=16, stride=20)
+  engine = Engine(model, ByteTokenizer(), rows=1, capacity=12, chunk=16, decode_steps=20)
   prompt = np.random.default_rng(7).integers(0, 256, 150)
   assert_greedy(full_pass(model, 170), prompt, engine.generate([prompt], GREEDY)[0])
 

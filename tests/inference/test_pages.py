@@ -72,23 +72,23 @@ def prompts(count: int, seed: int) -> list[np.ndarray]:
 def test_the_engine_queues_for_pages(model):
   """Half of what all rows could need, requests of all sizes, some cancelled: every one gets what it gets with rings of its own,
   in its turn, nothing is compiled on the way, no page has two owners, and all are free in the end."""
-  options = {"rows": 4, "capacity": 128, "chunk": 16, "stride": 4, "prefixes": 2, "reaches": 1}
+  options = {"rows": 4, "capacity": 128, "chunk": 16, "decode_steps": 4, "prefixes": 2, "max_buckets": 1}
   starts = prompts(16, 1)
   samplings = [dataclasses.replace(GREEDY, max_tokens=1 + 5 * (i % 8), temperature=i % 2, seed=i) for i in range(16)]
   expected = Engine(model, ByteTokenizer(), **options).generate(starts, samplings)
   engine = Engine(model, ByteTokenizer(), **options, pages=16, page=16)
   engine.warm_up()
-  compiled = [f._cache_size() for f in (engine._prefill, engine._decode, engine._place, engine._rest)]
+  compiled = [f._cache_size() for f in engine.programs[:5]]
   names = [engine.submit(prompt, sampling) for prompt, sampling in zip(starts, samplings)]
   tokens, reasons, cancelled, waited = {name: [] for name in names}, {}, names[3::5], False
   while engine.busy:
-    pieces = engine.step()
+    outputs = engine.step()
     if engine.counts["decoding"] > 1:
-      pieces += [piece for name in cancelled if (piece := engine.cancel(name)) is not None]
-    for piece in pieces:
-      tokens[piece.request] += [piece.token] * (piece.token is not None)
-      reasons |= {piece.request: piece.finish_reason} if piece.finish_reason else {}
-    running = [r for r in (*engine._active, *engine._filling.values()) if r is not None]
+      outputs += [output for name in cancelled if (output := engine.cancel(name)) is not None]
+    for output in outputs:
+      tokens[output.request] += [output.token] * (output.token is not None)
+      reasons |= {output.request: output.finish_reason} if output.finish_reason else {}
+    running = [r for r in (*engine.decoding, *engine.prefilling.values()) if r is not None]
     held = [page for r in running for page in r.pages if page < 16]
     assert len(held) == len(set(held)) == 16 - engine.pages.free
     assert all(sum(r.pages < 16) == -(-(len(r.prompt) + r.sampling.max_tokens - 1) // 16) for r in running)
@@ -98,17 +98,17 @@ def test_the_engine_queues_for_pages(model):
     assert tokens[name] == completion.tokens[: len(tokens[name])]
     assert (reasons[name] == "cancelled") == (name in cancelled)
     assert reasons[name] == "cancelled" or len(tokens[name]) == len(completion.tokens)
-  assert [f._cache_size() for f in (engine._prefill, engine._decode, engine._place, engine._rest)] == compiled
+  assert [f._cache_size() for f in engine.programs[:5]] == compiled
 
 
 def test_a_window_needs_its_pages_at_most(lively, model):
   """A prompt and text of many times the pages, beside a request of few."""
   windowed = lively(dataclasses.replace(model.config, window=30))
   starts = [np.random.default_rng(7).integers(0, 256, n) for n in (150, 5)]
-  options = {"rows": 2, "capacity": 30, "chunk": 16, "stride": 5}
+  options = {"rows": 2, "capacity": 30, "chunk": 16, "decode_steps": 5}
   expected = Engine(windowed, ByteTokenizer(), **options).generate(starts, GREEDY)
   engine = Engine(windowed, ByteTokenizer(), **options, pages=7, page=8)
-  assert (engine.pages.row, engine.pages.needed(170), engine.pages.needed(24)) == (4, 4, 3)
+  assert (engine.pages.most, engine.pages.needed(170), engine.pages.needed(24)) == (4, 4, 3)
   for ours, theirs in zip(engine.generate(starts, GREEDY), expected, strict=True):
     assert ours.tokens == theirs.tokens
   assert engine.pages.free == 7
@@ -135,14 +135,14 @@ def test_pages_fit_the_memory(model):
   assert size(12 * row / 2**30) == 32 and size(5.5 * row / 2**30) < 32
   with pytest.raises(UserError, match=r"cache_gib=1e-06: 4 rows, 1 kept prefixes .* 8 pages of 16 tokens, .* at least"):
     size(1e-6)
-  assert sizes_within(config, None, rows=3, page=None, parts=1) == {"rows": 3}
-  assert sizes_within(config, 12 * row / 2**30, rows=3, page=None, parts=2, capacity=128) == {"rows": 20}
-  assert sizes_within(config, 12 * row / 2**30, rows=4, page=16, parts=1, capacity=128, prefixes=1)["pages"] == 32
+  assert sizes_within(config, None, rows=3, page=None, shards=1, capacity=128) == {"rows": 3}
+  assert sizes_within(config, 12 * row / 2**30, rows=3, page=None, shards=2, capacity=128) == {"rows": 20}
+  assert sizes_within(config, 12 * row / 2**30, rows=4, page=16, shards=1, capacity=128, prefixes=1)["pages"] == 32
   raven = ModelConfig(block_pattern=("raven",), memory=MemoryConfig(enabled=False))
   for arguments, words in (((config, None, 16), "page=16: needs cache_gib"), ((config, 1.0, 24), "page=24: must be a power"),
                            ((raven, 1.0, 16), "keeps no keys and values")):
     with pytest.raises(UserError, match=words):
-      sizes_within(arguments[0], arguments[1], rows=1, page=arguments[2], parts=1, capacity=128)
+      sizes_within(arguments[0], arguments[1], rows=1, page=arguments[2], shards=1, capacity=128)
   for options, words in (({"pages": 7, "page": 16}, "pages=7: must be at least 8"), ({"pages": 8, "page": 20}, "page=20")):
     with pytest.raises(UserError, match=words):
       Engine(model, ByteTokenizer(), rows=1, capacity=128, **options)

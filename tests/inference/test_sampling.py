@@ -1,4 +1,4 @@
-"""Sampling against plain NumPy, and text given out piece by piece against decoding everything at once."""
+"""Sampling against plain NumPy, and incremental text against decoding everything at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
-from atma_jax.inference.sampling import Knobs, Sampling, sample
-from atma_jax.inference.text import TextStream
+from atma_jax.inference.sampling import RowSampling, Sampling, sample
+from atma_jax.inference.text_stream import TextStream
 
 LOGITS = np.array([2.0, 1.5, -0.5, 0.3, -3.0, 1.4, 0.0, -1.0], np.float32)
 SAMPLE = jax.jit(sample)
@@ -42,10 +42,10 @@ def test_frequencies(options):
   comes."""
   options = Sampling(**options)
   seen = np.isin(np.arange(8), [0, 2, 5])
-  knobs = Knobs.of(options)._replace(seed=jnp.arange(DRAWS, dtype=jnp.uint32))
-  knobs = Knobs(*(jnp.broadcast_to(x, DRAWS) for x in knobs))
+  rows = RowSampling.stack(options)._replace(seed=jnp.arange(DRAWS, dtype=jnp.uint32))
+  rows = RowSampling(*(jnp.broadcast_to(x, DRAWS) for x in rows))
   logits, many_seen = (jnp.broadcast_to(x, (DRAWS, 8)) for x in (LOGITS, seen))
-  drawn = SAMPLE(logits, knobs, many_seen, jnp.zeros(DRAWS, jnp.int32))
+  drawn = SAMPLE(logits, rows, many_seen, jnp.zeros(DRAWS, jnp.int32))
   expected = distribution(LOGITS, options, seen)
   counts = np.bincount(np.asarray(drawn), minlength=8)
   assert np.all(counts[expected == 0] == 0)
@@ -59,12 +59,12 @@ def test_rows_are_independent_and_reproducible():
   options = [Sampling(temperature=0), Sampling(seed=5), Sampling(top_k=4, seed=6), Sampling(temperature=0, top_p=0.1),
              Sampling(temperature=0, repetition_penalty=3.0), Sampling(min_p=0.2, top_p=0.7, seed=7)]
   index = np.arange(6, dtype=np.int32)
-  together = SAMPLE(logits, Knobs.of(*options), seen, index)
+  together = SAMPLE(logits, RowSampling.stack(*options), seen, index)
   order = np.array([3, 1, 5, 0, 2, 4])
-  moved = SAMPLE(logits[order], Knobs.of(*(options[i] for i in order)), seen[order], index[order])
+  moved = SAMPLE(logits[order], RowSampling.stack(*(options[i] for i in order)), seen[order], index[order])
   np.testing.assert_array_equal(together[order], moved)
   for i, own in enumerate(options):
-    assert SAMPLE(logits[i : i + 1], Knobs.of(own), seen[i : i + 1], index[i : i + 1])[0] == together[i]
+    assert SAMPLE(logits[i : i + 1], RowSampling.stack(own), seen[i : i + 1], index[i : i + 1])[0] == together[i]
   assert together[0] == logits[0].argmax() and together[3] == logits[3].argmax()
   penalised = np.where(seen[4], np.where(logits[4] > 0, logits[4] / 3, logits[4] * 3), logits[4])
   assert together[4] == penalised.argmax()
@@ -74,8 +74,8 @@ def test_excluded_tokens_never_come():
   """-inf stays out with every filter, even where it is all that top-k would add."""
   logits = jnp.full((64, 8), -jnp.inf).at[:, 3:5].set(jnp.array([0.0, -20.0]))
   for options in (Sampling(), Sampling(top_k=5), Sampling(top_p=0.999999), Sampling(temperature=100.0)):
-    knobs = Knobs.of(*(dataclasses.replace(options, seed=i) for i in range(64)))
-    assert set(np.asarray(SAMPLE(logits, knobs, jnp.zeros((64, 8), bool), jnp.zeros(64, jnp.int32))).tolist()) <= {3, 4}
+    rows = RowSampling.stack(*(dataclasses.replace(options, seed=i) for i in range(64)))
+    assert set(np.asarray(SAMPLE(logits, rows, jnp.zeros((64, 8), bool), jnp.zeros(64, jnp.int32))).tolist()) <= {3, 4}
 
 
 @pytest.mark.parametrize(("field", "value"), [

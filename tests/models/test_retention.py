@@ -156,7 +156,7 @@ def test_generation_obeys(model):
   """The engine continues a prompt as the capped model's own full pass would, which is not as the model without a cap."""
   capped = with_retention_cap(model, RetentionCap(0.05))
   prompt = [int(token) for token in TOKENS[0, :16]]
-  engine = Engine(capped, ByteTokenizer(), rows=1, capacity=32, chunk=16, stride=2)
+  engine = Engine(capped, ByteTokenizer(), rows=1, capacity=32, chunk=16, decode_steps=2)
   tokens = list(engine.generate([prompt], [Sampling(max_tokens=3, temperature=0.0)])[0].tokens)
   logits = nnx.jit(lambda model, tokens: model(tokens))
   expected, free = (np.argmax(logits(m, np.asarray([prompt + tokens]))[0, 15:-1], -1).tolist() for m in (capped, model))

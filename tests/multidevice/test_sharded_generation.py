@@ -19,7 +19,7 @@ from atma_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(vocab_size=272, num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32,
                      block_pattern=("local", "global"), activation_dtype="float32")
-SIZES = {"rows": 4, "capacity": 512, "chunk": 32, "first_chunk": 128, "reaches": 1}
+SIZES = {"rows": 4, "capacity": 512, "chunk": 32, "first_chunk": 128, "max_buckets": 1}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_sharding_changes_no_token(one_device, mesh):
   for one, eight in zip(expected, completions, strict=True):
     assert one.tokens == eight.tokens
     np.testing.assert_allclose(one.logprobs, eight.logprobs, atol=1e-4)
-  assert engine._rows.cache.layers["groups"][1].keys.sharding.shard_shape((1, 4, 2, 512, 8)) == (1, 1, 2, 512, 8)
-  assert engine._decode._cache_size() == engine._place._cache_size() == 1
+  assert engine.state.cache.layers["groups"][1].keys.sharding.shard_shape((1, 4, 2, 512, 8)) == (1, 1, 2, 512, 8)
+  assert engine.programs.decode._cache_size() == engine.programs.place._cache_size() == 1
   with pytest.raises(UserError, match="rows=3: must be a multiple of the 4 parts"):
     Engine(split, ByteTokenizer(), rows=3)

@@ -51,20 +51,20 @@ def full_logits(model, tokens):
   return np.asarray(jax.jit(lambda tokens: model(tokens), compiler_options=QUICK)(tokens))
 
 
-@pytest.mark.parametrize("name, platform, join", [
+@pytest.mark.parametrize("name, platform, fuse", [
   ("polar", "gpu", True), ("polar-window-bare", "gpu", True), ("rope", "gpu", True), ("polar", "tpu", False)])
-def test_decoding_equals_the_full_forward_pass(name, platform, join, lively, pretend):
+def test_decoding_equals_the_full_forward_pass(name, platform, fuse, lively, pretend):
   """Token by token, in rows of different lengths, with and without matrices joined; a row that brings nothing stands still."""
   model = lively(dataclasses.replace(BASE, **CASES[name]))
   tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
   full = full_logits(model, tokens)
   pretend(platform)
-  graphdef, state = nnx.split(model.apart(join))
+  graphdef, state = nnx.split(model.unstacked(fuse))
 
   @functools.partial(jax.jit, donate_argnums=1, compiler_options=QUICK)
   def step(state, cache, tokens, counts):
     model = nnx.merge(graphdef, state)
-    assert model.decodes_in_turn(cache)
+    assert model.unrolls_decoding(cache)
     hidden, cache = model.extend(tokens, cache, counts)
     return model.head(hidden)[:, 0], cache
 
@@ -85,15 +85,15 @@ def test_the_engine(lively, pretend):
   prompts = [np.random.default_rng(i).integers(0, 256, n).astype(np.int32) for i, n in enumerate((1, 40, 150, 17))]
   samplings = [Sampling(temperature=t, top_k=k, seed=i, max_tokens=7 + i, ignore_end=True)
                for i, (t, k) in enumerate(((0, 0), (1, 0), (1, 9), (0, 0)))]
-  sizes = {"rows": 2, "capacity": 192, "chunk": 16, "stride": 3}
-  expected = Engine(model, ByteTokenizer(), **sizes, reaches=1).generate(prompts, samplings)
+  sizes = {"rows": 2, "capacity": 192, "chunk": 16, "decode_steps": 3}
+  expected = Engine(model, ByteTokenizer(), **sizes, max_buckets=1).generate(prompts, samplings)
   pretend("gpu")
   engine = Engine(model, ByteTokenizer(), **sizes, pages=4, page=64)
-  assert engine.reaches == [192] and engine._decode._cache_size() == 0
+  assert engine.buckets == [192] and engine.programs.decode._cache_size() == 0
   engine.warm_up()
-  programs = engine._decode._cache_size(), engine._prefill._cache_size()
+  programs = engine.programs.decode._cache_size(), engine.programs.prefill._cache_size()
   assert programs == (2, 1)
   for ours, theirs in zip(engine.generate(prompts, samplings), expected, strict=True):
     assert ours.tokens == theirs.tokens
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=3e-4)
-  assert (engine._decode._cache_size(), engine._prefill._cache_size()) == programs
+  assert (engine.programs.decode._cache_size(), engine.programs.prefill._cache_size()) == programs

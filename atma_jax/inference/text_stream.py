@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, and nothing that a stop string may still take back."""
+"""Incremental detokenisation: whole characters only, and nothing that a stop string may still take back."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ from collections.abc import Sequence
 from atma_jax.data.tokenizers import Tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-_PATIENCE = 64  # tokens without a whole character at their end after which they are given out as they are
+_PATIENCE = 64  # tokens that do not complete a character, after which they are emitted as they are
 
 
 class TextStream:
-  """Text of one request, given out piece by piece.
+  """The text of one request, emitted in pieces as its tokens arrive.
 
-  A tokenizer may write a token differently at the start of a text, so the new piece is what the last few tokens add to
-  the text of those before them: a token costs the same however long the text is.
+  A tokenizer may write a token differently at the start of a text. The new piece is therefore what the last few tokens add to the
+  text of the tokens before them, so a token costs the same however long the text is.
+
+  Args:
+    tokenizer: of the tokens.
+    stop: strings that end the text and are not part of it.
 
   Attributes:
-    stopped: a stop string has come; `push` has then given out what stood before it.
+    stopped: whether a stop string has appeared. `push` has then emitted the text in front of it.
   """
 
   def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
     self._tokenizer, self._stop = tokenizer, tuple(stop)
-    self._context: list[int] = []  # tokens already given out that the next ones are decoded after
+    self._context: list[int] = []  # the last tokens emitted, after which the pending ones are decoded
     self._pending: list[int] = []
     self._held = ""  # complete text that may be the start of a stop string
     self.stopped = False
 
   def push(self, token: int) -> str:
-    """The text that is certain once `token` is known; may be empty."""
+    """Takes the next token and returns the text that is now certain, which may be empty."""
     self._pending.append(token)
     text = self._new_text()
     if text.endswith(_INCOMPLETE) and len(self._pending) < _PATIENCE:
@@ -37,7 +41,7 @@ class TextStream:
     return self._release(text)
 
   def finish(self) -> str:
-    """What was held back, once no token follows."""
+    """Returns the text that was held back, once no token follows."""
     text = self._release(self._new_text()) if self._pending and not self.stopped else ""
     rest, self._held, self._pending = self._held, "", []
     return text + rest
@@ -47,6 +51,7 @@ class TextStream:
     return self._tokenizer.decode(self._context + self._pending)[len(known):]
 
   def _release(self, text: str) -> str:
+    """Emits `text` after what was held back: up to a stop string, or all but what may be the start of one."""
     text = self._held + text
     found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
     if found:

@@ -28,8 +28,9 @@ from atma_jax.data.tokenizers import END_OF_TEXT, ByteTokenizer
 from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
-from atma_jax.serving.http import CompletionServer, compilations, listen
-from atma_jax.serving.protocol import Limits
+from atma_jax.serving.http import CompletionServer, listen
+from atma_jax.serving.limits import Limits
+from atma_jax.serving.prometheus import compilations
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 CAPACITY = 192
@@ -66,7 +67,7 @@ class Serving:
     """Whether everything is free again, within a few seconds."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
-      if not self.server.worker.outstanding and not self.server._running and not self.server.engine.busy:
+      if not self.server.thread.outstanding and not self.server.running and not self.server.engine.busy:
         return True
       time.sleep(0.02)
     return False
@@ -88,7 +89,7 @@ class Serving:
 @pytest.fixture(scope="module")
 def engine(lively):
   """Warm, and used by nobody else while it serves; with pages for two or three of the longest requests in four rows."""
-  engine = Engine(lively(), ByteTokenizer(), rows=4, capacity=CAPACITY, chunk=16, stride=4, alternatives=3, prefixes=2,
+  engine = Engine(lively(), ByteTokenizer(), rows=4, capacity=CAPACITY, chunk=16, decode_steps=4, alternatives=3, prefixes=2,
                   prompt_logprobs=True, pages=5 * CAPACITY // 32, page=16)
   engine.warm_up()
   return engine
@@ -117,7 +118,7 @@ def serving(engine, alone):
   yield serving
   serving.close()
   assert serving.code == 0
-  assert not serving.server.worker.outstanding and serving.server.worker.failure is None
+  assert not serving.server.thread.outstanding and serving.server.thread.failure is None
 
 
 def test_the_official_client(serving, alone):
@@ -386,7 +387,7 @@ def test_soak(serving, alone):
   assert sum(ends.values()) == count and ends["left"] > count / 10
   assert serving.idle() and compilations() == programs
   assert serving.metric("atma_free_pages") == serving.metric("atma_pages") == serving.server.engine.pages.total > 0
-  assert len(jax.live_arrays()) < arrays + 2 * len(jax.tree.leaves(serving.server.engine._rows))  # a kept prefix, a stride
+  assert len(jax.live_arrays()) < arrays + 2 * len(jax.tree.leaves(serving.server.engine.state))  # a kept prefix, tokens on their way
   assert serving.metric('atma_sequences{state="decoding"}') == serving.metric("atma_outstanding") == 0
 
 
