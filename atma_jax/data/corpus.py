@@ -25,7 +25,7 @@ _SCAN_BYTES = 1 << 20  # files handed to a worker at a time; a larger file goes 
 _PROBLEMS_KEPT = 20
 _RESERVE = 8  # documents at the end of ready shards set aside for each evaluation document taken
 
-_Portion = tuple[TextSource, list[tuple[int, SourceFile]]]  # files of one source, with their indices
+Portion = tuple[TextSource, list[tuple[int, SourceFile]]]  # files of one source, with their indices
 
 
 @dataclasses.dataclass
@@ -82,7 +82,7 @@ class TextCorpus:
     Raises:
       UserError: a document cannot be read and the source does not skip those, or there is no new text at all.
     """
-    portions = _portions(self.source, self.files)
+    portions = portions_of(self.source, self.files)
     report, entry_name = self.report, self.source.entry
     with progress_bar(len(self.files), " files", description=f"scan {entry_name}", scale=False, enabled=progress) as bar:
       for (_, files), (entries, problems, skipped) in zip(portions, pool.map(portions)):
@@ -158,8 +158,8 @@ class TextCorpus:
     self.entries = sorted(self.sample(size))
 
 
-def _portions(source: TextSource, files: Sequence[SourceFile]) -> list[_Portion]:
-  """Cuts a source's files into portions of about `_SCAN_BYTES`."""
+def portions_of(source: TextSource, files: Sequence[SourceFile]) -> list[Portion]:
+  """Cuts a source's files into portions of about a mebibyte, which `scan_files` reads at a time."""
   portions, filled = [], _SCAN_BYTES
   for index, file in enumerate(files):
     if filled >= _SCAN_BYTES:
@@ -170,7 +170,7 @@ def _portions(source: TextSource, files: Sequence[SourceFile]) -> list[_Portion]
   return portions
 
 
-def scan_files(portion: _Portion) -> tuple[list[Entry], list[str], int]:
+def scan_files(portion: Portion) -> tuple[list[Entry], list[str], int]:
   """Reads a portion of a source's files. Runs in worker processes.
 
   Returns:

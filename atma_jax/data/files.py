@@ -1,9 +1,10 @@
-"""Atomic writes: a file that exists under its final name is complete."""
+"""Atomic writes, after which a file that exists under its final name is complete, and locks on folders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -52,3 +53,25 @@ def read_json(path: pathlib.Path) -> Any:
     raise UserError(f"cannot read {path}: {error.strerror or error}") from error
   except ValueError as error:
     raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def exclusive(directory: pathlib.Path) -> Iterator[None]:
+  """Holds the lock of a folder, which is created if missing. The system releases it when the process ends, however it ends.
+
+  Raises:
+    UserError: another process holds the lock, or the folder cannot be written.
+  """
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
+  except OSError as error:
+    raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
+  try:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f"{directory} is being prepared by another process: wait for it, or name another") from error
+    yield
+  finally:
+    os.close(lock)

@@ -19,9 +19,9 @@ KEY_RANGE = (1_000_000, 10_000_000)  # half open: seven digits
 VALUE_RANGE = (0, 10**VALUE_DIGITS)  # half open: five digits, with zeros in front
 _EVALUATION_DIVISOR = 7
 _EVALUATION_SEED = 0x6E65
-_EVALUATION_WORDS = ("anchor", "basil", "copper", "dahlia", "elm", "fennel", "granite", "heron", "iris", "juniper", "kelp",
-                     "lilac", "marble", "nutmeg", "olive", "poplar", "quail", "rosemary", "sage", "thistle", "urchin", "violet",
-                     "walnut", "yew", "zinnia", "bramble", "clover", "dune", "estuary", "flint", "gorse", "hazel")
+EVALUATION_WORDS = ("anchor", "basil", "copper", "dahlia", "elm", "fennel", "granite", "heron", "iris", "juniper", "kelp",
+                    "lilac", "marble", "nutmeg", "olive", "poplar", "quail", "rosemary", "sage", "thistle", "urchin", "violet",
+                    "walnut", "yew", "zinnia", "bramble", "clover", "dune", "estuary", "flint", "gorse", "hazel")
 
 
 def is_evaluation_number(number: int) -> bool:
@@ -43,7 +43,7 @@ def draw_needle(trial: int, seed: int = 0) -> tuple[str, str]:
 
 def draw_word(trial: int, seed: int = 0) -> str:
   """Draws the word of a trial whose cue names one. Training uses other words."""
-  return str(np.random.default_rng([_EVALUATION_SEED, seed, trial, 1]).choice(_EVALUATION_WORDS))
+  return str(np.random.default_rng([_EVALUATION_SEED, seed, trial, 1]).choice(EVALUATION_WORDS))
 
 
 def _draw_multiple(rng: np.random.Generator, low: int, high: int) -> int:

@@ -18,9 +18,7 @@ another version of the same file) is dropped and counted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -34,7 +32,7 @@ from atma_jax.config import DataConfig
 from atma_jax.data import tokenizers
 from atma_jax.data.corpus import EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
 from atma_jax.data.documents import Entry
-from atma_jax.data.files import read_json, write_json
+from atma_jax.data.files import exclusive, read_json, write_json
 from atma_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, check_settings, load_manifest, settings_of
 from atma_jax.data.near_duplicates import EvaluationLines
 from atma_jax.data.process_pool import Pool
@@ -71,12 +69,13 @@ def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | 
   """
   directory = pathlib.Path(directory)
   settings = settings_of(config)
-  with _exclusive(directory):
-    if not (directory / MANIFEST).exists():
-      _prepare(config, settings, directory, workers, progress)
-    manifest = load_manifest(directory)
-    check_settings(manifest.settings, settings, directory)
-    return manifest
+  if not (directory / MANIFEST).exists():  # a finished directory may be read-only
+    with exclusive(directory):
+      if not (directory / MANIFEST).exists():  # nobody has finished it meanwhile
+        _prepare(config, settings, directory, workers, progress)
+  manifest = load_manifest(directory)
+  check_settings(manifest.settings, settings, directory)
+  return manifest
 
 
 def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Path, workers: int | None,
@@ -111,31 +110,6 @@ def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Pa
       heldout=heldout, tokenizer={"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
                                   "eot_id": tokenizer.eot_id, "fingerprint": tokenizer.fingerprint})
   write_json(directory / MANIFEST, dataclasses.asdict(manifest))
-
-
-@contextlib.contextmanager
-def _exclusive(directory: pathlib.Path) -> Iterator[None]:
-  """Holds the directory's lock, which the system releases when the process ends, however it ends."""
-  if (directory / MANIFEST).exists():  # finished: nothing will be written, and the directory may be read-only
-    yield
-    return
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
-  except OSError as error:
-    raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
-  try:
-    _acquire(lock, directory)
-    yield
-  finally:
-    os.close(lock)
-
-
-def _acquire(lock: int, directory: pathlib.Path) -> None:
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise UserError(f"{directory} is being prepared by another process: wait for it, or name another") from error
 
 
 def _open_sources(config: DataConfig) -> tuple[list[TextSource | TokenSource], dict[TextSource, TextCorpus],

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from atma_jax.config import DataConfig
-from atma_jax.data import corpus as corpus_module
 from atma_jax.data import prepare as prepare_module
+from atma_jax.data.corpus import portions_of
 from atma_jax.data.documents import SourceFile
+from atma_jax.data.files import exclusive
 from atma_jax.data.manifest import load_manifest, load_prepared_tokenizer, open_stream
 from atma_jax.data.prepare import prepare
 from atma_jax.data.shards import open_shard, token_dtype, write_shard
@@ -375,7 +376,7 @@ def test_sources_listed_twice_and_untrainable_tokenizers(config, tmp_path):
 
 
 def test_one_preparation_at_a_time(config, tmp_path):
-  with (prepare_module._exclusive(tmp_path / "data"),
+  with (exclusive(tmp_path / "data"),
         pytest.raises(UserError, match="is being prepared by another process")):
     run(config, tmp_path / "data")
 
@@ -392,5 +393,5 @@ def test_files_are_scanned_in_portions_of_bytes(tmp_path):
     (tmp_path / f"{index}.txt").write_bytes(b"x" * size)
   files = [SourceFile(str(tmp_path / f"{index}.txt"), "") for index in range(5)]
   missing = SourceFile(str(tmp_path / "missing.txt"), "")
-  portions = corpus_module._portions(parse_source("python-source"), [*files, missing])
+  portions = portions_of(parse_source("python-source"), [*files, missing])
   assert [[index for index, _ in files] for _, files in portions] == [[0, 1, 2], [3, 4, 5]]

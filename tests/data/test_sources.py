@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 import gzip
+import pathlib
 import sysconfig
 
 import pyarrow
@@ -10,10 +12,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from atma_jax.data.documents import read_documents
+from atma_jax.config import DataConfig
+from atma_jax.data import sources
+from atma_jax.data.documents import Document, SourceFile, read_documents
+from atma_jax.data.prepare import prepare
 from atma_jax.data.source import TextSource
 from atma_jax.data.sources import parse_source
 from atma_jax.errors import UserError
+from tests.data.conftest import make_text
 
 TEXTS = ["first\n text  ", "zweites ä 🎉", "third\r\n\tline"]
 
@@ -76,8 +82,53 @@ def test_an_empty_folder(tmp_path):
 @pytest.mark.parametrize("source", ["", "text", "text:", "bin:", "python", "recall:", "recall:bin:x", "recall:recall:x",
                                     "/data/x.txt"])
 def test_what_is_not_a_source(source):
-  with pytest.raises(UserError, match=r"config\.data\.sources: .* legal: bin:GLOB .*, python-source .*, recall:SOURCE .*, text:GLOB"):
+  legal = r"config\.data\.sources: .* legal: bin:GLOB .*, python-source .*, recall:SOURCE .*, text:GLOB"
+  with pytest.raises(UserError, match=legal):
     parse_source(source)
+
+
+def test_files_are_named_after_their_prefixes():
+  """An entry's prefix finds its source, and every source says how it is written and what it holds."""
+  folder = pathlib.Path(sources.__file__).parent
+  assert {path.stem.replace("_", "-") for path in folder.glob("[!_]*.py")} == set(sources.source_types())
+  assert all(source.syntax.partition(":")[0] == prefix and source.help for prefix, source in sources.source_types().items())
+
+
+class LinesSource(TextSource):
+  """Every line of a file is a document."""
+
+  prefix, syntax, help = "lines", "lines:GLOB", "one document per line"
+  settings = ("prefetch",)  # any option will do to show that it is recorded
+
+  def files(self) -> list[SourceFile]:
+    return [SourceFile(path, path) for path in self.glob()]
+
+  def read(self, file: SourceFile, rows: Collection[int] | None = None) -> Iterator[Document]:
+    for row, line in enumerate(pathlib.Path(file.path).read_text().splitlines()):
+      if rows is None or row in rows:
+        yield Document(f"{file.name}:{row + 1}", row, line)
+
+
+def test_a_registered_source(tmp_path, monkeypatch):
+  """One class makes a source: it is prepared in worker processes, alone and under recall, and named in errors."""
+  monkeypatch.setattr(sources, "_REGISTERED", {})
+  entry = f"lines:{tmp_path}/*.lst"
+  config = DataConfig(sources=(entry, f"recall:{entry}"), weights=(1.0, 1.0), tokenizer="bytes", heldout_documents=2,
+                      validation_documents=2, sequence_length=64)
+  with pytest.raises(UserError, match=r"'lines:.*' is not a source; legal: bin:GLOB"):
+    prepare(config, tmp_path / "data", workers=1, progress=False)
+  sources.register(LinesSource)
+  lines = [make_text(seed, 40).replace("\n", " ") for seed in range(30)]
+  for index in range(3):
+    (tmp_path / f"{index}.lst").write_text("\n".join(lines[10 * index : 10 * index + 10]))
+  manifest = prepare(config, tmp_path / "data", workers=2, progress=False)
+  assert [record["source"] for record in manifest.train] == list(config.sources)
+  assert manifest.scanned[0]["documents"] == 30 and manifest.train[0]["documents"] == 26
+  assert manifest.settings["prefetch"] == config.prefetch and manifest.settings["recall_max_mib"] == config.recall_max_mib
+  assert {document["name"] for document in manifest.heldout["documents"]} < {
+    f"{tmp_path}/{file}.lst:{line}" for file in range(3) for line in range(1, 11)}
+  with pytest.raises(UserError, match=r"lines:GLOB \(one document per line\)"):
+    parse_source("line")
 
 
 @pytest.mark.parametrize("name, content, problems", [

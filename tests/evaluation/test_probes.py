@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from atma_jax.data import needles
+from atma_jax.data.sources import recall
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
 from atma_jax.evaluation.records import Measurement, ResultsFile
@@ -163,7 +164,7 @@ def test_trials_are_paired(inputs_of):
 
 def test_training_never_sees_what_evaluation_asks():
   """Words, like keys and values, are disjoint."""
-  assert not set(needles._WORDS) & set(needles._EVALUATION_WORDS)
+  assert not set(recall.WORDS) & set(needles.EVALUATION_WORDS)
 
 
 # --- Bits per byte ----------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from atma_jax.data.needles import CUE, KEY_RANGE, MAGIC_CUE, VALUE_DIGITS, VALUE
 from atma_jax.data.source import TextSource
 from atma_jax.data.sources import parse_source
 
-_WORDS = ("amber", "birch", "cedar", "delta", "ember", "falcon", "garnet", "harbor", "indigo", "jasper", "kestrel",
-          "lantern", "maple", "nectar", "onyx", "pepper", "quartz", "raven", "saffron", "timber", "umber", "velvet",
-          "willow", "yarrow", "zephyr")
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "falcon", "garnet", "harbor", "indigo", "jasper", "kestrel", "lantern",
+         "maple", "nectar", "onyx", "pepper", "quartz", "raven", "saffron", "timber", "umber", "velvet", "willow", "yarrow",
+         "zephyr")
 # Half of the records are worded like the evaluation's needle; the others keep the skill from clinging to one sentence.
 _PHRASINGS = ((CUE, 0.5), (MAGIC_CUE, 0.1), (" Locker {key} opens with", 0.1),
               (" # pin of {word} {short}:", 0.1), (" The pass phrase of {word} {short} reads", 0.1),
@@ -134,7 +134,7 @@ def _draw_value(rng: np.random.Generator, words: list[str]) -> str:
 
 def _draw_cue(rng: np.random.Generator) -> str:
   phrases, weights = zip(*_PHRASINGS)
-  return rng.choice(phrases, p=weights).format(key=_draw_number(rng, *KEY_RANGE), word=rng.choice(_WORDS),
+  return rng.choice(phrases, p=weights).format(key=_draw_number(rng, *KEY_RANGE), word=rng.choice(WORDS),
                                                short=rng.integers(100, 1000))
 
 
