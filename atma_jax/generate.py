@@ -10,15 +10,14 @@ A single prompt is streamed to the terminal. A file of prompts holds one per lin
 from __future__ import annotations
 
 from absl import flags
-import jax
 import numpy as np
 
 from atma_jax import cli
 from atma_jax.checkpoints.load import load_model
 from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.errors import UserError
+from atma_jax.inference.api import engine_for
 from atma_jax.inference.console import complete_all, read_lines, read_text, stream_one
-from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
@@ -58,10 +57,9 @@ def main() -> None:
     prompts = [_PROMPT.value or ""]
   config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, overrides=_OVERRIDES.values())
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
-  capacity = 1 << (len(before) + max(len(tokenizer.encode(p)) for p in prompts) + sampling.max_tokens).bit_length()
-  rows = -(-min(_ROWS.value, len(prompts)) // jax.device_count()) * jax.device_count()  # split over all devices
-  engine = Engine(model, tokenizer, rows=rows, capacity=capacity, chunk=_CHUNK.value, prefixes=1,
-                  first_chunk=_FIRST_CHUNK.value, decode_steps=_DECODE_STEPS.value, cache_dtype=_CACHE_DTYPE.value)
+  tokens = len(before) + max(len(tokenizer.encode(p)) for p in prompts) + sampling.max_tokens
+  engine = engine_for(model, tokenizer, tokens, min(_ROWS.value, len(prompts)), chunk=_CHUNK.value, prefixes=1,
+                      first_chunk=_FIRST_CHUNK.value, decode_steps=_DECODE_STEPS.value, cache_dtype=_CACHE_DTYPE.value)
   if _LOAD_STATE.value:
     engine.load(_LOAD_STATE.value)
   if _PROMPTS_FILE.value is not None:

@@ -68,9 +68,26 @@ def generate(model: Atma | str | os.PathLike[str], prompt: str | Sequence[str], 
   if not prompts:
     return []
   longest = max(len(tokenizer.encode(text)) for text in prompts)
-  devices = jax.device_count()
-  engine = Engine(model, tokenizer, rows=-(-min(rows, len(prompts)) // devices) * devices,
-                  capacity=1 << (longest + first.max_tokens).bit_length())
-  samplings = [dataclasses.replace(first, seed=(first.seed + i) % 2**32) for i in range(len(prompts))]
-  texts = [completion.text for completion in engine.generate(prompts, samplings)]
+  engine = engine_for(model, tokenizer, longest + first.max_tokens, min(rows, len(prompts)))
+  texts = [completion.text for completion in engine.generate(prompts, sampling_per_prompt(first, len(prompts)))]
   return texts[0] if isinstance(prompt, str) else texts
+
+
+def engine_for(model: Atma, tokenizer: Tokenizer, tokens: int, rows: int, **options: Any) -> Engine:
+  """Makes an engine that is just large enough.
+
+  Args:
+    model: the model.
+    tokenizer: its tokenizer.
+    tokens: the most tokens of a prompt and its text together. The capacity is a power of two above it, so that prompts of
+      similar lengths run the same programs.
+    rows: the most prompts decoded at once, rounded up to a multiple of the devices that share them.
+    **options: further arguments of `Engine`.
+  """
+  devices = jax.device_count()
+  return Engine(model, tokenizer, rows=-(-rows // devices) * devices, capacity=1 << tokens.bit_length(), **options)
+
+
+def sampling_per_prompt(sampling: Sampling, count: int) -> list[Sampling]:
+  """The samplings of `count` prompts, of which prompt i draws its random numbers from ``sampling.seed + i``."""
+  return [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(count)]
