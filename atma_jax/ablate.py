@@ -62,8 +62,8 @@ def main() -> int | None:
   directory = pathlib.Path(_OUTPUT.value)
   evaluation = sweep.Evaluation(tuple(_SUITE.value), cli.whole_numbers("multiples", _MULTIPLES.value), _TRIALS.value,
                                 _BATCH_TOKENS.value, _DOCUMENTS.value)
-  chosen = sweep.select_cells(cells or sweep.find(directory), _CELLS.value, directory)
-  folders = sweep.create(directory, chosen, evaluation) if cells else chosen
+  folders = (sweep.create(directory, sweep.select_cells(cells, _CELLS.value, directory), evaluation) if cells
+             else sweep.select_cells(sweep.find(directory), _CELLS.value, directory))
   if _JOBS.value:
     return jobs.submit(_JOBS.value, folders, _OUTPUT.value, _LAUNCH.value, dry_run=_DRY_RUN.value)
   worker = Worker(folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value, gpus=_GPUS.value)

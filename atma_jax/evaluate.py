@@ -35,20 +35,22 @@ flags.FLAGS["suite"].help += " " + "; ".join(f"{name}: {suite.help}" for name, s
 
 def main() -> None:
   """Runs the suites, goes on where results end, and writes report and plots. Raises UserError on bad flags and checkpoints."""
-  for flag, needed in ((_OUTPUT, True), (_CHECKPOINT, not _REPORT.value)):
-    if needed and not flag.value:
-      raise UserError(f"--{flag.name}=DIR is required")
+  checkpoint, output = _CHECKPOINT.value, _OUTPUT.value
+  if not output:
+    raise UserError("--output=DIR is required")
+  if not checkpoint and not _REPORT.value:
+    raise UserError("--checkpoint=DIR is required")
   if _COMPARE.value and not _REPORT.value:
     raise UserError(f"--compare={','.join(_COMPARE.value)}: is for --report")
   overrides = _OVERRIDES.values(heads_alone=bool(_CAPS.value))
   caps = parse_caps(_CAPS.value, _OVERRIDES.heads)
   options = {name: value for group in _OPTIONS for name, value in group.values().items()}
   _DISTRIBUTED.initialize()
-  if _CHECKPOINT.value:
-    evaluate(_CHECKPOINT.value, _OUTPUT.value, overrides=overrides, retention_caps=caps, **options)
+  if checkpoint:
+    evaluate(checkpoint, output, overrides=overrides, retention_caps=caps, **options)
   if _REPORT.value and _DISTRIBUTED.first:
-    write_report([pathlib.Path(_OUTPUT.value) / "results.jsonl", *map(pathlib.Path, _COMPARE.value)],
-                 pathlib.Path(_OUTPUT.value) / "report.html")
+    folder = pathlib.Path(output)
+    write_report([folder / "results.jsonl", *map(pathlib.Path, _COMPARE.value)], folder / "report.html")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def student_interval(values: Sequence[float]) -> tuple[float | None, float | Non
   """Student's interval of the mean of `values`, or (None, None) for a single value."""
   if len(values) < 2:
     return None, None
-  half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+  half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
   mean = float(np.mean(values))
   return mean - half, mean + half
 

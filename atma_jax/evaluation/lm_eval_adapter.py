@@ -9,7 +9,7 @@ causal, so the results depend on neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from lm_eval.api.instance import Instance
@@ -106,7 +106,7 @@ class AtmaLM(TemplateLM):
     """The log-probability of each continuation given its context, in nats, and whether greedy decoding would give it."""
     pairs = []
     for request in requests:
-      context, continuation = request.args
+      context, continuation = cast(tuple[str, str], request.args)
       encoded = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
       pairs.append((request.args, *encoded))
     return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
@@ -145,7 +145,7 @@ class AtmaLM(TemplateLM):
     jobs: dict[int, list[int]] = {}
     prompts, samplings = [], []
     for index, request in enumerate(requests):
-      context, options = request.args
+      context, options = cast(tuple[str, dict[str, Any]], request.args)
       prompts.append([self.eot_token_id, *self.tok_encode(context)])
       samplings.append(self._sampling(options))
       length = len(prompts[-1]) + samplings[-1].max_tokens
@@ -190,7 +190,7 @@ class AtmaLM(TemplateLM):
           part = slice(done, done + len(losses))
           done += len(losses)
           hits = (predicted == np.take_along_axis(rows[part], positions[part], axis=1)) | ~inside[part]
-          sums = np.sum(losses, axis=1, where=inside[part], dtype=np.float64)
+          sums = np.asarray(np.sum(losses, axis=1, where=inside[part], dtype=np.float64))
           for index, value, greedy in zip(indices[part], sums, hits.all(axis=1)):
             results[index] = -float(value), bool(greedy)
           bar.update(len(losses))

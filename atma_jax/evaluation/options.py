@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from atma_jax.config import NOT_NEGATIVE, POSITIVE, RetentionCap, Rule, option
 from atma_jax.errors import UserError, unknown_name
@@ -23,6 +23,9 @@ class CheckedOptions:
       value, rule = getattr(self, field.name), field.metadata["rule"]
       if rule is not None and value is not None and not rule.allows(value):
         raise UserError(f"--{field.name}={_as_flag(value)}: must be {rule.legal}")
+
+
+_Kind = TypeVar("_Kind", bound=CheckedOptions)
 
 
 def _as_flag(value: Any) -> str:
@@ -77,7 +80,7 @@ def option_owners() -> Iterator[tuple[str, type[CheckedOptions]]]:
     yield name, suite.options
 
 
-def split_options(values: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+def split_options(values: Mapping[str, Any]) -> tuple[Options, dict[str, CheckedOptions]]:
   """Sorts options by flag name into the common ones and, by name, those of each suite.
 
   A list counts as a tuple, and a single suite may be given as a string.
@@ -93,5 +96,8 @@ def split_options(values: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
   if isinstance(values.get("suite"), str):
     values = {**values, "suite": (values["suite"],)}
   values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-  made = {owner: kind(**{name: values[name] for name in owners[owner] & values.keys()}) for owner, kind in option_owners()}
-  return made.pop(""), made
+
+  def make(owner: str, kind: type[_Kind]) -> _Kind:
+    return kind(**{name: values[name] for name in owners[owner] & values.keys()})
+
+  return make("", Options), {owner: make(owner, kind) for owner, kind in option_owners() if owner}

@@ -199,7 +199,7 @@ class Scorer:
 
   def _token_scores(self, model: Atma, hidden: Float[Array, "B P C"],
                     targets: Int[Array, "B P"]) -> tuple[Float[Array, "B P"], Int[Array, "B P"]]:
-    """Losses of the targets and predictions of them, at some positions only."""
+    """Losses and predictions of targets at some positions, whose hidden states are not split over the context axis."""
     predictions = model.token_predictions(hidden, chunk=self._chunk, whole=False)
     return model.token_losses(hidden, targets, chunk=self._chunk, whole=False), predictions
 
@@ -261,6 +261,7 @@ class Scorer:
 def _bytes_needed(compiled: jax.stages.Compiled) -> int:
   """Memory that a call needs on a device besides its arguments."""
   sizes = compiled.memory_analysis()
+  assert sizes is not None, "every backend that jax supports analyses memory"
   return sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
 
 

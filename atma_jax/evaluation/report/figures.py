@@ -9,6 +9,7 @@ import math
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 import numpy as np
 
 from atma_jax.evaluation.records import Record
@@ -63,7 +64,7 @@ def half_life_histograms(panels: Mapping[str, Mapping[str, Sequence[float | None
   figure, all_axes = _new_figure(len(panels), 4.6)
   values = [v for series in panels.values() for heads in series.values() for v in heads if v is not None and v > 0]
   low, high = (math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))) + 1) if values else (0, 1)
-  edges = np.arange(low, high + 2)
+  edges = list(range(low, high + 2))
   for axes, (title, series) in zip(all_axes, panels.items()):
     for index, (label, heads) in enumerate(series.items()):
       where = [high + 0.5 if v is None else math.log2(max(v, 2.0**low)) for v in heads]
@@ -77,7 +78,9 @@ def half_life_histograms(panels: Mapping[str, Mapping[str, Sequence[float | None
     labels = [short_tokens(2.0**t) for t in ticks]
     axes.set_xticks([*ticks, high + 0.5] if endless else ticks, [*labels, "never"] if endless else labels)
     axes.set_xlabel("half-life (tokens)")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    locator = axes.yaxis.get_major_locator()
+    assert isinstance(locator, MaxNLocator)
+    locator.set_params(integer=True)
   all_axes[0].set_ylabel("heads")
   _add_legend(figure, all_axes[0])
   return _svg(figure)

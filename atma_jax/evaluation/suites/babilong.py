@@ -194,11 +194,11 @@ def finetune(model: Atma, examples: Sequence[Sequence[Example]], mesh: Mesh, *, 
     params = jax.tree.map(lambda leaf: placed(jnp.copy(leaf)), params)  # donated below
     state = params, jax.tree.map(placed, optimizer.init(params))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+    compiled_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
     for _ in range(steps):
-      pool = examples[rng.integers(len(examples))]
+      pool = examples[int(rng.integers(len(examples)))]
       tokens, weights = make_batch([pool[i] for i in rng.integers(len(pool), size=batch_size)], pad)
-      state, loss = step(state, jax.device_put(tokens, rows), jax.device_put(weights, rows))
+      state, loss = compiled_step(state, jax.device_put(tokens, rows), jax.device_put(weights, rows))
       losses.append(loss)
     if losses:
       first, last = float(np.mean(losses[:10])), float(np.mean(losses[-10:]))

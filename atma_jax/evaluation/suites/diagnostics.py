@@ -32,6 +32,7 @@ from atma_jax.evaluation.statistics import mean_and_error
 from atma_jax.evaluation.suite import Cell, Inputs, Progress, Suite, fingerprint
 from atma_jax.evaluation.tapping import document_rows, tap_layers
 from atma_jax.models.block import Block, Tap, Trace
+from atma_jax.models.mixers.attention import AttentionMixer
 from atma_jax.ops.polar_attention.api import attention_statistics
 
 SATURATED = 0.99
@@ -49,9 +50,9 @@ def diagnostics_cells(inputs: Inputs, options: CheckedOptions) -> list[Cell]:
   if training > rows.shape[1]:
     rows = document_rows(dataclasses.replace(inputs, lengths=(*inputs.lengths, training)), "diagnostics")
   reference = functools.cache(lambda: observe(inputs, rows[:, :training]))
-  shapes = jax.eval_shape(lambda tokens: inputs.model.tapped(tokens, make_tap(0))[1], jax.ShapeDtypeStruct((1, 1), jnp.int32))
-  measured = [(*RESIDUAL, *(name for name in POLAR if name in layer), *(MEMORY if "memory_norm" in layer else ()))
-              for layer in shapes]
+  results = jax.eval_shape(lambda tokens: inputs.model.tapped(tokens, make_tap(0))[1], jax.ShapeDtypeStruct((1, 1), jnp.int32))
+  measures = [(*RESIDUAL, *(name for name in POLAR if name in layer), *(MEMORY if "memory_norm" in layer else ()))
+              for layer in results]
 
   def cell(length: int) -> Cell:
     def run(progress: Progress) -> list[Measurement]:
@@ -59,7 +60,7 @@ def diagnostics_cells(inputs: Inputs, options: CheckedOptions) -> list[Cell]:
       progress(len(rows) * length)
       return layer_measurements(length, layers, reference())
 
-    expected = [(name, length, layer, None) for layer, names in enumerate(measured) for name in names]
+    expected = [(name, length, layer, None) for layer, names in enumerate(measures) for name in names]
     settings = {"documents": len(rows), "training_length": training, "text": fingerprint(rows)}
     return Cell(f"diagnostics at {length}", tuple(expected), settings, len(rows) * length, run)
 
@@ -85,6 +86,7 @@ def make_tap(start: int) -> Tap:
     mean = output.mean(1)
     result = {"mean": mean, "variance": jnp.square(output - mean[:, None]).mean(1)}
     if "magnitude" in trace:
+      assert isinstance(block.mixer, AttentionMixer)  # only polar attention has magnitudes
       core = block.mixer.core
       statistics = attention_statistics(trace["q"][:, start:], trace["k"], trace["v"], core.params, core.spec)
       magnitude = trace["magnitude"][:, start:]
