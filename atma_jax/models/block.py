@@ -90,7 +90,8 @@ class Group(nnx.Module):
       trace = None if tap is None else {}
       x, _ = block(x, trace=trace)
       if tap is not None and trace is not None:
-        results.append(tap(block, trace, first + index))
+        layer: Any = first + index
+        results.append(tap(block, trace, layer))
     return x if tap is None else ResidualStream(x.value), results
 
   def extend(self, x: ResidualStream, caches: Sequence[LayerCache],

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 import jax
@@ -200,7 +200,7 @@ class Linear(nnx.Module):
 
 
 def _with_parameters(linear: Linear, kernel: jax.Array, bias: jax.Array) -> Linear:
-  copy = nnx.clone(linear)
+  copy: Any = nnx.clone(linear)
   copy.kernel, copy.bias = linear.kernel.replace(kernel), linear.bias.replace(bias)
   return copy
 
@@ -238,18 +238,13 @@ class DepthwiseFilter(nnx.Module):
   def __init__(self, config: ModelConfig, taps: int, channels: int, *, rngs: nnx.Rngs):
     self.weight = parameter(config, rngs, weight_init(config, taps), (taps, channels), (None, None), "muon_depthwise")
 
-  def __call__(self, x: Float[Array, "B T F"], history: Float[Array, "B taps-1 F"] | None, span: TokenSpan | None,
-               channels: str) -> tuple[Float[Array, "B T F"], Float[Array, "B taps-1 F"] | None]:
-    """The convolution of x, and the history after x: the last taps - 1 inputs that are no padding.
+  def __call__(self, x: Float[Array, "B T F"], channels: str) -> Float[Array, "B T F"]:
+    """The convolution of whole sequences; `channels` is the logical axis of x's last dimension."""
+    return parallel.short_conv(x, self.weight[...], channels=channels)
 
-    Args:
-      x: whole sequences, or with a `span` new tokens.
-      history: the inputs before x; None for whole sequences.
-      span: where the new tokens stand; None for whole sequences.
-      channels: logical axis of x's last dimension.
-    """
-    if span is None or history is None:
-      return parallel.short_conv(x, self.weight[...], channels=channels), None
+  def extend(self, x: Float[Array, "B T F"], history: Float[Array, "B taps-1 F"],
+             span: TokenSpan) -> tuple[Float[Array, "B T F"], Float[Array, "B taps-1 F"]]:
+    """The convolution of new tokens that follow a `history` of inputs, and the history after them, which padding leaves alone."""
     y = short_conv(x, self.weight[...], history=history)
     inputs = jnp.concatenate([history, x.astype(history.dtype)], axis=1)
     if x.shape[1] == 1:

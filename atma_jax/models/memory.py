@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import math
 
 from flax import nnx
@@ -44,7 +45,7 @@ class Memory(nnx.Module):
     read, state = self.read((self.gamma(x), self.beta(x), self.gate(x)), q, k, v, state, span, trace)
     return self.out_proj(read), state
 
-  def read(self, gates: tuple[Array, Array, Array], q: Float[Array, "B T H D"], k: Float[Array, "B T K D"],
+  def read(self, gates: Sequence[Array], q: Float[Array, "B T H D"], k: Float[Array, "B T K D"],
            v: Float[Array, "B T K D"], state: Array | None, span: TokenSpan | None, trace: Trace | None,
            layer: int | None = None) -> tuple[Float[Array, "B T H*D"], Array]:
     """What `out_proj` takes, and the state after the tokens.

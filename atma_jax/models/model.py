@@ -237,9 +237,10 @@ class Atma(nnx.Module):
 
   def skips_unused_slots(self, cache: Cache) -> bool:
     """Whether decoding reads every row of such a cache up to its own length, so that no `cache_slots` is needed."""
-    return cache.keys is not None and skips_unused_slots(
-      cache.keys, self.config.num_heads, layers.activation_dtype(self.config), paged=cache.table is not None,
-      implementation=self.config.implementation)
+    keys = cache.keys
+    return keys is not None and skips_unused_slots(
+      jax.ShapeDtypeStruct(keys.shape, keys.dtype), self.config.num_heads, layers.activation_dtype(self.config),
+      paged=cache.table is not None, implementation=self.config.implementation)
 
   def unstacked(self, fuse: bool = True) -> Atma:
     """A copy that computes the same in fewer steps where it `unrolls_decoding`; on a GPU each step costs its start.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -91,7 +92,8 @@ def _memories(model: Atma) -> Iterator[tuple[int, int | None, Memory]]:
   """Layer, row in its stacked arrays (None for a memory that is not stacked) and memory, in the order of layers."""
   pattern = len(model.config.block_pattern)
   repeats = model.config.num_layers // pattern
-  groups = [(row * pattern, row, model.groups) for row in range(repeats)] + [(repeats * pattern, None, model.tail)]
+  groups: list[tuple[int, int | None, Any]] = [(row * pattern, row, model.groups) for row in range(repeats)]
+  groups.append((repeats * pattern, None, model.tail))
   for first, row, group in groups:
     for index, block in enumerate([] if group is None else group.blocks):
       if block.mixer.memory is not None:

@@ -276,7 +276,7 @@ class AttentionMixer(Mixer):
     channels = [(heads * jax.nn.sigmoid(gate)).reshape(B, T, -1), *magnitudes]
     if self.memory is not None:
       past, layer = (None, None) if cache is None else (cache.memory, cache.layer)
-      read, state = self.memory.read(tuple(gates), q, k, v, past, span, trace, layer)
+      read, state = self.memory.read(gates, q, k, v, past, span, trace, layer)
       channels.append(read)
     output = layers.LinearSum(list(zip(self._output_layers(), channels, strict=True)))
     if self.fused_outputs is not None:
@@ -316,10 +316,12 @@ class AttentionMixer(Mixer):
     activation = layers.activation_dtype(config)
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     keys, values = (jnp.zeros((rings.count, kv_heads, rings.slots, dim), rings.dtype) for _ in range(2))
-    canon = [jnp.zeros((batch, config.canon_taps - 1, n * dim), activation) if CORES[config.attention].has_canon else None
-             for n in (heads, kv_heads, kv_heads)]
-    scales = [jnp.zeros((rings.count, kv_heads, rings.slots), jnp.float32) if rings.dtype == "int8" else None for _ in range(2)]
-    return AttentionCache(keys, values, *canon, memory.init_state(config, batch), *scales)
+    canon_q, canon_k, canon_v = (
+      jnp.zeros((batch, config.canon_taps - 1, n * dim), activation) if CORES[config.attention].has_canon else None
+      for n in (heads, kv_heads, kv_heads))
+    key_scale, value_scale = (
+      jnp.zeros((rings.count, kv_heads, rings.slots), jnp.float32) if rings.dtype == "int8" else None for _ in range(2))
+    return AttentionCache(keys, values, canon_q, canon_k, canon_v, memory.init_state(config, batch), key_scale, value_scale)
 
   @classmethod
   def operations(cls, config: ModelConfig, sequence_length: int) -> float:
@@ -341,8 +343,19 @@ def _split(y: Array, linears: Sequence[layers.Linear]) -> list[Array]:
 
 def _canon(z: Float[Array, "B T heads D"], conv: layers.DepthwiseFilter, history: Array | None, span: TokenSpan | None,
            channels: str) -> tuple[Float[Array, "B T heads D"], Array | None]:
-  """``z + conv(z)`` over the flattened heads, and the history after z; arguments as for `DepthwiseFilter`."""
+  """``z + conv(z)`` over the flattened heads, and the history after z.
+
+  Args:
+    z: of whole sequences, or with a `span` of new tokens.
+    conv: the convolution.
+    history: its inputs before z, with a `span`.
+    span: where the new tokens stand.
+    channels: logical axis of the flattened heads.
+  """
   B, T, heads, dim = z.shape
   flat = z.reshape(B, T, heads * dim)
-  y, history = conv(flat, history, span, channels)
+  if span is None or history is None:
+    y, history = conv(flat, channels), None
+  else:
+    y, history = conv.extend(flat, history, span)
   return (flat + y).reshape(B, T, heads, dim), history

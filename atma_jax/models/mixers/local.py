@@ -43,7 +43,7 @@ class LocalMixer(Mixer):
     if cache is None or span is None:
       return layers.LinearSum([(self.out_proj, self._gated_conv(x))]), None
     b, c, h = (piece[: span.rows] for piece in self.in_proj.split(x, 3))
-    y, history = self.conv(b * h, cache.history, span, "mlp")
+    y, history = self.conv.extend(b * h, cache.history, span)
     return layers.LinearSum([(self.out_proj, c * y)]), LocalCache(history)
 
   def _gated_conv(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:

@@ -123,8 +123,8 @@ class RavenMixer(Mixer):
   def init_cache(cls, config: ModelConfig, batch: int, rings: Rings) -> RavenCache:
     del rings
     wide = jnp.promote_types(jnp.float32, layers.activation_dtype(config))
-    slots = (jnp.zeros((batch, config.num_heads, config.raven.slots, config.head_dim), wide) for _ in range(2))
-    return RavenCache(*slots, memory.init_state(config, batch))
+    keys, values = (jnp.zeros((batch, config.num_heads, config.raven.slots, config.head_dim), wide) for _ in range(2))
+    return RavenCache(keys, values, memory.init_state(config, batch))
 
   @classmethod
   def operations(cls, config: ModelConfig, sequence_length: int) -> float:
