@@ -34,6 +34,7 @@ def losses(path: pathlib.Path) -> list[float]:
   return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_results_and_resumption(main, finished):
   """Both cells share the data; the same directory again runs nothing."""
   results = {path.parent.name: json.loads(path.read_text()) for path in finished.glob("cells/*/result.json")}
@@ -50,6 +51,7 @@ def test_results_and_resumption(main, finished):
   assert {path: path.stat().st_mtime_ns for path in finished.glob("cells/**/*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_cell_is_reproduced_from_its_recipe(finished, tmp_path):
   config = load_recipe(str(finished / "cells" / "seed-1" / "recipe.py"))
   assert train(config, str(tmp_path)) == DONE

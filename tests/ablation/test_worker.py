@@ -68,6 +68,7 @@ def wait_for(condition) -> None:
     time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_four_workers_run_every_cell_once(tmp_path):
   cells = sweep(tmp_path, 6)
   (cells[2].path / "mended").touch()

@@ -48,6 +48,7 @@ def test_only_answers_are_trained_on(folder):
     assert TOKENIZER.decode(row[:-1][np.flatnonzero(scored)[0]::-1][::-1]).endswith("?\nAnswer:")
 
 
+@pytest.mark.slow
 def test_the_probe_learns_to_answer(inputs_of, folder, lively):
   """Exact match after fine-tuning is what the one word learnt makes of the test files; the model itself stays as it was."""
   options = BabilongOptions(

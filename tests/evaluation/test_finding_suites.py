@@ -95,6 +95,7 @@ def trained(main, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_suite_is_one_file(unigram, trained, tmp_path, capsys):
   """Its flag, cells, column, table, plot and section of the report; resumed like any other."""
   output = tmp_path / "evaluation"

@@ -85,6 +85,7 @@ def test_rows_are_end_of_text_and_whole_prefixes(inputs, rows):
     document_rows(dataclasses.replace(inputs, lengths=(480,)), "test")
 
 
+@pytest.mark.slow
 def test_diagnostics(inputs, rows):
   cells = diagnostics_cells(inputs, CheckedOptions())
   found = run(cells)

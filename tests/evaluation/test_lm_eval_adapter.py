@@ -59,6 +59,7 @@ def direct(logits_of):
   return score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{"batch_size": 1}, {"batch_size": "auto", "batch_tokens": 256},
                                        {"batch_size": "2", "prefill_chunk": 32}], ids=str)
 def test_scores_equal_a_direct_computation(model, direct, arguments):
@@ -75,6 +76,7 @@ def test_scores_equal_a_direct_computation(model, direct, arguments):
   assert made.scorer.compilations <= 6
 
 
+@pytest.mark.slow
 def test_rolling_scores_whole_texts_or_windows(model, direct, logits_of):
   """Without a limit the whole text after one end-of-text; with one, windows that score each token once."""
   text = "A text that is longer than a window of sixteen tokens."
@@ -92,6 +94,7 @@ def test_rolling_scores_whole_texts_or_windows(model, direct, logits_of):
   np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_generation_is_greedy_and_stops(model, logits_of):
   """Token by token the likeliest one, cut before a stop string."""
   tokens = [256, *TOKENIZER.encode("The fox")]
@@ -125,6 +128,7 @@ def test_nothing_is_cut_or_ignored(model):
       model(**arguments)
 
 
+@pytest.mark.slow
 def test_a_local_task_through_the_harness(model, direct, tmp_path, monkeypatch):
   """A multiple-choice task of JSON lines, offline: accuracy and log-likelihoods are those computed directly."""
   for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):

@@ -32,6 +32,7 @@ def measured(cell: Cell) -> dict[str, Measurement]:
 # --- Rows longer than a pass ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pieces_equal_one_pass(inputs_of, losses_of):
   """Losses and predictions of rows read in pieces of 64, 64 and 32 tokens are those of all logits at once."""
   scorer = inputs_of([TEXT], (32,), prefill_chunk=64).scorer
@@ -170,6 +171,7 @@ def test_training_never_sees_what_evaluation_asks():
 # --- Bits per byte ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bits_per_byte_of_one_span(inputs_of, losses_of):
   """The same bytes under every context, re-derived from all logits; no character is cut."""
   documents = ["é漢字 " * 60, TEXT, "short"]

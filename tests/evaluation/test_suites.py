@@ -39,6 +39,7 @@ def run(cells) -> dict:
   return {(m.measure, m.length): m for cell in cells for m in cell.run(lambda tokens: None)}
 
 
+@pytest.mark.slow
 def test_document_and_stream_loss(lively, losses_of):
   inputs = make_inputs(lively)
   found = run(loss_cells(inputs, LossOptions(4)))
@@ -80,6 +81,7 @@ def test_needle_is_the_teacher_forced_prediction(lively, losses_of):
   np.testing.assert_allclose(found["absent_loss", 32].value, losses[3:].mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_and_chunk_change_nothing_and_shapes_are_few(lively):
   one, many = make_inputs(lively, batch_tokens=64, chunk=5), make_inputs(lively, batch_tokens=4096, chunk=64)
   a, b = (run([*loss_cells(i, LossOptions(4)), *needle_cells(i, NeedleOptions(3))]) for i in (one, many))
