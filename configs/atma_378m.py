@@ -3,8 +3,8 @@
   python -m atma_jax.train --config=configs/atma_378m.py --workdir=DIR --config.data.sources=bin:/data/fineweb_train_*.bin
 
 Data: FineWeb-Edu as GPT-2 token shards (`.bin`), documents joined by the end-of-text token.
-Hardware: made for an 8-device data-parallel host; on fewer devices raise train.accumulation. 65,536 tokens a device and
-microbatch take 42.5 GiB (`python -m atma_jax.benchmark --table=step`), a microbatch with the optimizer 327 ms of an H200.
+Hardware: a host with 8 data-parallel devices; on fewer devices raise train.accumulation. On an H200, a microbatch of 65,536
+tokens takes 42.5 GiB and, with the optimizer, 327 ms (`python -m atma_jax.benchmark --table=step`).
 Expected (the paper's run): document loss 2.70 nats at 2K falling to 1.96 at 64K; induction needle 91 % at 2K, 93 % at 64K.
 """
 
@@ -12,7 +12,7 @@ from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 
 
 def get_config() -> Config:
-  """Polar attention, memory on: the defaults of `Config` but for memory and speed."""
+  """Polar attention and memory: the defaults of `Config`, except for what the step takes and how fast it is."""
   return Config(
     name="atma_378m",
     model=ModelConfig(remat="dots", scan=False),

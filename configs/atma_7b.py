@@ -4,9 +4,9 @@
   python -m atma_jax.train --config=configs/atma_7b.py --workdir=gs://BUCKET/atma_7b --config.data.directory=/data/atma_7b \\
     --config.data.sources=bin:/data/fineweb_train_*.bin
 
-Sizes: the published block at four times its width: heads of 128 and four query heads a key/value head are kept, and the MLP is
-8/3 C wide, rounded to a multiple of 256, instead of 4 C, so that its three matrices hold 8 C^2 as those of ungated 7B models do;
-with 4 C and two more C^2 of mixer the same depth would make 9.2B. 32 blocks: 24 local, 8 global with memory.
+Sizes: the published block at four times its width. Heads of 128 and four query heads per key/value head are kept; the MLP is
+8/3 C wide, rounded to a multiple of 256, instead of 4 C, so that its three matrices hold 8 C^2 parameters, as the MLPs of
+ungated 7B models do. With 4 C, and a mixer of two C^2 more than theirs, the same depth would make 9.2B. 32 blocks: 24 local, 8 global with memory.
 Data: FineWeb-Edu as GPT-2 token shards (`.bin`), documents joined by the end-of-text token.
 Hardware: 128 chips of v5p. `compile_ahead` expects 28.8 of 95.7 GiB a device and steps of 4.1 s or more (arithmetic).
 """
@@ -15,7 +15,7 @@ from atma_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Optimiz
 
 
 def get_config() -> Config:
-  """Parameters, gradients and optimizer split over all devices (fsdp); blocks recomputed in the backward pass."""
+  """Parameters, gradients and optimizer state are sharded over all devices (fsdp); the backward pass recomputes blocks."""
   return Config(
     name="atma_7b",
     model=ModelConfig(num_layers=32, width=4096, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=11_008, remat="block"),

@@ -1,10 +1,10 @@
-"""Raven in the place of attention: four Raven layers with the gated-delta memory among twelve local ones, Raven's own recipe.
+"""Raven in place of attention: four Raven layers with the gated-delta memory among twelve local ones, with Raven's recipe.
 
   python -m atma_jax.train --config=configs/atma_raven_titans.py --workdir=DIR --config.data.sources=bin:/data/fineweb_train_*.bin
 
-As configs/raven_native.py in optimizer, data and schedule; a microbatch of 65,536 tokens takes 28 GiB by the compiler's plan for
-an H200 (192 GiB if blocks were not computed again). Expected (the published run): validation loss 3.68 nats, needle at
-chance.
+Optimizer, data and schedule: those of configs/raven_native.py. Hardware: by the compiler's plan for an H200, a microbatch of
+65,536 tokens takes 28 GiB (192 GiB if the backward pass did not recompute blocks). Expected (the published run): validation
+loss 3.68 nats, needle at chance.
 """
 
 from atma_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""Seconds on a CPU, to see the whole machine move: bytes, four tiny blocks, 40 steps.
+"""A run of seconds on a CPU, to see everything work: bytes, four tiny blocks, 40 steps.
 
   python -m atma_jax.train --config=configs/debug.py --workdir=runs/debug
 
@@ -9,7 +9,7 @@ from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig, Optim
 
 
 def get_config() -> Config:
-  """A configuration for trying things out."""
+  """Four blocks of width 32, T = 64."""
   return Config(
     name="debug",
     model=ModelConfig(vocab_size=257, num_layers=4, width=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64,

@@ -1,13 +1,13 @@
-"""A small polar + memory model on Python source, trained and measured past its training length on two CPU cores.
+"""A small model with polar attention and memory, trained on Python source and measured past its training length on two CPU cores.
 
   bash launch/quickstart.sh
 
-Data: half the Python installation's own source (`python-source`), half recall material (`recall:python-source`): records
-such as "The access code for record 4071962 is 3 9 2 0 1" with real source between, asked for again later. The recall half
-and `init="mimetic"` are what let so small a model retrieve within 3.3 million tokens; the keys and values of the material
-never occur in the evaluation. `null_length` is the training length: the null's logit does not grow past what it was
-learned on, without which a third of the digits are lost at 32 times that length. `direction_scale` is sqrt(head_dim): the
-entries of polar attention's direction are as large as those of other activations, without which every loss is higher.
+Data: half the Python installation's own source (`python-source`), half recall material (`recall:python-source`): records such
+as "The access code for record 4071962 is 3 9 2 0 1", asked for again later, with real source in between. The recall half and
+`init="mimetic"` are what lets so small a model learn to retrieve within 3.3 million tokens; the keys and values of the material
+never occur in the evaluation. `null_length` is the training length, so that the logit of the null does not grow past the values
+it was trained at; without it, a third of the digits are lost at 32 times that length. `direction_scale` is sqrt(head_dim), so
+that the entries of polar attention's direction are as large as those of other activations; without it, every loss is higher.
 Hardware: 2 CPU cores, about 6 minutes of training.
 """
 

@@ -1,11 +1,12 @@
-"""Raven in all sixteen layers, the recurrent baseline of the ATMA experiments, with its own recipe.
+"""Raven in all sixteen layers, with a recipe of its own: the recurrent baseline of the ATMA experiments.
 
   python -m atma_jax.train --config=configs/raven_native.py --workdir=DIR --config.data.sources=bin:/data/fineweb_train_*.bin
 
-Routed slot memory (goombalab/raven): 256 slots, 32 written a token, no convolution; AdamW at 3e-4, a cosine to a tenth. The
-published runs add Gumbel noise to the router, which is left out here. 1,900 steps of 524,288 tokens are the published run of
-1B tokens. Hardware: as configs/atma_378m.py; blocks are computed again in the backward pass, and a microbatch of 65,536 tokens
-takes 16 GiB (the compiler's plan for an H200). Expected (the published run): validation loss 3.88 nats, needle at chance.
+Routed slot memory (goombalab/raven): 256 slots of which a token writes 32, no convolution; AdamW at 3e-4 with a cosine to a
+tenth. The published runs add Gumbel noise to the router, which is left out here. Data: 1,900 steps of 524,288 tokens, the
+published run of 1B tokens. Hardware: that of configs/atma_378m.py; the backward pass recomputes blocks, and a microbatch of
+65,536 tokens takes 16 GiB (the compiler's plan for an H200). Expected (the published run): validation loss 3.88 nats, needle at
+chance.
 """
 
 from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, TrainConfig
