@@ -6,7 +6,8 @@
 
 Sizes: the published block at four times its width. Heads of 128 and four query heads per key/value head are kept; the MLP is
 8/3 C wide, rounded to a multiple of 256, instead of 4 C, so that its three matrices hold 8 C^2 parameters, as the MLPs of
-ungated 7B models do. With 4 C, and a mixer of two C^2 more than theirs, the same depth would make 9.2B. 32 blocks: 24 local, 8 global with memory.
+ungated 7B models do. With 4 C, and a mixer of two C^2 more than theirs, the same depth would make
+9.2B. 32 blocks: 24 local, 8 global with memory.
 Data: FineWeb-Edu as GPT-2 token shards (`.bin`), documents joined by the end-of-text token.
 Hardware: 128 chips of v5p. `compile_ahead` expects 28.8 of 95.7 GiB a device and steps of 4.1 s or more (arithmetic).
 """
