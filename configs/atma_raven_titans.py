@@ -7,20 +7,16 @@ Optimizer, data and schedule: those of configs/raven_native.py. Hardware: by the
 loss 3.68 nats, needle at chance.
 """
 
-from atma_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+import pathlib
 
-STEPS = 1_900
+from atma_jax.cli import load_recipe
+from atma_jax.config import Config, ModelConfig
 
 
 def get_config() -> Config:
   """382.4M parameters."""
-  return Config(
-    name="atma_raven_titans",
-    model=ModelConfig(block_pattern=("local", "local", "raven", "local"), num_heads=8, num_kv_heads=2, head_dim=128,
-                      remat="block"),
-    data=DataConfig(sources=("bin:data/fineweb_train_*.bin",), tokenizer="gpt2/tokenizer.json", sequence_length=2048,
-                    batch_size=256),
-    optimizer=OptimizerConfig(kind="adamw", schedule="cosine", warmup_steps=STEPS // 20, adam_b1=0.9, adam_b2=0.95,
-                              adam_eps=1e-15),
-    train=TrainConfig(steps=STEPS),
-  )
+  config = load_recipe(str(pathlib.Path(__file__).with_name("raven_native.py")))
+  config.name = "atma_raven_titans"
+  config.model = ModelConfig(block_pattern=("local", "local", "raven", "local"), num_heads=8, num_kv_heads=2, head_dim=128,
+                             remat="block")
+  return config
