@@ -1,10 +1,10 @@
-"""Compiles a recipe's training or evaluation step for a TPU pod that is not there, and prints what it would take.
+"""Compiles the training or evaluation step of a recipe for a TPU pod that is not there, and prints what it would take.
 
     python -m atma_jax.compile_ahead --config=configs/atma_378m.py --topology=v5e:16x16 [--slices=2]
     python -m atma_jax.compile_ahead --config=configs/atma_378m.py --topology=v5e:8x8 --mode=evaluate --length=1048576
 
-Memory of a device, operations, collectives, and a roofline of the step time. A plan that does not fit is told with the
-numbers, exit code 2. Needs no TPU, only libtpu (extra ``[tpu]``).
+Prints the memory of a device, operations, collectives, and a roofline of the step time. A plan that does not fit ends in one line
+with the numbers and exit code 2. Needs no TPU, only libtpu (extra ``[tpu]``).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from atma_jax.planning.ahead import MODES, plan
 
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Generation and shape, such as v5e:16x16, v5p:4x4x8 or v6e:8x8.")
-_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that shape, joined along the data axis.", lower_bound=1)
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of that shape, joined along the data axis.", lower_bound=1)
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "The step to compile.")
 _LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sequence in mode evaluate.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", None, "Sequences in mode evaluate.", lower_bound=1)
 
 
 def main() -> None:
-  """Prints the plan of one training or evaluation step. Raises UserError on bad flags and where the step does not fit."""
+  """Prints the plan of one training or evaluation step. Raises UserError for bad flags and for a step that does not fit."""
   config = _CONFIG.value
   if not _TOPOLOGY.value:
     raise UserError("--topology=GENERATION:SHAPE is required, such as --topology=v5e:16x16")
-  jax.config.update("jax_platforms", "cpu")  # the compiler needs no device, and must not wait for one
+  jax.config.update("jax_platforms", "cpu")  # the compiler needs no device, and should not wait for one
   result = plan(config, _TOPOLOGY.value, slices=_SLICES.value, mode=_MODE.value, length=_LENGTH.value, batch=_BATCH.value)
   print("\n".join(result.lines()))
 

@@ -1,8 +1,8 @@
 """Trains a recipe: ``python -m atma_jax.train --config=configs/quickstart.py --workdir=DIR [--config.FIELD=VALUE ...]``.
 
-Prepares the data if the working directory holds none, resumes the newest good checkpoint if there is one, and says that
-it is done when there is nothing left. Programs compiled once are kept in ``WORKDIR/xla_cache``, so that a restart does not
-compile again. Exit codes: 0 done, 1 a failure that a restart may mend, 2 bad input, 75 pre-empted after saving.
+Prepares the data if the working directory holds none, goes on from the newest good checkpoint if there is one, and says so if
+there is nothing left to do. Compiled programs are kept in ``WORKDIR/xla_cache``, so that a restart does not compile them again.
+Exit codes: 0 done, 1 a failure that a restart may mend, 2 bad input, 75 pre-empted after saving.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from atma_jax.training.loop import PREEMPTED, train
 
 _CONFIG = cli.define_config_flag()
 _DISTRIBUTED = DistributedFlags()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and prepared data go; checkpoints and metrics may "
-                               "go to gs://BUCKET/PATH.")
-_CACHE = flags.DEFINE_string("compilation_cache", "auto", "Directory of compiled programs; auto: JAX_COMPILATION_CACHE_DIR where "
-                             "that is set, else WORKDIR/xla_cache; off: none.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metrics and prepared data; may be gs://BUCKET/PATH if "
+                               "config.data.directory is set.")
+_CACHE = flags.DEFINE_string("compilation_cache", "auto", "Directory of compiled programs; auto is JAX_COMPILATION_CACHE_DIR if "
+                             "that is set, otherwise WORKDIR/xla_cache; off keeps none.")
 
 
 def main() -> int:
-  """Trains, or goes on, to the last step; 75 where SIGTERM made it save. Raises UserError on bad flags, data and checkpoints."""
+  """Trains to the last step and returns the exit code: 75 if SIGTERM came first. Raises UserError for bad input."""
   if not _WORKDIR.value:
     raise UserError("--workdir=DIR is required: where checkpoints, metrics and prepared data go")
   config = _CONFIG.value
