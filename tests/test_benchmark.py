@@ -26,7 +26,7 @@ def test_every_table_on_small_shapes(benchmark):
 
 def test_generation_on_small_sizes(benchmark):
   result = benchmark("--table=generation", "--contexts=40", "--batches=2", "--batch_context=20",
-                     "--chunk=16", "--stride=2", "--cache_dtype=int8")
+                     "--chunk=16", "--decode_steps=2", "--cache_dtype=int8")
   assert result.returncode == 0, result.stderr
   for expected in ("copy", "int8", "| prefill | 40 | 1 |", "| decode | 40 | 1 |", "| decode | 20 | 2 |"):
     assert expected in result.stdout

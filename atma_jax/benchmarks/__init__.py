@@ -1,1 +1,1 @@
-"""The benchmark command's library."""
+"""Tables of speed, memory and error, which ``python -m atma_jax.benchmark`` prints."""

@@ -1,7 +1,7 @@
-"""Times candidates for the block sizes of `atma_jax.ops.core.tiles` and prints the lines that belong into its tables.
+"""Times candidates for the block sizes of the kernels and prints the entries that belong into `atma_jax.ops.core.tiles`.
 
-On a GPU or TPU the kernels of that platform are timed. On a CPU all of them are interpreted in tiny blocks: what comes out
-means nothing and says so, but every candidate went the whole way.
+On a GPU or TPU it times the kernels of that platform. On a CPU it interprets the kernels of both in tiny blocks, which shows that
+every candidate works; the times mean nothing then, and the output says so.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from atma_jax.benchmarks.kernel_tables import delta_inputs, gradients, milliseconds, polar_inputs
+from atma_jax.benchmarks.op_speed import AttentionInputs, delta_inputs, polar_inputs, with_gradients
+from atma_jax.benchmarks.timing import milliseconds
 from atma_jax.config import Config
 from atma_jax.errors import UserError
 from atma_jax.ops.core import devices, dispatch, tiles
@@ -24,9 +25,10 @@ from atma_jax.ops.core.tiles import Carry, Tile, Tiles
 from atma_jax.ops.gated_delta import pallas_gpu as delta_gpu
 from atma_jax.ops.gated_delta import pallas_tpu as delta_tpu
 from atma_jax.ops.polar_attention.gpu import pallas_gpu
+from atma_jax.ops.polar_attention.spec import AttentionSpec
 from atma_jax.ops.polar_attention.tpu import pallas_tpu
 
-KERNELS = {"gpu": (pallas_gpu.polar_attention, delta_gpu.gated_delta), "tpu": (pallas_tpu.polar_attention, delta_tpu.gated_delta)}
+KERNELS = {"gpu": (pallas_gpu.attend, delta_gpu.gated_delta), "tpu": (pallas_tpu.attend, delta_tpu.gated_delta)}
 TILES = {
   "gpu": [Tile(q, k, warps, stages) for (q, k), warps, stages in itertools.product(
     ((64, 32), (32, 64), (64, 64), (128, 64), (64, 128), (128, 128)), (4, 8), (2, 3))],
@@ -39,9 +41,11 @@ CARRIES = {
 TINY_TILES = {"gpu": [Tile(32, 16)], "tpu": [Tile(128, 128)]}
 TINY_CARRIES = {"gpu": [Carry(columns=64)], "tpu": [Carry(heads=2)]}
 
+Candidate = TypeVar("Candidate", Tile, Carry)
+
 
 def tune(config: Config, shapes: list[tuple[int, int]], repeats: int, seed: int) -> None:
-  """Prints a line a candidate, and for every shape the entries of the best.
+  """Prints a line for every candidate, and the table entries of the best for every shape (batch, length).
 
   Raises:
     UserError: the kernels do not serve the recipe's head size or dtype, or no candidate runs.
@@ -59,52 +63,56 @@ def tune(config: Config, shapes: list[tuple[int, int]], repeats: int, seed: int)
     candidates, carries = TILES[name], CARRIES[name]
     if interpret:
       candidates, carries = TINY_TILES[name], TINY_CARRIES[name]
-      start = Tiles(*candidates * 3)
+      start = Tiles(candidates[0], candidates[0], candidates[0])
     polar, delta = (functools.partial(kernel, interpret=interpret) for kernel in KERNELS[name])
-    arrays, raw = polar_inputs(config, B, T, K, key)
-    found = _tune_polar(f"{name} polar", polar, (*arrays, raw), start, candidates, repeats)
+    best_tiles = _tune_polar(f"{name} polar", polar, polar_inputs(config, B, T, K, key), start, candidates, repeats)
     carry = _tune_delta(f"{name} delta", delta, delta_inputs(config, B, T, key), carries, repeats)
     entry = (devices.generation(), itemsize, D, tiles.bucket(T))
-    print(f"POLAR  {entry}: {found},\nDELTA  {entry}: {carry},", flush=True)
+    print(f"POLAR  {entry}: {best_tiles},\nDELTA  {entry}: {carry},", flush=True)
 
 
-def _tune_polar(title: str, op: Callable[..., Any], arguments: tuple[Any, ...], found: Tiles, candidates: list[Tile],
+def _tune_polar(title: str, op: Callable[..., Any], inputs: AttentionInputs, start: Tiles, candidates: list[Tile],
                 repeats: int) -> Tiles:
-  """The best tile of each kernel, one kernel after the other, those before at their best."""
-  q = arguments[0]
+  """Returns the best tile of each kernel, tuning one kernel after the other with the earlier ones at their best."""
+  B, T = inputs[0].shape[:2]
+  best = start
   for kernel in ("forward", "dq", "dkv"):
-    def run(tile: Tile, kernel: str = kernel, found: Tiles = found) -> float:
-      chosen = dataclasses.replace(found, **{kernel: tile})
-      call = lambda q, k, v, raw: op(q, k, v, **raw, tiles=chosen)
-      return milliseconds(jax.jit(call) if kernel == "forward" else gradients(call), *arguments, repeats=repeats)
+    def run(tile: Tile, kernel: str = kernel, best: Tiles = best) -> float:
+      chosen = dataclasses.replace(best, **{kernel: tile})
+      call = lambda q, k, v, params: op(q, k, v, params, AttentionSpec(), tiles=chosen)
+      return milliseconds(jax.jit(call) if kernel == "forward" else with_gradients(call), *inputs, repeats=repeats)
 
-    best = _best(f"{title} {kernel} {q.shape[0]} x {q.shape[1]}", candidates, run)
-    found = dataclasses.replace(found, **{kernel: best})
-  return found
+    best = dataclasses.replace(best, **{kernel: _fastest(f"{title} {kernel} {B} x {T}", candidates, run)})
+  return best
 
 
 def _tune_delta(title: str, op: Callable[..., Any], inputs: tuple[jax.Array, ...], candidates: list[Carry],
                 repeats: int) -> Carry:
+  """Returns the best carry of the gated delta's kernels."""
   B, T, H, D = inputs[0].shape
   state = jnp.zeros((B, H, D, D))
 
   def run(carry: Carry) -> float:
     call = lambda q, k, v, log_gamma, beta: op(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state, carry=carry)
-    return milliseconds(gradients(call), *inputs, repeats=repeats)
+    return milliseconds(with_gradients(call), *inputs, repeats=repeats)
 
-  return _best(f"{title} {B} x {T}", candidates, run)
+  return _fastest(f"{title} {B} x {T}", candidates, run)
 
 
-def _best(title: str, candidates: Iterable[Any], run: Callable[[Any], float]) -> Any:
-  """The candidate with the shortest time; those that the device cannot run are told and passed over."""
-  times = {}
+def _fastest(title: str, candidates: Iterable[Candidate], run: Callable[[Candidate], float]) -> Candidate:
+  """Returns the candidate for which `run` gives the shortest time, and prints those that the device cannot run.
+
+  Raises:
+    UserError: none of them runs.
+  """
+  times: dict[Candidate, float] = {}
   for candidate in candidates:
     try:
       times[candidate] = run(candidate)
-    except Exception as error:  # every compiler has its own for a tile that does not fit
+    except Exception as error:  # each compiler raises its own type for a tile that does not fit
       print(f"{title}: {candidate} does not run: {str(error).splitlines()[0][:120]}", flush=True)
     else:
       print(f"{title}: {candidate} {times[candidate]:.3f} ms", flush=True)
   if not times:
     raise UserError(f"--table=tune: no candidate for {title} runs on {dispatch.device_kind()}")
-  return min(times, key=times.get)
+  return min(times, key=lambda candidate: times[candidate])
