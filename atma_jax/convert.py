@@ -31,26 +31,26 @@ _STEP = flags.DEFINE_integer("step", None, "Step of a training workdir to conver
 
 def main() -> None:
   """Converts `--input` to `--output`; raises UserError on bad flags, and on bad checkpoints, naming the tensor."""
-  for flag in (_INPUT, _OUTPUT):
-    if not flag.value:
-      raise UserError(f"--{flag.name}=DIR is required")
-  if not pathlib.Path(_INPUT.value).is_dir():
-    raise UserError(f"--input={_INPUT.value}: no such directory")
+  source, target = _INPUT.value, _OUTPUT.value
+  if not source or not target:
+    raise UserError(f"--{'output' if source else 'input'}=DIR is required")
+  if not pathlib.Path(source).is_dir():
+    raise UserError(f"--input={source}: no such directory")
   started = time.perf_counter()
-  if is_published(_INPUT.value):
+  if is_published(source):
     if _STEP.value or _EMA.value:
       raise UserError("--step, --ema: a published checkpoint has one step, 0, and no average")
-    (config, model, tokenizer), step = read_published(_INPUT.value, _TOKENIZER.value), 0
+    (config, model, tokenizer), step = read_published(source, _TOKENIZER.value), 0
   else:
     if _TOKENIZER.value is not None:
       raise UserError("--tokenizer: a training workdir holds the tokenizer it was trained with; leave it out")
-    config, model, tokenizer, step = load_model(_INPUT.value, _STEP.value, ema=_EMA.value)
-  kind = _FORMAT.value or ("atma" if is_published(_INPUT.value) else "pytorch")
+    config, model, tokenizer, step = load_model(source, _STEP.value, ema=_EMA.value)
+  kind = _FORMAT.value or ("atma" if is_published(source) else "pytorch")
   if kind == "atma":
-    save_model(_OUTPUT.value, config, model, tokenizer, step)
+    save_model(target, config, model, tokenizer, step)
   else:
-    write_published(_OUTPUT.value, kind, config, model, tokenizer, step)
-  logging.info("%s: written as %s in %.1f s", _OUTPUT.value, kind, time.perf_counter() - started)
+    write_published(target, kind, config, model, tokenizer, step)
+  logging.info("%s: written as %s in %.1f s", target, kind, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

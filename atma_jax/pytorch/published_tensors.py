@@ -110,23 +110,23 @@ def _published_leaf(path: Path, kind: str) -> str:
              "null_slope": "null_slope_raw", "len_gain": "len_gain_raw", "mag_beta": "mag_beta_raw"}
   if not (kind == "local" and path[0] == "mixer"):
     renamed["out_proj"] = "proj"
-  return ".".join(renamed.get(part, part) for part in path if part != "core")
+  return ".".join(renamed.get(str(part), str(part)) for part in path if part != "core")
 
 
-def _from_published_layout(tensor: np.ndarray, leaf: str) -> np.ndarray:
+def _from_published_layout(tensor: np.ndarray, leaf: Any) -> np.ndarray:
   """Transposes kernels (out, in) to (in, out) and filters (channels, 1, taps) to (taps, channels); returns the rest as it is."""
   if tensor.ndim == 3:
     return tensor[:, 0].T
   return tensor.T if leaf == "kernel" else tensor
 
 
-def _to_published_layout(array: np.ndarray, leaf: str) -> np.ndarray:
+def _to_published_layout(array: np.ndarray, leaf: Any) -> np.ndarray:
   """Inverts `_from_published_layout`."""
   if leaf == "weight" and array.ndim == 2:
     return array.T[:, None]
   return array.T if leaf == "kernel" else array
 
 
-def _published_shape(shape: tuple[int, ...], leaf: str) -> tuple[int, ...]:
+def _published_shape(shape: tuple[int, ...], leaf: Any) -> tuple[int, ...]:
   """Returns the published shape of a parameter of this shape."""
   return _to_published_layout(np.broadcast_to(np.float32(0), shape), leaf).shape

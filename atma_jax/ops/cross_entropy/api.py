@@ -7,7 +7,6 @@ once. The backward pass only scales these gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-import functools
 from typing import Any
 
 import jax
@@ -85,9 +84,9 @@ def token_predictions(hidden: Float[Array, "B T C"], kernel: Float[Array, "C V"]
   return _join_chunks(jax.lax.map(predict, _split_chunks(chunk, time_shards, hidden)[0]), hidden.shape[1], time_shards)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
-def _cross_entropy(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array, weights: jax.Array, cap: float,
-                   z_loss: float, chunk: int, time_shards: int, implementation: str) -> tuple[jax.Array, jax.Array]:
+def _sums(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array, weights: jax.Array, cap: float,
+          z_loss: float, chunk: int, time_shards: int, implementation: str) -> tuple[jax.Array, jax.Array]:
+  """Returns what `cross_entropy` does, without gradients."""
   dtype = accumulator_dtype(hidden)
   kernel = kernel.astype(hidden.dtype)
 
@@ -101,8 +100,9 @@ def _cross_entropy(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, target
   return jax.lax.scan(step, (zero, zero), _split_chunks(chunk, time_shards, hidden, targets, weights.astype(dtype)))[0]
 
 
-def _cross_entropy_fwd(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array, weights: jax.Array, cap: float,
-                       z_loss: float, chunk: int, time_shards: int, implementation: str) -> tuple[Any, tuple[jax.Array, ...]]:
+def _sums_fwd(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array, weights: jax.Array, cap: float,
+              z_loss: float, chunk: int, time_shards: int, implementation: str) -> tuple[Any, tuple[jax.Array, ...]]:
+  """Returns the sums, and the gradients of loss_sum with respect to hidden, kernel and bias."""
   dtype = accumulator_dtype(hidden)
   cast_kernel = kernel.astype(hidden.dtype)
 
@@ -128,13 +128,15 @@ def _cross_entropy_fwd(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, ta
   return (loss_sum, z_sum), (dhidden, dkernel.astype(kernel.dtype), dbias.astype(bias.dtype))
 
 
-def _cross_entropy_bwd(cap: float, z_loss: float, chunk: int, time_shards: int, implementation: str,
-                       gradients: Sequence[jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+def _sums_bwd(cap: float, z_loss: float, chunk: int, time_shards: int, implementation: str, gradients: Sequence[jax.Array],
+              cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+  """Scales the gradients; z_sum carries none."""
   del cap, z_loss, chunk, time_shards, implementation
   return (*((cotangents[0] * x).astype(x.dtype) for x in gradients), None, None)
 
 
-_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+_cross_entropy = jax.custom_vjp(_sums, nondiff_argnums=(5, 6, 7, 8, 9))
+_cross_entropy.defvjp(_sums_fwd, _sums_bwd)
 
 
 def _split_chunks(chunk: int, time_shards: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -83,9 +83,8 @@ def _log_g(log_gamma: jax.Array) -> jax.Array:
   return jnp.cumsum(log_gamma.reshape(*log_gamma.shape[:2], -1, CHUNK), axis=-1).reshape(log_gamma.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _run(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array, carry: tiles.Carry,
-         interpret: bool) -> tuple[jax.Array, jax.Array]:
+def _primal(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array, carry: tiles.Carry,
+            interpret: bool) -> tuple[jax.Array, jax.Array]:
   return _run_forward(q, k, v, log_g, beta, state, carry, interpret)[0]
 
 
@@ -116,6 +115,7 @@ def _run_backward(carry: tiles.Carry, interpret: bool, residuals: tuple[jax.Arra
   return g_q, _sum_groups(g_k, k), _sum_groups(g_v, v), g_log_g, g_beta, g_state
 
 
+_run = jax.custom_vjp(_primal, nondiff_argnums=(6, 7))
 _run.defvjp(_run_forward, _run_backward)
 
 

@@ -84,9 +84,8 @@ def _chunk_rows(x: jax.Array) -> jax.Array:
   return x.reshape(*x.shape[:2], -1, 1, CHUNK)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _run(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array, heads: int,
-         interpret: bool) -> tuple[jax.Array, jax.Array]:
+def _primal(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array, heads: int,
+            interpret: bool) -> tuple[jax.Array, jax.Array]:
   return _run_forward(q, k, v, log_g, beta, state, heads, interpret)[0]
 
 
@@ -110,6 +109,7 @@ def _run_backward(heads: int, interpret: bool, residuals: tuple[jax.Array, ...],
                            reverse=True, products=16))
 
 
+_run = jax.custom_vjp(_primal, nondiff_argnums=(6, 7))
 _run.defvjp(_run_forward, _run_backward)
 
 

@@ -18,6 +18,6 @@ def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Arra
     state = state + jnp.einsum("bhv,bhd->bhvd", beta[..., None] * error, k)
     return state, jnp.einsum("bhvd,bhd->bhv", state, q)
 
-  inputs = [jnp.moveaxis(x.astype(dtype), 1, 0) for x in (q, k, v, log_gamma, beta)]
+  inputs = tuple(jnp.moveaxis(x.astype(dtype), 1, 0) for x in (q, k, v, log_gamma, beta))
   final_state, readout = jax.lax.scan(step, initial_state, inputs)
   return jnp.moveaxis(readout, 0, 1).astype(v.dtype), final_state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -44,7 +45,8 @@ def short_conv(x: Float[Array, "B T C"], weight: Float[Array, "taps C"], *,
   dtype = jnp.result_type(jnp.float32, x)
   padded = jnp.concatenate([history.astype(x.dtype), x], axis=1).astype(dtype)
   weight = weight.astype(dtype)
-  return sum(weight[i] * padded[:, i : i + T] for i in range(taps)).astype(x.dtype)
+  y: Any = sum(weight[i] * padded[:, i : i + T] for i in range(taps))
+  return y.astype(x.dtype)
 
 
 def gated_short_conv(projected: Sequence[Float[Array, "B T C"]] | Sequence[Float[Array, "B T 3*C"]],

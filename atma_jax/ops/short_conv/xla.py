@@ -7,6 +7,7 @@ makes all gradients but the weight's. Differentiated automatically, XLA would st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,9 @@ _gated.defvjp(_gated_fwd, _gated_bwd)
 def _filtered(gate: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
   """Returns ``short_conv(gate * x, weight)`` in float32 or wider, without storing the product."""
   dtype, taps = jnp.result_type(jnp.float32, x), weight.shape[0]
-  return sum(weight[i].astype(dtype) * _shifted(gate, taps - 1 - i).astype(dtype) * _shifted(x, taps - 1 - i)
-             for i in range(taps))
+  y: Any = sum(weight[i].astype(dtype) * _shifted(gate, taps - 1 - i).astype(dtype) * _shifted(x, taps - 1 - i)
+               for i in range(taps))
+  return y
 
 
 def _shifted(x: jax.Array, steps: int) -> jax.Array:

@@ -64,7 +64,7 @@ def _gradients_kernel(u_ref: Any, h_ref: Any, dh_ref: Any, bias_ref: Any, gradie
   bias, first = bias_ref[...], pl.program_id(1) * STEPS
   u_columns, g_columns = (pl.ds(start + pl.program_id(0) * columns, columns) for start in (0, F))
 
-  def add_steps(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+  def add_steps(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     times = [first + i * UNROLLED + j for j in range(UNROLLED)]
     masks = [jnp.broadcast_to(t < T, (columns,)) for t in times]
     loaded = [[plgpu.load(ref.at[t, u_columns], mask=mask, other=0).astype(jnp.float32) for ref in (u_ref, h_ref, dh_ref)]
@@ -74,9 +74,10 @@ def _gradients_kernel(u_ref: Any, h_ref: Any, dh_ref: Any, bias_ref: Any, gradie
       gradients = jnp.where(a > 0, 2 * dh * h / jnp.where(a > 0, a, 1), 0), dh * a * a
       for at, gradient in zip((u_columns, g_columns), gradients, strict=True):
         plgpu.store(gradients_ref.at[t, at], gradient.astype(gradients_ref.dtype), mask=mask)
-      sums = tuple(map(jnp.add, sums, gradients))
+      sums = sums[0] + gradients[0], sums[1] + gradients[1]
     return sums
 
   iterations = kernels.cdiv(jnp.minimum(T - first, STEPS), UNROLLED)
-  for i, total in enumerate(lax.fori_loop(0, iterations, add_steps, (jnp.zeros((columns,), jnp.float32),) * 2)):
+  zeros = jnp.zeros((columns,), jnp.float32)
+  for i, total in enumerate(lax.fori_loop(0, iterations, add_steps, (zeros, zeros))):
     sums_ref[i, :] = total
