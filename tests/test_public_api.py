@@ -90,6 +90,7 @@ def test_importing_is_light():
   assert done.stdout.split() == ["atma_jax"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["generate", "evaluate"])
 def test_a_command_never_hides_the_function_of_its_name(name):
   """In every order of imports `atma_jax.NAME` is the function, and the module of that name can still be had."""
@@ -137,7 +138,7 @@ def test_help_is_complete(name):
     assert re.search(rf"^\s+[\w*, ]*\b{argument}\b[\w*, ]*:", described, flags=re.MULTILINE), argument
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("evaluate", "generate"))) for n in NAMES])
 def test_the_examples_run(name, trained, golden, tmp_path):
   """The examples in the help, with a small model in the place of the quickstart's and of the published one."""
   names = {"atma_jax": atma_jax, "jax": jax, "jnp": jnp, "nnx": nnx, **{n: getattr(atma_jax, n) for n in NAMES},
@@ -163,6 +164,7 @@ def test_version():
   assert importlib.metadata.version("atma_jax") == atma_jax.__version__
 
 
+@pytest.mark.slow
 def test_generate(trained):
   """A directory and a loaded model give what the engine gives; one prompt gives a text, several a list."""
   _, model, tokenizer, _ = load_model(trained)
@@ -190,6 +192,7 @@ def test_generate_says_what_is_wrong(trained):
     atma_jax.generate(trained / "absent", "x")
 
 
+@pytest.mark.slow
 def test_evaluate(trained, tmp_path):
   """Options of the evaluation and of a suite go by name; lists and single suites are taken; numbers are written down, too."""
   records = atma_jax.evaluate(trained, tmp_path, suite="needle", multiples=[1, 2], trials=3)
@@ -206,6 +209,7 @@ def test_evaluate_says_what_is_wrong(trained, tmp_path):
       atma_jax.evaluate(trained, tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_the_readme_runs(trained, tmp_path, capsys):
   """The Python of the first page, with a model of one step in the place of the quickstart's."""
   (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
