@@ -6,6 +6,7 @@ the same implementations with the golden files.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -113,7 +114,8 @@ def test_past_count_length_null_keeps_its_share_and_magnitude_its_range(keys):
 
 def last_query(keys, **lengths):
   """What one head makes of how many keys the last query of `keys` sees."""
-  params = PolarParams(jnp.zeros((1, 4)), *(jnp.asarray([x], jnp.float32) for x in (0.7, -0.3, 0.4, -0.6)))
+  raw = {"null_base": 0.7, "null_slope": -0.3, "len_gain": 0.4, "mag_beta": -0.6}
+  params = dataclasses.replace(PolarParams.initial(1, 4), **{name: jnp.asarray([x], jnp.float32) for name, x in raw.items()})
   return formula.of_positions(params, formula.last_positions(1, keys), AttentionSpec(**lengths))
 
 
