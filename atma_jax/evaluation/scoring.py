@@ -15,6 +15,7 @@ import math
 import time
 from typing import Any
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,7 @@ class Scorer:
     Raises:
       OutOfMemory: the computation does not fit on a device.
     """
+    chex.assert_rank(rows, 2)
     length = rows.shape[1] - 1
     score = self._losses if length <= self._prefill_chunk else self._losses_in_pieces
     with memory_errors():
@@ -91,6 +93,8 @@ class Scorer:
     Raises:
       OutOfMemory: the computation does not fit on a device.
     """
+    chex.assert_rank((rows, positions), 2)
+    chex.assert_equal_shape_prefix((rows, positions), 1)
     score = self._at_positions if rows.shape[1] <= self._prefill_chunk else self._at_positions_in_pieces
     with memory_errors():
       for keep, index in self._batches(rows.shape[1], len(rows), batch_size):

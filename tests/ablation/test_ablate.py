@@ -1,4 +1,4 @@
-"""The command end to end: two tiny cells are trained and evaluated, reported, reproduced from their recipe."""
+"""``ablate`` end to end: two tiny cells are trained, evaluated, reported, and reproduced from their recipes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SENTENCES = "The quick brown fox number {} jumps over the lazy dog, {} times in 
 
 @pytest.fixture(scope="module")
 def finished(main, tmp_path_factory):
-  """Two seeds."""
+  """The directory of a finished sweep over two seeds."""
   corpus, output = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("sweep")
   for i in range(40):
     (corpus / f"{i}.txt").write_text("".join(SENTENCES.format(i, j * i) for j in range(12)))
@@ -36,7 +36,7 @@ def losses(path: pathlib.Path) -> list[float]:
 
 @pytest.mark.slow
 def test_results_and_resumption(main, finished):
-  """Both cells share the data; the same directory again runs nothing."""
+  """Cells share their data; starting the sweep again runs nothing."""
   results = {path.parent.name: json.loads(path.read_text()) for path in finished.glob("cells/*/result.json")}
   assert results.keys() == {"seed-0", "seed-1"}
   for result in results.values():

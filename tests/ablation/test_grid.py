@@ -1,4 +1,4 @@
-"""Cell ids, presets, axes over any field, what is refused."""
+"""Grids: ids of cells, presets, axes over any field, and errors."""
 
 from __future__ import annotations
 

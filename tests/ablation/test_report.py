@@ -1,4 +1,4 @@
-"""Contrasts, intervals, tables and the page, on results whose numbers are known."""
+"""Contrasts, intervals, tables and dashboard of results whose numbers are known."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EFFECT = {"polar": 0.0, "nope": 0.2, "mem-0": 0.1, "mem-1": 0.0, "seed-0": 0.0, 
 
 @pytest.fixture
 def cells(tmp_path):
-  """Polar and nope, memory on and off, two seeds; document loss 2 + the sum of effects, at 2x 0.1 less."""
+  """Polar and nope, memory on and off, two seeds. The document loss is 2 plus the sum of the effects, and 0.1 less at 2x."""
   axes = [make_axis("model.attention", ("polar", "nope")), make_axis("model.memory.enabled", (True, False)), seed_axis((0, 1))]
   folders = create(tmp_path, expand(axes, Config()), Evaluation())
   for folder in folders:
@@ -89,7 +89,7 @@ def test_report_files(cells, tmp_path):
 
 
 def test_a_line_style_for_every_setting(cells):
-  """Attention, the first axis, is the colour; memory the line and its marker."""
+  """The first axis, attention, decides the colour; memory decides line style and marker."""
   axes, rows, _ = gather(cells)
   styles = line_styles(seed_means(rows, axes))
   assert len(styles) == len(set(styles.values())) == 4

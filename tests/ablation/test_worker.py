@@ -1,6 +1,6 @@
-"""Workers on a directory they share: nothing runs twice, nothing is lost, failures are kept, a dead worker's cells go on.
+"""Workers that share a directory: no cell runs twice or is lost, failures are kept, cells of a dead worker are taken over.
 
-A cell's process is a stand-in that says what it does in a file; the real one is in test_ablate.py.
+The process of a cell is a stand-in that writes what it does into a file; test_ablate.py has the real one.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_sigterm_ends_the_cells_and_frees_them(tmp_path):
 
 
 def test_claims_of_another_machine_are_judged_by_their_heartbeat(tmp_path, monkeypatch):
-  """Only by what this process saw: a file time of the far past or future says nothing."""
+  """Only changes that this process has seen count; the time of a file, however old, says nothing."""
   monkeypatch.setattr(claims, "STALE_SECONDS", 0.2)
   theirs = tmp_path / "claim.4"
   theirs.write_text(json.dumps({"host": "elsewhere 1", "pid": 1, "started": "1", "released": False}))
@@ -160,7 +160,7 @@ def test_eta_counts_what_running_cells_have_trained(tmp_path):
 
 
 def test_jobs_are_launcher_commands(tmp_path):
-  """Names that every launcher takes; the launchers' own dry run accepts the commands."""
+  """All launchers accept the names of the jobs, and their dry runs accept the commands."""
   cells = sweep(tmp_path, 2)
   for kind, options, words in (
       ("slurm", ["--time=1:00:00"], ["sbatch", "--ntasks-per-node=1", "-m atma_jax.ablate", "--cells=win-1"]),

@@ -1,4 +1,4 @@
-"""A tiny model with a lively head, inputs to build suites from, and losses taken from all its logits."""
+"""A tiny model with random parameters, inputs for suites, and losses computed directly from all logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ REFERENCE = (4, 160)  # rows and tokens of the one program that all direct compu
 
 
 @pytest.fixture(scope="session")
-def lively() -> Atma:
+def random_model() -> Atma:
+  """Its head is random too; a fresh model's is zero."""
   config = ModelConfig(vocab_size=257, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
                        block_pattern=("local", "global"), activation_dtype="float32")
   graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), nnx.Param)
@@ -29,9 +30,9 @@ def lively() -> Atma:
 
 
 @pytest.fixture(scope="session")
-def logits_of(lively) -> Callable[[np.ndarray], np.ndarray]:
-  """``rows (N, L) -> logits (N, L, V)`` in float64 of float32 logits; N and L of any size up to 160 tokens."""
-  graphdef, state = nnx.split(lively)
+def logits_of(random_model) -> Callable[[np.ndarray], np.ndarray]:
+  """``rows (N, L) -> logits (N, L, V)``, computed in float32 and returned in float64; L is at most 160."""
+  graphdef, state = nnx.split(random_model)
   call = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens), compiler_options={"xla_backend_optimization_level": 0})
 
   def logits(rows: np.ndarray) -> np.ndarray:
@@ -48,7 +49,7 @@ def logits_of(lively) -> Callable[[np.ndarray], np.ndarray]:
 
 @pytest.fixture(scope="session")
 def losses_of(logits_of) -> Callable[[np.ndarray], np.ndarray]:
-  """``rows (N, L + 1) -> losses (N, L)`` of the tokens after the first, in nats."""
+  """``rows (N, L + 1) -> losses (N, L)`` in nats of all tokens but the first."""
 
   def losses(rows: np.ndarray) -> np.ndarray:
     logits = logits_of(rows[:, :-1])
@@ -58,14 +59,15 @@ def losses_of(logits_of) -> Callable[[np.ndarray], np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def inputs_of(lively) -> Callable[..., Inputs]:
-  """``(documents, lengths, scorer options...) -> Inputs`` over one device."""
+def inputs_of(random_model) -> Callable[..., Inputs]:
+  """``(documents, lengths, **options of the scorer) -> Inputs`` on one device."""
 
-  def make(documents: list[str], lengths: tuple[int, ...], *, batch_tokens: int = 320, **scorer) -> Inputs:
+  def make(documents: list[str], lengths: tuple[int, ...], *, batch_tokens: int = 320, **scorer_options) -> Inputs:
     tokenizer, mesh = ByteTokenizer(), make_mesh(devices=jax.devices()[:1])
-    config = Config(model=lively.config, data=DataConfig(sequence_length=lengths[0]))
+    config = Config(model=random_model.config, data=DataConfig(sequence_length=lengths[0]))
     texts = [tokenizer.encode(document) for document in documents]
-    return Inputs(Scorer(lively, mesh, batch_tokens=batch_tokens, chunk=32, **scorer), tokenizer, texts, np.concatenate(texts),
-                  lengths, seed=0, min_documents=1, config=config, model=lively, mesh=mesh)
+    scorer = Scorer(random_model, mesh, batch_tokens=batch_tokens, chunk=32, **scorer_options)
+    return Inputs(scorer, tokenizer, texts, np.concatenate(texts), lengths, seed=0, min_documents=1, config=config,
+                  model=random_model, mesh=mesh)
 
   return make

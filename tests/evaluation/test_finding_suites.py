@@ -1,4 +1,4 @@
-"""A suite is one file: what it declares is found, run, shown and refused without another file that names it."""
+"""A suite is one file, found by its name; no other file has to name it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ SUITE = Suite(
 
 @pytest.fixture
 def unigram(tmp_path, monkeypatch):
-  """The suite above as a file beside the others."""
+  """Puts the suite above into a file beside the others."""
   (tmp_path / "unigram.py").write_text(UNIGRAM)
   monkeypatch.setattr(suites, "__path__", [*suites.__path__, str(tmp_path)])
   yield
@@ -97,7 +97,7 @@ def trained(main, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_suite_is_one_file(unigram, trained, tmp_path, capsys):
-  """Its flag, cells, column, table, plot and section of the report; resumed like any other."""
+  """The options, cells, column, table, plot and report section of a new file are used, and its results are resumed."""
   output = tmp_path / "evaluation"
   records = evaluate(trained, output, suite="unigram", multiples=[1, 2], smoothing=0.5)
   assert [(r["suite"], r["measure"], r["length"]) for r in records] == [("unigram", "unigram_loss", n) for n in (32, 64)]
@@ -131,7 +131,7 @@ def test_a_suite_of_a_notebook_is_registered(monkeypatch):
 
 
 def test_suites_are_complete():
-  """Each has a line of help and options with defaults; no two options share a name; the order is the one of the tables."""
+  """Every suite has help and options with defaults, no two options share a name, and tables show the suites in this order."""
   found = suites.all_suites()
   assert list(found) == ["loss", "bpb", "needle", "retrieval", "babilong", "retention", "diagnostics"]
   for suite in found.values():

@@ -1,4 +1,4 @@
-"""Suites that look inside a model, against the same arrays taken block by block and reduced in float64."""
+"""The suites ``diagnostics`` and ``retention`` against arrays taken block by block and reduced in float64."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def inputs() -> Inputs:
 
 
 def by_hand(model: Atma, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
-  """Every block's trace and module, from blocks called one after the other."""
+  """The trace of every block and the block itself, from blocks that are called one after the other."""
 
   def blocks(model: Atma) -> list:
     graphdef, stacked = nnx.split(model.groups)  # a single repetition
@@ -119,6 +119,7 @@ def test_diagnostics(inputs, rows):
   assert "n_eff" in text and text.count("layer 1") == 9 and text.count("layer 0") == 3
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_training_length_even_when_it_is_not_asked_for(inputs):
   longer = dataclasses.replace(inputs, lengths=(48,))
   found, both = run(diagnostics_cells(longer, CheckedOptions())), run(diagnostics_cells(inputs, CheckedOptions()))
@@ -189,11 +190,11 @@ def test_records_of_heads_are_told_apart(tmp_path):
 
 
 def test_an_unread_tap_compiles_to_the_plain_program(inputs, rows):
-  """Without a tap, no operation is there for it; with one that reads nothing, the compiler leaves none."""
+  """A pass without a tap, or with one that reads nothing, compiles to the program of blocks that know of no tap."""
   graphdef, state = nnx.split(inputs.model)
 
   def plain(state, tokens):
-    """The forward pass spelt out with blocks that know of no tap."""
+    """The forward pass, written out without taps."""
     model = nnx.merge(graphdef, state)
     group_graph, stacked = nnx.split(model.groups)
 
@@ -238,7 +239,7 @@ def test_illegal_caps_of_a_sweep(texts, heads, message):
   ({"retention_cap": 8.0}, {"retention_caps": (None,)}, "--retention_cap and --retention_cap_sweep: only one of them"),
   ({"window": 8}, {"keep_window": True}, "--keep_window and --window: only one of them")])
 def test_overrides_that_evaluate_refuses(tmp_path, overrides, options, message):
-  """Before anything is read."""
+  """The message comes before anything is read."""
   with pytest.raises(UserError, match=message):
     evaluate("/nowhere", tmp_path, overrides=overrides, **options)
 

@@ -1,4 +1,4 @@
-"""The harness model against direct computations: scores whatever the batch and the padding, one beginning token, nothing cut."""
+"""The model of the lm-evaluation-harness against direct computations from all logits."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def requests(*arguments, kind="loglikelihood"):
 
 
 @pytest.fixture(scope="module")
-def model(lively):
-  """``model(**model_args)`` as the harness makes it, with the tiny model in place of a checkpoint's."""
+def model(random_model):
+  """``model(**model_args)``, made by the harness, with the tiny model in place of that of a checkpoint."""
 
   def make(**arguments):
     patch = pytest.MonkeyPatch()
-    config = Config(model=lively.config, data=DataConfig(sequence_length=32))
+    config = Config(model=random_model.config, data=DataConfig(sequence_length=32))
     patch.setattr(lm_eval_adapter, "load_model",
-                  lambda directory, step, mesh, ema, overrides: LoadedModel(config, lively, TOKENIZER, 7))
+                  lambda directory, step, mesh, ema, overrides: LoadedModel(config, random_model, TOKENIZER, 7))
     with patch.context():
       made = get_model("atma_jax").create_from_arg_obj({"checkpoint": "DIR", **arguments}, {"batch_size": None})
     patch.undo()
@@ -47,7 +47,7 @@ def model(lively):
 
 @pytest.fixture(scope="module")
 def direct(logits_of):
-  """``(context, continuation) -> (log-probability, greedy)`` from all logits, end-of-text before the context."""
+  """``(context, continuation) -> (log-probability, greedy)`` from all logits, with end-of-text before the context."""
 
   def score(context: str, continuation: str) -> tuple[float, bool]:
     context, continuation = TOKENIZER.encode(context), TOKENIZER.encode(continuation)
@@ -63,7 +63,7 @@ def direct(logits_of):
 @pytest.mark.parametrize("arguments", [{"batch_size": 1}, {"batch_size": "auto", "batch_tokens": 256},
                                        {"batch_size": "2", "prefill_chunk": 32}], ids=str)
 def test_scores_equal_a_direct_computation(model, direct, arguments):
-  """Whatever the batch size, the padding and the pieces."""
+  """Batch size, padding and pieces do not change scores."""
   made = model(**arguments)
   for (context, continuation), (value, is_greedy) in zip(PAIRS, made.loglikelihood(requests(*PAIRS), disable_tqdm=True)):
     if not continuation:
@@ -78,7 +78,7 @@ def test_scores_equal_a_direct_computation(model, direct, arguments):
 
 @pytest.mark.slow
 def test_rolling_scores_whole_texts_or_windows(model, direct, logits_of):
-  """Without a limit the whole text after one end-of-text; with one, windows that score each token once."""
+  """Without `max_length` the whole text follows one end-of-text; with it, windows score each token once."""
   text = "A text that is longer than a window of sixteen tokens."
   (whole,) = model(batch_size=2).loglikelihood_rolling(requests((text,), kind="loglikelihood_rolling"), disable_tqdm=True)
   np.testing.assert_allclose(whole, direct("", text)[0], rtol=2e-5)
@@ -96,7 +96,7 @@ def test_rolling_scores_whole_texts_or_windows(model, direct, logits_of):
 
 @pytest.mark.slow
 def test_generation_is_greedy_and_stops(model, logits_of):
-  """Token by token the likeliest one, cut before a stop string."""
+  """Every token is the most likely one, and the text ends before a stop string."""
   tokens = [256, *TOKENIZER.encode("The fox")]
   start = len(tokens)
   for _ in range(8):
@@ -114,7 +114,7 @@ def test_generation_is_greedy_and_stops(model, logits_of):
 
 
 def test_nothing_is_cut_or_ignored(model):
-  """Requests that do not fit, options without a counterpart and arguments that do not exist are errors."""
+  """Requests that do not fit, options that the engine lacks and arguments that do not exist are errors."""
   made = model(max_length=16)
   with pytest.raises(UserError, match="max_length=16: a request has 30 tokens"):
     made.loglikelihood(requests(("c" * 20, "d" * 10)), disable_tqdm=True)
@@ -130,7 +130,7 @@ def test_nothing_is_cut_or_ignored(model):
 
 @pytest.mark.slow
 def test_a_local_task_through_the_harness(model, direct, tmp_path, monkeypatch):
-  """A multiple-choice task of JSON lines, offline: accuracy and log-likelihoods are those computed directly."""
+  """A multiple-choice task in JSON lines, without network: accuracy and log-likelihoods equal those computed directly."""
   for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
     monkeypatch.setenv(name, "1")
   import datasets

@@ -1,4 +1,4 @@
-"""Long rows, the retrieval grid and bits per byte against direct computations; what happens when memory runs out."""
+"""Long rows, the retrieval grid and bits per byte against direct computations; running out of memory; resuming."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def measured(cell: Cell) -> dict[str, Measurement]:
 
 @pytest.mark.slow
 def test_pieces_equal_one_pass(inputs_of, losses_of):
-  """Losses and predictions of rows read in pieces of 64, 64 and 32 tokens are those of all logits at once."""
+  """Losses and predictions of rows that are read in pieces of 64, 64 and 32 tokens equal those from all logits."""
   scorer = inputs_of([TEXT], (32,), prefill_chunk=64).scorer
   rows = np.random.default_rng(0).integers(0, 257, (2, 161)).astype(np.int32)
   np.testing.assert_allclose(np.concatenate(list(scorer.losses(rows))), losses_of(rows), rtol=2e-5, atol=2e-5)
@@ -48,7 +48,7 @@ def test_pieces_equal_one_pass(inputs_of, losses_of):
 
 
 def test_a_row_that_fits_in_no_memory(inputs_of):
-  """The limit is checked against what the compiled program takes, before it runs."""
+  """The memory of a compiled program is compared with the limit before it runs."""
   scorer = inputs_of([TEXT], (32,), prefill_chunk=64, memory_bytes=1000).scorer
   with pytest.raises(OutOfMemory, match=r"needs 0\.\d\d GiB"):
     next(scorer.losses(np.zeros((2, 161), np.int32)))
@@ -56,18 +56,18 @@ def test_a_row_that_fits_in_no_memory(inputs_of):
 
 
 def test_what_libraries_say_of_memory():
-  """What jax raises is told apart from other failures."""
+  """Only errors about memory become `OutOfMemory`."""
   for said, kind in (("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes", OutOfMemory), ("INVALID_ARGUMENT", Exception)):
     with pytest.raises(kind) as caught, memory_errors():
       raise jax.errors.JaxRuntimeError(said)
     assert isinstance(caught.value, OutOfMemory) == (kind is OutOfMemory)
 
 
-# --- Running, resuming, running out -----------------------------------------------------------------------------------
+# --- Resuming, and running out of memory -------------------------------------------------------------------------------
 
 
 class Machine:
-  """Stands for a scorer."""
+  """A stand-in for a scorer."""
 
   compile_seconds = 0.0
   largest_program = 0
@@ -84,7 +84,7 @@ def cell(name: str, calls: list[str], error: BaseException | None = None) -> Cel
 
 
 def test_an_interrupted_evaluation_goes_on_at_the_next_cell(tmp_path):
-  """Cells done are not run again; one out of memory is recorded and tried again only within other limits."""
+  """Finished cells are not run again; one that ran out of memory is recorded, and run again only within other limits."""
   calls, common = [], {"checkpoint": "c", "step": 1}
   extra = {"hardware": "1 x cpu", "limits": {"memory_gib": None}}
 
@@ -112,7 +112,7 @@ def test_an_interrupted_evaluation_goes_on_at_the_next_cell(tmp_path):
 
 
 def test_a_retrieval_cell_by_hand(inputs_of, logits_of):
-  """NIAH in text at 160 tokens, depth 90 %: rows written out here, scored from all logits."""
+  """NIAH in text at 160 tokens and depth 90 %: the rows are written out here and scored from all logits."""
   inputs = inputs_of([TEXT], (128, 160))
   cells = retrieval.retrieval_cells(inputs, RetrievalOptions(retrieval_trials=3, depths=(10.0, 90.0)))
   assert len(cells) == 2 * 2 * 2 * 2
@@ -144,7 +144,7 @@ def test_a_retrieval_cell_by_hand(inputs_of, logits_of):
 
 
 def test_trials_are_paired(inputs_of):
-  """Cue, value and haystack of a trial are the same at every length and depth; tasks share the value."""
+  """A trial has the same cue, value and haystack at every length and depth; both tasks have the same value."""
   inputs = inputs_of([TEXT], (128, 160))
   text = np.append(inputs.documents[0], 256)
   rows = {(task, length, depth): retrieval.haystack_rows(inputs, 2, task, text, length, depth)[0]
@@ -164,7 +164,7 @@ def test_trials_are_paired(inputs_of):
 
 
 def test_training_never_sees_what_evaluation_asks():
-  """Words, like keys and values, are disjoint."""
+  """Training and evaluation have no words in common, as they have no keys and values in common."""
   assert not set(recall.WORDS) & set(needles.EVALUATION_WORDS)
 
 
@@ -173,7 +173,7 @@ def test_training_never_sees_what_evaluation_asks():
 
 @pytest.mark.slow
 def test_bits_per_byte_of_one_span(inputs_of, losses_of):
-  """The same bytes under every context, re-derived from all logits; no character is cut."""
+  """Every context is measured on the same bytes, which cut no character; the numbers are derived again from all logits."""
   documents = ["é漢字 " * 60, TEXT, "short"]
   inputs = inputs_of(documents, (64, 128))
   cells = bits_per_byte_cells(inputs, BitsPerByteOptions(20))
@@ -196,7 +196,7 @@ def test_bits_per_byte_of_one_span(inputs_of, losses_of):
 
 
 def test_bytes_of_a_span():
-  """Spans begin and end between characters, and neighbouring ones add up."""
+  """Spans begin and end between characters."""
   tokenizer, text = ByteTokenizer(), "añ漢😀" * 9
   tokens = tokenizer.encode(text)
   for cut in range(30, 60):

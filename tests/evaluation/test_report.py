@@ -1,4 +1,4 @@
-"""The report of made-up results: everything on one page, nothing from elsewhere."""
+"""The report of made-up results: one page that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def page():
 
 
 def test_one_page_with_nothing_from_elsewhere(page):
-  """Every picture is inside and well-formed; no address of another place; all sections are there."""
+  """All figures are inside and well-formed, no address points elsewhere, and all sections are there."""
   assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page) and "@import" not in page and "url(" not in page
   pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)]
   assert len(pictures) == 7
@@ -70,7 +70,7 @@ def test_one_page_with_nothing_from_elsewhere(page):
 
 
 def test_the_latest_record_counts_and_checkpoints_stay_apart():
-  """Measured twice, the later one; caps, steps and directories of one name are runs of their own."""
+  """Of two records of one measurement the later counts; other caps, overrides and directories make runs of their own."""
   first, second = record("a", "loss", "document_loss", 256, 3.0), record("a", "loss", "document_loss", 256, 2.0, {"trials": 9})
   capped = record("a", "loss", "document_loss", 256, 1.0, {"retention_cap": "256 tokens, heads 2:1"})
   other = first | {"checkpoint": "/elsewhere/a"}
@@ -81,7 +81,7 @@ def test_the_latest_record_counts_and_checkpoints_stay_apart():
 
 
 def test_files_are_read_and_named(tmp_path):
-  """Old records without the newer fields are shown; a missing or empty file is one line."""
+  """Records without newer fields are shown; a missing, malformed or empty file is named in one line."""
   old = {k: v for k, v in record("old", "loss", "document_loss", 256, 3.0).items() if k != "code"}
   ResultsFile(tmp_path / "results.jsonl").append([old])
   write_report([tmp_path / "results.jsonl"], tmp_path / "report.html")

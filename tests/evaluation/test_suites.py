@@ -1,4 +1,4 @@
-"""Suites against direct computations from full logits; results that resume; intervals against known values."""
+"""Suites against direct computations from all logits; results on disk; intervals against known values."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def run(cells) -> dict:
 
 
 @pytest.mark.slow
-def test_document_and_stream_loss(lively, losses_of):
-  inputs = make_inputs(lively)
+def test_document_and_stream_loss(random_model, losses_of):
+  inputs = make_inputs(random_model)
   found = run(loss_cells(inputs, LossOptions(4)))
   rows = np.stack([np.concatenate([[inputs.tokenizer.eot_id], d[:64]]) for d in inputs.documents])
   losses = losses_of(rows)
@@ -56,8 +56,8 @@ def test_document_and_stream_loss(lively, losses_of):
     np.testing.assert_allclose(part["value"], losses[:, part["start"]:part["stop"]].mean(), rtol=1e-5)
 
 
-def test_needle_is_the_teacher_forced_prediction(lively, losses_of):
-  inputs = make_inputs(lively)
+def test_needle_is_the_teacher_forced_prediction(random_model, losses_of):
+  inputs = make_inputs(random_model)
   found = run(needle_cells(inputs, NeedleOptions(3)))
   filler_free = 1 + 2 * len(inputs.tokenizer.encode(" The access code for record 1234567 is 1 2 3 4 5"))
   rows = []
@@ -82,8 +82,8 @@ def test_needle_is_the_teacher_forced_prediction(lively, losses_of):
 
 
 @pytest.mark.slow
-def test_batch_and_chunk_change_nothing_and_shapes_are_few(lively):
-  one, many = make_inputs(lively, batch_tokens=64, chunk=5), make_inputs(lively, batch_tokens=4096, chunk=64)
+def test_batch_and_chunk_change_nothing_and_shapes_are_few(random_model):
+  one, many = make_inputs(random_model, batch_tokens=64, chunk=5), make_inputs(random_model, batch_tokens=4096, chunk=64)
   a, b = (run([*loss_cells(i, LossOptions(4)), *needle_cells(i, NeedleOptions(3))]) for i in (one, many))
   assert a.keys() == b.keys()
   for key in a:
@@ -91,9 +91,9 @@ def test_batch_and_chunk_change_nothing_and_shapes_are_few(lively):
   assert max(one.scorer.compilations, many.scorer.compilations) <= 1 + len(LENGTHS) + len(LENGTHS)
 
 
-def test_too_short_documents_are_refused_with_the_numbers(lively):
+def test_too_short_documents_are_refused_with_the_numbers(random_model):
   with pytest.raises(UserError, match=r"--min_documents=2: only 0 of 1 held-out .*longest length of 64 tokens"):
-    short = make_inputs(lively, documents=1)
+    short = make_inputs(random_model, documents=1)
     loss_cells(dataclasses.replace(short, documents=[short.documents[0][:20]]), LossOptions())
 
 
@@ -116,7 +116,7 @@ def test_results_survive_a_cut_line_and_keep_settings_apart(tmp_path):
 
 
 def test_variants_of_a_checkpoint_are_kept_apart(tmp_path):
-  """What was measured of averaged weights, in a window or with the null stopped counts for nothing else, whichever came first."""
+  """A number measured with averaged weights, in a window or under an override is not taken for one without, or another one."""
   results = ResultsFile(tmp_path / "results.jsonl")
   identity = {"checkpoint": "a", "step": 1, "settings": {}}
   for variant in VARIANT_FIELDS:

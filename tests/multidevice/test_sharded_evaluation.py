@@ -1,4 +1,4 @@
-"""Scores of rows spread over eight devices, read at once or in pieces, equal those of one."""
+"""Scores on eight devices, in one pass or in pieces, equal those on one device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POSITIONS = np.array([1, 2, 30, 47, 60])
 
 
 def test_scores_do_not_depend_on_the_mesh():
-  """One pass and pieces of 24 or 32 tokens; parameters split, rows split, time split."""
+  """Meshes that split parameters, rows and time; rows in one pass and in pieces."""
   rng = np.random.default_rng(1)
   graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(CONFIG, rngs=nnx.Rngs(0))), nnx.Param)
   model = nnx.merge(graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.3, jnp.float32), params))
