@@ -52,6 +52,7 @@ def start(*arguments: str, **environ: str) -> subprocess.Popen:
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=inherited | environ)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [True, False], ids=["flags", "environment"])
 def test_two_processes_sum_together(flags):
   """Two processes of two CPU devices each: one psum over all four."""

@@ -101,6 +101,7 @@ def test_none_stands_for_without():
   assert checked_overrides({"retention_cap": 256}) == {"retention_cap": RetentionCap(256)}
 
 
+@pytest.mark.slow
 def test_fields_of_a_loaded_model(workdir):
   loaded = load_model(workdir)
   config, model, tokenizer, step = loaded

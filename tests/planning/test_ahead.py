@@ -71,6 +71,7 @@ def test_what_a_loop_holds_is_counted_as_often_as_it_runs(mesh, rounds):
   assert found.unknown_loops == 0
 
 
+@pytest.mark.slow
 def test_a_loop_over_stacked_arrays_moves_a_slice_a_round(mesh):
   """16 weights of 8 MiB, forward and backward; what it saves for the backward pass is stacked and read again."""
   rounds, width, rows = 16, 2048, 4096  # rows of a device
@@ -115,6 +116,7 @@ def test_a_collective_that_is_spread_over_a_loop_counts_once():
   assert traffic(text).collectives == {"all-gather": (1, 4 * 8 * 128)}
 
 
+@pytest.mark.slow
 def test_a_tiny_plan(recipe):
   plan = ahead.plan(recipe, "v5e:2x2")
   definition = ModelDefinition(recipe.model)
@@ -132,6 +134,7 @@ def test_a_tiny_plan(recipe):
     assert words in text, text
 
 
+@pytest.mark.slow
 def test_two_slices_lie_along_data_and_talk_over_the_network(recipe):
   config = copy.deepcopy(recipe)
   config.mesh = MeshConfig(data=2, fsdp=4)
@@ -143,12 +146,14 @@ def test_two_slices_lie_along_data_and_talk_over_the_network(recipe):
     ahead.plan(recipe, "v5e:2x2", slices=2)
 
 
+@pytest.mark.slow
 def test_evaluation_has_a_plan_too(recipe):
   plan = ahead.plan(recipe, "v6e:2x2", mode="evaluate", length=256)
   assert plan.tokens == 4 * 256 and plan.optimizer_bytes == 0
   assert plan.flops == pytest.approx(training_flops_per_token(ModelDefinition(recipe.model), 256) * plan.tokens / 3)
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_is_one_line_with_the_numbers(main, tmp_path):
   """Through the main: 17 GB of embedding on each device of 15.75 GiB."""
   (tmp_path / "tiny.py").write_text(TINY)

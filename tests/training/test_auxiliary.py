@@ -58,6 +58,7 @@ def run(steps=3, **options):
   return found, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention, kind, window", [("polar", "strong", 5), ("nope", "zipfian", None), ("rope", "weak", 5)])
 def test_total_is_the_weighted_sum_and_reaches_the_parameters(attention, kind, window):
   """Both objectives on every core; the gradient of the total is that of its terms."""
@@ -79,12 +80,14 @@ def test_total_is_the_weighted_sum_and_reaches_the_parameters(attention, kind, w
   assert all(np.isfinite(g).all() and np.any(g) for g in gradient.values())
 
 
+@pytest.mark.slow
 def test_polar_distractors_are_learned_away():
   """A heavy weight drives the mass that random keys take from the null down."""
   found, _ = run(steps=8, distractors=16, distractor_weight=20.0)
   assert found[-1]["distractor"] < 0.7 * found[0]["distractor"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers_and_resumable():
   """The draws depend on seed and step alone: a state that went through step 1 goes on as if never interrupted."""
   options = {"distractors": 16, "distractor_weight": 20.0}
@@ -96,6 +99,7 @@ def test_same_seed_same_numbers_and_resumable():
   assert float(metrics["distractor"]) == found[1]["distractor"] and float(metrics["total"]) == found[1]["total"]
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_big_batch_for_distractors():
   options = {"distractors": 16, "distractor_weight": 20.0}
   (whole, *_), _ = run(steps=1, **options)
@@ -104,6 +108,7 @@ def test_accumulation_equals_the_big_batch_for_distractors():
     np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_off_is_the_step_without():
   """Weights of terms that are off leave the program as it is, and it draws nothing."""
   def text(**auxiliary):

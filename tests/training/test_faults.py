@@ -27,6 +27,7 @@ from atma_jax.training import train_step as step_module
 from atma_jax.training.loop import DONE, train
 from atma_jax.training.state import create_state, optimizer_for
 
+pytestmark = pytest.mark.slow
 STEPS, EVERY = 24, 4
 RECIPE = """
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig

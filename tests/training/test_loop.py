@@ -60,11 +60,13 @@ def finished(recipe, tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
+@pytest.mark.slow
 def test_run_again_is_done(recipe, finished):
   before = losses(finished)
   assert run(recipe, finished) == DONE and losses(finished) == before
 
 
+@pytest.mark.slow
 def test_damaged_newest_step_is_passed_over_and_resume_is_bitwise(recipe, finished, tmp_path, caplog):
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
@@ -81,6 +83,7 @@ def test_damaged_newest_step_is_passed_over_and_resume_is_bitwise(recipe, finish
   assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_another_architecture_is_refused_by_field(recipe, finished):
   config = copy.deepcopy(recipe)
   config.model.num_heads, config.train.steps = 1, 9
@@ -99,6 +102,7 @@ def test_vocabulary_and_mesh_are_checked(recipe, tmp_path):
     train(config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_load_model_names_legal_steps(finished):
   config, model, tokenizer, step = load_model(finished)
   assert step == 6 and tokenizer.vocab_size == 257 and config.name == "tiny"
@@ -107,6 +111,7 @@ def test_load_model_names_legal_steps(finished):
     load_model(finished, step=4)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_big_batch(recipe, finished, tmp_path):
   assert run(recipe, tmp_path, accumulation=2) == DONE
   for step, loss in losses(finished).items():
@@ -115,6 +120,7 @@ def test_accumulation_equals_the_big_batch(recipe, finished, tmp_path):
   assert jax.device_count() == 1
 
 
+@pytest.mark.slow
 def test_moving_average_follows_the_weights_and_is_loaded_on_request(recipe, finished, tmp_path):
   """average = d * average + (1 - d) * weights at every step; a checkpoint without one says so."""
   with pytest.raises(UserError, match=r"--ema.*config\.train\.ema_decay=None"):

@@ -24,6 +24,7 @@ from atma_jax.evaluation.api import evaluate
 from atma_jax.models.definition import params_of
 from atma_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.slow
 SPLIT = ("--config.mesh.data=1", "--config.mesh.fsdp=2")
 HEARTBEAT = 5  # seconds; what a machine under load still manages
 STEPS, EVERY = 14, 4

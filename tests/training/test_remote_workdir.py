@@ -72,6 +72,7 @@ def storage(tmp_path_factory):
     running.stop()
 
 
+@pytest.mark.slow
 def test_emulator_answers_whether_an_object_has_changed(storage):
   """What saves depend on, asked as they ask it."""
   environ, _ = storage
@@ -88,6 +89,7 @@ def recipe(tmp_path_factory):
   return folder / "recipe.py"
 
 
+@pytest.mark.slow
 def test_train_and_resume(main, storage, recipe):
   environ, bucket = storage
   for steps, words in ((4, "starting"), (6, "resuming at step 4")):
@@ -103,6 +105,7 @@ def test_train_and_resume(main, storage, recipe):
   assert list((bucket / "run" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.slow
 def test_save_after_one_that_was_refused(main, storage, recipe, monkeypatch):
   objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
   upload, refused = objects._media_upload, []
