@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from atma_jax.checkpoints import store as checkpointing
+from atma_jax.checkpoints import store
 from atma_jax.checkpoints.load import load_model
 from atma_jax.config import Config
 from atma_jax.errors import RunError, UserError
@@ -201,7 +201,7 @@ def test_full_disk_trains_on_and_ends_with_one_line_and_the_last_good_step(recip
   config = copy.deepcopy(recipe)
   config.train.steps = STEPS + 2 * EVERY
   monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", full)
-  monkeypatch.setattr(checkpointing, "FINAL_PAUSES", (0, 0))
+  monkeypatch.setattr(store, "FINAL_PAUSES", (0, 0))
   with pytest.raises(RunError, match=r"step 32 could not be written in 2 attempts.*intact.*No space left on device"):
     train(config, str(workdir))
   monkeypatch.undo()

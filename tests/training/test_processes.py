@@ -46,7 +46,7 @@ def get_config():
 WATCHED = """
 import os, sys, time, zlib
 from atma_jax.data.pipeline import TrainingData
-from atma_jax.checkpoints import store as checkpointing
+from atma_jax.checkpoints import store
 fetch = TrainingData.__next__
 rows = open(os.environ["ROWS"], "a", buffering=1)
 
@@ -73,13 +73,13 @@ async def full(self, *args, **options):
 ocp.PyTreeCheckpointHandler.async_save = full
 # The other process gives up waiting soon, and afterwards waits as long as it does outside this test.
 from orbax.checkpoint._src.multihost import multihost
-usual = multihost._DEFAULT_BARRIER_TIMEOUT, checkpointing.WRITE_SECONDS
-multihost._DEFAULT_BARRIER_TIMEOUT, checkpointing.WRITE_SECONDS = 5, 10
-failed = checkpointing.Checkpointer.write_failed
+usual = multihost._DEFAULT_BARRIER_TIMEOUT, store.WRITE_SECONDS
+multihost._DEFAULT_BARRIER_TIMEOUT, store.WRITE_SECONDS = 5, 10
+failed = store.Checkpointer.write_failed
 def patient(self, *arguments):
-  multihost._DEFAULT_BARRIER_TIMEOUT, checkpointing.WRITE_SECONDS = usual
+  multihost._DEFAULT_BARRIER_TIMEOUT, store.WRITE_SECONDS = usual
   failed(self, *arguments)
-checkpointing.Checkpointer.write_failed = patient
+store.Checkpointer.write_failed = patient
 """
 
 
