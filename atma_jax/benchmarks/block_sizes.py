@@ -1,4 +1,4 @@
-"""Times candidates for the block sizes of the kernels and prints the entries that belong into `atma_jax.ops.core.tiles`.
+"""Times candidates for the block sizes of the kernels and prints the entries that belong in `atma_jax.ops.core.tiles`.
 
 On a GPU or TPU it times the kernels of that platform. On a CPU it interprets the kernels of both in tiny blocks, which shows that
 every candidate works; the times mean nothing then, and the output says so.

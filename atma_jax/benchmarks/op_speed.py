@@ -55,7 +55,7 @@ def with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-  """Returns the largest error of any array of a tree, relative to the norm of the expected array."""
+  """Returns the largest relative error, by norm, over the arrays of a tree."""
   def error(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.maximum(jnp.linalg.norm(b.ravel()), 1e-12)
 

@@ -87,7 +87,7 @@ def from_published(published: dict[str, Any], tensors: Tensors, source: pathlib.
 
 
 def to_published(config: Config) -> dict[str, Any]:
-  """Returns the published fields of a configuration, and a warning logged for each field that only this package knows."""
+  """Returns the published fields of a configuration, and logs a warning for each field that only this package knows."""
   model = config.model
   published = {
     "vocab_size": model.vocab_size,

@@ -15,7 +15,7 @@ from atma_jax.models import Atma
 from atma_jax.pytorch.archive import Tensors, TensorSpec, required
 
 Path = tuple[Any, ...]  # of a parameter in the tree
-Names = dict[Path, tuple[list[str], bool]]  # published names, one a stacked layer, and whether the parameter is stacked
+Names = dict[Path, tuple[list[str], bool]]  # published names, one per stacked layer, and whether the parameter is stacked
 
 
 def from_state_dict(tensors: Tensors, config: ModelConfig, source: str = "state_dict") -> Atma:
@@ -76,7 +76,7 @@ def to_state_dict(model: Atma) -> tuple[list[TensorSpec], Iterator[np.ndarray]]:
 def parameter_names(config: ModelConfig) -> Names:
   """Returns the published names of every parameter.
 
-  Each path in the parameter tree is mapped to one name, or to one a layer if the parameter is a stack of layers, and to whether
+  Each path in the parameter tree is mapped to one name, or to one per layer if the parameter is a stack of layers, and to whether
   it is a stack.
   """
   model = nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0)))

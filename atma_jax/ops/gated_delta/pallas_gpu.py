@@ -130,7 +130,7 @@ def _sum_groups(gradient: jax.Array, x: jax.Array) -> jax.Array:
 class _Launcher:
   """Launches kernels over the chunks of one call, whose shapes it holds.
 
-  An array's rank says what it is: (B, H, T) scalars, (B, T, H, D) vectors, (B, H, N, rows, columns) one matrix a chunk.
+  An array's rank says what it is: (B, H, T) scalars, (B, T, H, D) vectors, (B, H, N, rows, columns) one matrix per chunk.
   """
 
   def __init__(self, q: jax.Array, v: jax.Array, carry: tiles.Carry, interpret: bool):
@@ -171,7 +171,7 @@ class _Launcher:
       state: (B, H, D, Dv), where the first chunk starts from.
 
     Returns:
-      An array like ``sliced[0]``, one state (D, Dv) a chunk, and the final state.
+      An array like ``sliced[0]``, one state (D, Dv) per chunk, and the final state.
     """
     return self._in_sequence(name, kernel, whole, sliced, log_g, state, (sliced[0], self.states))
 
@@ -242,6 +242,7 @@ def _last(x: jax.Array) -> jax.Array:
 
 def _within_kernel(k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, writes_ref: Any, erases_ref: Any,
                    inverse_ref: Any) -> None:
+  """Computes W, E and X of a chunk."""
   k, log_g, beta = k_ref[...], log_g_ref[...], beta_ref[...]
   lower = jnp.where(_below(1), beta[:, None] * _ratios(log_g) * _matmul(k, k, k.dtype, (1, 1)), 0)
   inverse = _unit_lower_inverse(lower, precise=k.dtype == jnp.float32)
@@ -269,6 +270,7 @@ def _unit_lower_inverse(lower: jax.Array, precise: bool) -> jax.Array:
 
 def _carry_kernel(erases_ref: Any, k_ref: Any, within_ref: Any, log_g_ref: Any, state_ref: Any, writes_ref: Any,
                   states_ref: Any, final_ref: Any, *, chunks: int) -> None:
+  """Carries the state through all chunks, storing U and the state before each."""
   def step(c: jax.Array, state: jax.Array) -> jax.Array:
     rows = pl.ds(c * CHUNK, CHUNK)
     k, log_g = k_ref[rows, :], log_g_ref[rows]
@@ -299,6 +301,7 @@ def _transition_kernel(erases_ref: Any, k_ref: Any, *refs: Any, chunks: int) -> 
 
 
 def _read_kernel(q_ref: Any, k_ref: Any, writes_ref: Any, states_ref: Any, log_g_ref: Any, readout_ref: Any) -> None:
+  """Computes the readout of a chunk."""
   q, log_g = q_ref[...], log_g_ref[...]
   attention = _ratios(log_g) * _matmul(q, k_ref[...], q.dtype, (1, 1))
   readout = jnp.exp(log_g)[:, None] * _matmul(q, states_ref[...], q.dtype)
@@ -309,6 +312,7 @@ def _read_kernel(q_ref: Any, k_ref: Any, writes_ref: Any, states_ref: Any, log_g
 
 
 def _read_back_kernel(q_ref: Any, k_ref: Any, g_readout_ref: Any, log_g_ref: Any, g_writes_ref: Any) -> None:
+  """Computes the part of U's cotangent that comes through the chunk's own readout."""
   q = q_ref[...]
   attention = _ratios(log_g_ref[...]) * _matmul(q, k_ref[...], q.dtype, (1, 1))
   g_writes_ref[...] = _matmul(attention, g_readout_ref[...], q.dtype, (0, 0)).astype(g_writes_ref.dtype)
@@ -316,6 +320,7 @@ def _read_back_kernel(q_ref: Any, k_ref: Any, g_readout_ref: Any, log_g_ref: Any
 
 def _carry_back_kernel(q_ref: Any, k_ref: Any, erases_ref: Any, g_readout_ref: Any, g_read_ref: Any, log_g_ref: Any,
                        g_final_ref: Any, g_writes_ref: Any, g_states_ref: Any, g_state_ref: Any, *, chunks: int) -> None:
+  """Carries the state's cotangent back through all chunks, storing those of U and of the state after each."""
   def step(i: jax.Array, g_state: jax.Array) -> jax.Array:  # g_state is of the state after chunk c
     c = chunks - 1 - i
     rows = pl.ds(c * CHUNK, CHUNK)

@@ -79,7 +79,7 @@ def _head_first(x: jax.Array) -> jax.Array:
 
 
 def _chunk_rows(x: jax.Array) -> jax.Array:
-  """Transposes (B, T, H) to one row a chunk, (B, H, N, 1, n), in float32."""
+  """Transposes (B, T, H) to one row per chunk, (B, H, N, 1, n), in float32."""
   x = _head_first(x.astype(jnp.float32))
   return x.reshape(*x.shape[:2], -1, 1, CHUNK)
 
@@ -117,7 +117,7 @@ def _run_chunks(name: str, kernel: Callable[..., None], inputs: Sequence[jax.Arr
                 interpret: bool, *, reverse: bool, products: int, states: int = 1) -> list[jax.Array]:
   """Runs a kernel over all chunks of all heads.
 
-  An array's rank says what it is: (B, H, T, D) vectors, (B, H, N, rows, columns) one matrix or row a chunk. The last input and
+  An array's rank says what it is: (B, H, T, D) vectors, (B, H, N, rows, columns) one matrix or row per chunk. The last input and
   the last `states` outputs are states (B, H, D, Dv) instead.
 
   Args:
@@ -128,7 +128,7 @@ def _run_chunks(name: str, kernel: Callable[..., None], inputs: Sequence[jax.Arr
     heads: heads of a program.
     interpret: run without a TPU.
     reverse: visit the chunks from the last to the first.
-    products: matrix products a chunk, for the cost estimate.
+    products: matrix products per chunk, for the cost estimate.
     states: number of final states.
   """
   B, H, T, D = inputs[0].shape
@@ -216,6 +216,7 @@ def _unit_lower_inverse(lower: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, state_ref: Any, readout_ref: Any,
                     writes_ref: Any, inverse_ref: Any, states_ref: Any, final_ref: Any, carry_ref: Any, *, count: int) -> None:
+  """Computes a chunk's readout and the state after it, saving U, X and the state before it; `carry_ref` holds the state."""
   @pl.when(pl.program_id(2) == 0)
   def start() -> None:
     carry_ref[...] = state_ref[...]

@@ -53,6 +53,7 @@ def gated_delta_step(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax
 
 def _step_kernel(q_ref: Any, k_ref: Any, v_ref: Any, log_gamma_ref: Any, beta_ref: Any, state_ref: Any, readout_ref: Any,
                  new_state_ref: Any) -> None:
+  """Advances `ROWS` rows of a state by one step and reads them."""
   q, k, v = (ref[...].astype(jnp.float32) for ref in (q_ref, k_ref, v_ref))
   gamma, beta, state = jnp.exp(log_gamma_ref[...]), beta_ref[...], state_ref[...]
   state_k, state_q = jnp.sum(state * k[None, :], axis=1), jnp.sum(state * q[None, :], axis=1)

@@ -31,7 +31,7 @@ class _ChunkTerms(NamedTuple):
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
                 initial_state: jax.Array, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
-  """Implements `atma_jax.ops.gated_delta` for K = H, saving its inputs and one state a chunk for the backward pass."""
+  """Implements `atma_jax.ops.gated_delta` for K = H, saving its inputs and one state per chunk for the backward pass."""
   inputs = _split_chunks(q, k, v, log_gamma, beta, initial_state.dtype, chunk)
   readout, final_state = _run(inputs, initial_state)
   return _join_chunks(readout, v), final_state

@@ -26,7 +26,7 @@ def short_conv(x: Float[Array, "B T C"], weight: Float[Array, "taps C"], *,
 
   Args:
     x: the sequence.
-    weight: one filter a channel; the last tap multiplies the current step.
+    weight: one filter per channel; the last tap multiplies the current step.
     history: the steps before the first; None is zeros.
 
   Returns:
@@ -56,7 +56,7 @@ def gated_short_conv(projected: Sequence[Float[Array, "B T C"]] | Sequence[Float
 
   Args:
     projected: gate, output gate and x as three arrays (B, T, C), or as one array (B, T, 3 C) that concatenates them.
-    weight: one filter a channel, as for `short_conv`.
+    weight: one filter per channel, as for `short_conv`.
     bias: added to gate, output gate and x first, which a kernel does as it reads them; None is zeros.
     implementation: one of `dispatch.NAMES`.
 

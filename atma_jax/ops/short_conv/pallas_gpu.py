@@ -28,7 +28,7 @@ THREAD_CHANNELS = 4  # leaves registers for enough concurrent programs to keep m
 STEPS = {"forward": 64, "backward": 128}  # the more there are, the less is read twice or left to add up
 UNROLLED = 4  # steps that are loaded ahead of their use
 
-Values = tuple[jax.Array, ...]  # float32 values of a program's channels: consecutive steps, or one value a tap
+Values = tuple[jax.Array, ...]  # float32 values of a program's channels: consecutive steps, or one value per tap
 
 
 def supports(projected: Sequence[jax.Array], weight: jax.Array, bias: jax.Array | None) -> str | None:

@@ -17,7 +17,7 @@ def slot_memory(q: jax.Array, k: jax.Array, v: jax.Array, *, log_decay: jax.Arra
                 chunk: int = CHUNK) -> tuple[jax.Array, State]:
   """Implements `slot_memory.api.slot_memory`; of n chunks the backward pass keeps about sqrt(n) states and recomputes the others.
 
-  A state is as large as M tokens of keys and values. One a chunk would take 8 GiB a layer at the published size and 65,536
+  A state is as large as M tokens of keys and values. One per chunk would take 8 GiB per layer at the published size and 65,536
   tokens. Decays enter as exponentials of differences of their running sums, none of which is positive.
   """
   T, dtype = q.shape[1], initial_state[0].dtype

@@ -60,6 +60,7 @@ def squared_gate_gradients(u: jax.Array, h: jax.Array, dh: jax.Array, bias: jax.
 
 def _gradients_kernel(u_ref: Any, h_ref: Any, dh_ref: Any, bias_ref: Any, gradients_ref: Any, sums_ref: Any, *,
                       columns: int) -> None:
+  """Stores the gradients of u and g for this program's columns and steps, and their sums over the steps."""
   T, F = u_ref.shape
   bias, first = bias_ref[...], pl.program_id(1) * STEPS
   u_columns, g_columns = (pl.ds(start + pl.program_id(0) * columns, columns) for start in (0, F))
