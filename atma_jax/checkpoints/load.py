@@ -19,7 +19,6 @@ from atma_jax.data.tokenizers import Tokenizer, tokenizer_from_dict
 from atma_jax.errors import UserError
 from atma_jax.models import Atma
 from atma_jax.models.definition import ModelDefinition, params_of, reconfigured
-from atma_jax.models.retention_cap import with_retention_cap
 from atma_jax.pytorch import is_published, read_published
 from atma_jax.sharding import make_mesh
 
@@ -114,9 +113,7 @@ def overridden(model: Atma, overrides: Mapping[str, Any]) -> Atma:
   """
   changes = checked_overrides(overrides)
   refuse_unfitting(model.config, overrides, changes)
-  capped, cap = "retention_cap" in changes, changes.pop("retention_cap", None)
-  model = reconfigured(model, **changes)
-  return with_retention_cap(model, cap) if capped else model
+  return reconfigured(model, **changes)
 
 
 def _overridden(loaded: LoadedModel, overrides: Mapping[str, Any]) -> LoadedModel:
