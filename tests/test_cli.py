@@ -1,4 +1,4 @@
-"""The command lines: bad input is one line that names the field and the legal values, and exit code 2.
+"""Bad input on a command line ends in one line that names the field and the legal values, and in exit code 2.
 
 Most cases run in forked children, see tests/conftest.py.
 """
@@ -89,7 +89,7 @@ def test_recipe_is_required_and_found(main, tmp_path, name):
 
 
 def test_workdir_is_required(main):
-  """Nothing is written to a directory that nobody named."""
+  """Without --workdir nothing is written."""
   assert_one_line(main("train", DEBUG), "--workdir")
 
 
@@ -102,14 +102,14 @@ def test_missing_data(main, tmp_path, name):
 
 
 def test_unknown_source(main, tmp_path):
-  """A source of no known kind is answered with the kinds there are."""
+  """An unknown kind of source is refused with a list of the kinds."""
   sources = "--config.data.sources=('sql:everything',)"
   assert_one_line(main("train", DEBUG, sources, "--config.data.weights=(1.0,)", f"--workdir={tmp_path}/run"),
                   "data.sources", "sql:everything", "python-source", "text:", "bin:")
 
 
 def test_empty_corpus(main, tmp_path):
-  """Files without text are no corpus."""
+  """Files without text are refused."""
   (tmp_path / "empty.txt").write_text("")
   arguments = small(tmp_path)
   assert_one_line(main("train", *arguments, f"--workdir={tmp_path}/run"), "data.sources", f"{tmp_path}/*.txt", "empty")
@@ -144,7 +144,7 @@ def test_data_of_another_recipe(main, corpus, trained, tmp_path):
 
 
 def test_evaluate_flags(main, trained, tmp_path):
-  """A missing checkpoint, a step that is not there, an unknown suite, lengths that are none."""
+  """A missing checkpoint or step, an unknown suite, and values that are not legal."""
   output = f"--output={tmp_path}/evaluation"
   checkpoint = f"--checkpoint={trained}"
   assert_one_line(main("evaluate", "--suite=loss", output), "--checkpoint")
@@ -167,12 +167,12 @@ def test_evaluate_flags(main, trained, tmp_path):
   (["--checkpoint=x", "--host=nowhere.invalid", "--port=0"], ["--host=nowhere.invalid"]),
 ], ids=lambda value: value[-1] if value and value[-1].startswith("--") else None)
 def test_serve_flags(main, arguments, words):
-  """Refused before a model is read."""
+  """Bad flags are refused before a model is read."""
   assert_one_line(main("serve", *arguments), *words)
 
 
 def test_serve_sizes(main, trained):
-  """What does not fit the checkpoint's model, or the port that somebody has."""
+  """Sizes that do not fit the model of the checkpoint are refused, and so is a port that is taken."""
   checkpoint = [f"--checkpoint={trained}", "--port=0"]
   assert_one_line(main("serve", *checkpoint, "--cache_gib=0.00001"), "cache_gib=1e-05", "at least")
   assert_one_line(main("serve", *checkpoint, "--chunk=100"), "chunk=100", "power of two")
@@ -197,7 +197,7 @@ def test_help(main, name):
   (["prepare_data", "--config=configs/absent.py"], ["configs/absent.py"]),
 ])
 def test_in_a_process_of_its_own(command, words):
-  """As a shell starts it, imports and interpreter exit included."""
+  """The same in a process as a shell starts it, with its imports and the exit of the interpreter."""
   result = subprocess.run([sys.executable, "-m", f"atma_jax.{command[0]}", *command[1:]], cwd=REPOSITORY,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
   assert_one_line(result, *words)

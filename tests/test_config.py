@@ -1,4 +1,4 @@
-"""The configuration survives storage, and storage from before a field existed."""
+"""A configuration survives storage, also by a version in which a field did not exist yet; bounds; sizes of the recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which environments make several processes one program, and that two real ones do."""
+"""Which environments join several processes to one program, and that two real processes join."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_no_cluster_around(monkeypatch, capsys):
 
 
 def test_alone_everything_agreed_is_ones_own():
-  """One process hears itself, and its errors come out as they are."""
+  """A single process gets its own message back, and its errors are raised as they are."""
   assert distributed.exchange("said") == ["said"] and distributed.from_first("said") == "said"
   with pytest.raises(KeyError), distributed.agreed():
     raise KeyError("own")
@@ -139,7 +139,7 @@ def test_alone_everything_agreed_is_ones_own():
 
 
 def test_alone(monkeypatch):
-  """Nothing in the environment, or "off": the process stays alone, which it would not with what the environment says."""
+  """A process stays alone if the environment says nothing, or if the mode is "off", whatever the environment says."""
   joined = []
   monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **options: joined.append(options))
   tpu = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES")

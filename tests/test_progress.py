@@ -1,4 +1,4 @@
-"""Progress bars in a log: lines, and few of them."""
+"""A progress bar writes few whole lines to a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Auxiliary objectives on eight devices: the same draws and the same numbers as on one."""
+"""Auxiliary objectives on eight devices draw the same random numbers, and give the same losses, as on one."""
 
 from __future__ import annotations
 

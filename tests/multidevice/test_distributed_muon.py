@@ -1,4 +1,4 @@
-"""Orthogonalisation shared out over a mesh equals that of one device, whatever splits the matrices and however many there are."""
+"""Distributed orthogonalisation equals that of one device, however many matrices there are and however they are sharded."""
 
 from __future__ import annotations
 

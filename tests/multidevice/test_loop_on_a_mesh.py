@@ -1,4 +1,4 @@
-"""The whole loop on eight devices: a checkpoint of one mesh goes on over another, with the same data and the same losses."""
+"""The training loop on eight devices resumes a checkpoint of one mesh on another, with the same data and the same losses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def recipe(tmp_path_factory) -> Config:
 
 
 def run(recipe: Config, workdir: pathlib.Path, stop: int | None = None, **axes: int) -> dict[int, float]:
-  """Trains on a mesh, to step `stop` by way of a pre-emption; the losses written so far."""
+  """Trains on a mesh, to the end or until it is interrupted after step `stop`; returns the losses written so far by step."""
   config = copy.deepcopy(recipe)
   for name, size in ({"data": 1} | axes).items():
     setattr(config.mesh, name, size)

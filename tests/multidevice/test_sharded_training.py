@@ -1,4 +1,4 @@
-"""Eight devices compute what one does: loss, gradients, five steps of parameters; shardings are what the table says."""
+"""Training on eight devices equals that on one: loss, gradients, parameters after five steps; shardings follow the table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def batch(number: int) -> np.ndarray:
 
 
 def run(config: Config, mesh: jax.sharding.Mesh, steps: int = STEPS):
-  """Losses of `steps` steps and the state after them."""
+  """Trains `steps` steps; returns their losses and the state after them."""
   definition = ModelDefinition(config.model)
   optimizer = optimizer_for(config, definition)
   state = create_state(config, definition, optimizer, mesh)

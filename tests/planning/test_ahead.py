@@ -1,4 +1,4 @@
-"""compile_ahead: what hlo.py counts in programs whose counts are known, and plans that fit, do not fit, or cannot be."""
+"""Plans: the counts of programs whose counts are known, and plans that fit, do not fit, or are impossible."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def mesh() -> jax.sharding.Mesh:
 
 
 def compiled(mesh: jax.sharding.Mesh, function, out: jax.P, *arguments: tuple[tuple[int, ...], str, jax.P]):
-  """What `function` does on four devices, given shape, dtype and placement of its arguments."""
+  """The traffic of `function` on four devices, given shape, dtype and placement of its arguments."""
   shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, where)) for shape, dtype, where in arguments]
   return traffic(jax.jit(function, out_shardings=jax.NamedSharding(mesh, out)).lower(*shapes).compile().as_text())
 
@@ -73,7 +73,7 @@ def test_what_a_loop_holds_is_counted_as_often_as_it_runs(mesh, rounds):
 
 @pytest.mark.slow
 def test_a_loop_over_stacked_arrays_moves_a_slice_a_round(mesh):
-  """16 weights of 8 MiB, forward and backward; what it saves for the backward pass is stacked and read again."""
+  """16 weights of 8 MiB, forward and backward; the residuals are stacked, and read again by the backward pass."""
   rounds, width, rows = 16, 2048, 4096  # rows of a device
 
   def loss(x, w):

@@ -1,4 +1,4 @@
-"""Auxiliary objectives inside the step: on every core, deterministic, equal under accumulation, free when off."""
+"""Auxiliary objectives in the training step: on every core, deterministic, equal under accumulation, and free when off."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run(steps=3, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("attention, kind, window", [("polar", "strong", 5), ("nope", "zipfian", None), ("rope", "weak", 5)])
 def test_total_is_the_weighted_sum_and_reaches_the_parameters(attention, kind, window):
-  """Both objectives on every core; the gradient of the total is that of its terms."""
+  """On every core the total is the weighted sum of its terms, and its gradient reaches every parameter."""
   config = recipe(attention, pattern=("local", "global"), regularizer=kind, regularizer_weight=0.25, distractors=6,
                   distractor_weight=0.5, sketch=8)
   config.model.window = window
@@ -82,14 +82,14 @@ def test_total_is_the_weighted_sum_and_reaches_the_parameters(attention, kind, w
 
 @pytest.mark.slow
 def test_polar_distractors_are_learned_away():
-  """A heavy weight drives the mass that random keys take from the null down."""
+  """With a heavy weight, training lowers the mass that random keys take from the null."""
   found, _ = run(steps=8, distractors=16, distractor_weight=20.0)
   assert found[-1]["distractor"] < 0.7 * found[0]["distractor"]
 
 
 @pytest.mark.slow
 def test_same_seed_same_numbers_and_resumable():
-  """The draws depend on seed and step alone: a state that went through step 1 goes on as if never interrupted."""
+  """The draws depend on seed and step alone, so that a restored state goes on as if it had never been interrupted."""
   options = {"distractors": 16, "distractor_weight": 20.0}
   found, _ = run(steps=3, **options)
   _, middle = run(steps=1, **options)
@@ -110,7 +110,7 @@ def test_accumulation_equals_the_big_batch_for_distractors():
 
 @pytest.mark.slow
 def test_off_is_the_step_without():
-  """Weights of terms that are off leave the program as it is, and it draws nothing."""
+  """The weights of objectives that are off do not change the program, which then draws no random numbers."""
   def text(**auxiliary):
     step, fresh = program(**auxiliary)
     return step.lower(fresh(), TOKENS).as_text()

@@ -69,7 +69,7 @@ def finished(recipe, tmp_path_factory) -> pathlib.Path:
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
-  """The last loss written for each step; a line cut by a kill can only be the last one of a process."""
+  """The last loss written for each step; a kill can only cut off the last line of a process."""
   found = {}
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
     record = json.loads(line)
@@ -131,7 +131,7 @@ def newest(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def cut_in_half(path: pathlib.Path):
-  """Halves the largest file of the arrays."""
+  """Cuts the largest file of the arrays in half."""
   file = max((p for p in path.glob("state/**/*") if p.is_file()), key=lambda p: p.stat().st_size)
   os.truncate(file, file.stat().st_size // 2)
 
@@ -179,14 +179,14 @@ def test_half_written_step_is_ignored(recipe, finished, tmp_path):
 
 
 def test_workdir_that_cannot_be_written_is_one_line(main, recipe_file):
-  """Not even root may make a folder in /proc."""
+  """Not even root can make a folder in /proc."""
   result = main("train", f"--config={recipe_file}", "--workdir=/proc/atma")
   errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
   assert result.returncode == 2 and len(errors) == 1 and "--workdir" in errors[0], result.stderr
 
 
 def failed_saves(workdir: pathlib.Path) -> list[int]:
-  """The metric, by step."""
+  """The metric `failed_saves` of every step."""
   return [json.loads(line)["failed_saves"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -195,7 +195,7 @@ def full(*_, **__):
 
 
 def test_full_disk_trains_on_and_ends_with_one_line_and_the_last_good_step(recipe, finished, tmp_path, monkeypatch, caplog):
-  """The file system refuses to take any further checkpoint's arrays."""
+  """From some point on, the file system takes no more arrays."""
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
   config = copy.deepcopy(recipe)
@@ -213,7 +213,7 @@ def test_full_disk_trains_on_and_ends_with_one_line_and_the_last_good_step(recip
 
 
 class _Full:
-  """What a background write that ran out of space looks like to Orbax."""
+  """A background write that ran out of space, as Orbax sees it."""
 
   result = staticmethod(full)
 
@@ -238,7 +238,7 @@ def test_a_failed_write_is_reported_counted_and_tried_again(recipe, finished, tm
 
 
 def test_a_workdir_that_becomes_unwritable_costs_no_step(recipe, tmp_path, monkeypatch, caplog):
-  """The folder of the checkpoints is taken away in the middle of a run, and comes back."""
+  """The folder of the checkpoints vanishes in the middle of a run and comes back."""
   original = loop.Loop.next_batch
   calls = [0]
 
@@ -259,7 +259,7 @@ def test_a_workdir_that_becomes_unwritable_costs_no_step(recipe, tmp_path, monke
 
 
 def poisoned(recipe: Config, tmp_path: pathlib.Path, monkeypatch, bad: set[int], **changes) -> str:
-  """Trains with a loss that is not finite in the steps `bad`, which is told from the tokens."""
+  """Trains with a loss that is not finite in the steps `bad`, whose tokens are marked by their sign."""
   original, seen = loop.TrainingData.__next__, [0]
   real_loss = step_module.language_model_loss
 

@@ -1,4 +1,4 @@
-"""How often each kernel runs in a training step, and the whole step with TPU kernels compiled for a TPU that is not there."""
+"""How often each kernel runs in a training step, and the whole step compiled with its kernels for a TPU that is not there."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tiny(implementation: str, remat: str, scan: bool) -> Config:
 
 
 def kernels(jaxpr) -> collections.Counter[str]:
-  """How often each kernel runs that leads to a result, bodies of scans counted as often as they do."""
+  """How often each kernel that contributes to a result runs, the bodies of scans counted as often as they run."""
   found, used = collections.Counter(), {id(v) for v in jaxpr.outvars}
   for eqn in reversed(jaxpr.eqns):
     if not any(id(v) in used for v in eqn.outvars):
@@ -91,7 +91,7 @@ def test_a_kernel_runs_once_a_layer_and_forward_ones_again_only_under_full_remat
 
 
 def test_remat_dots_keeps_the_residual_stream_and_what_norms_divide_by():
-  """They cost what the products added to the stream would, and the backward pass forms neither again."""
+  """They take as much memory as the products that are added to the stream, and the backward pass recomputes neither."""
   C, config = 128, tiny("xla", "dots", scan=False).model
   config.block_pattern, config.num_layers, config.mlp_width = ("local",), 2, 2 * C
   group = nnx.eval_shape(lambda: Group(config, ("local", "local"), rngs=nnx.Rngs(0)))

@@ -1,4 +1,4 @@
-"""The loop end to end on a tiny recipe: resume is exact, damage is survived, bad input is one line."""
+"""The training loop on a tiny recipe: a resumed run is exact, damage is survived, bad input is refused in one line."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_accumulation_equals_the_big_batch(recipe, finished, tmp_path):
 
 @pytest.mark.slow
 def test_moving_average_follows_the_weights_and_is_loaded_on_request(recipe, finished, tmp_path):
-  """average = d * average + (1 - d) * weights at every step; a checkpoint without one says so."""
+  """Every step computes average = d * average + (1 - d) * weights; a checkpoint without an average is refused."""
   with pytest.raises(UserError, match=r"--ema.*config\.train\.ema_decay=None"):
     load_model(finished, ema=True)
   assert run(recipe, tmp_path, steps=2, checkpoint_every=1, checkpoint_keep=3, validate_every=0, ema_decay=0.75) == DONE

@@ -1,4 +1,4 @@
-"""The update rule against the golden numbers, its schedule, its clipping, and the group of every parameter."""
+"""The update rule against golden numbers, and its schedule, clipping and groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONSTANT = OptimizerConfig(decay_fraction=0.0, clip_norm=None, clip_basis="mean"
 
 
 def _run(params, gradients, group, config=CONSTANT, tokens=1):
-  """The parameters after each of the gradients."""
+  """The parameters after every update."""
   optimizer = lib.make_optimizer(config, 1000, jax.tree.map(lambda _: group, params), tokens)
 
   @jax.jit
@@ -93,7 +93,7 @@ def test_zero_gradient_only_decays():
 
 @pytest.mark.parametrize("group", lib.ADAM_GROUPS)
 def test_adam_groups(group):
-  """First step of Adam without decay: the rate against the sign; the second follows the textbook recurrence."""
+  """The first step of Adam is the learning rate against the sign of the gradient; the others follow the textbook recurrence."""
   rate = {"embedding": 0.3, "head": 1 / 320, "vector": 0.01}[group]
   gradients = np.array([[3.0, -2.0, 1e-4], [1.0, 5.0, -1e-4]])
   history = _run(jnp.ones(3), list(jnp.asarray(gradients)), group)

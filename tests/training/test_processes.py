@@ -1,4 +1,4 @@
-"""Real processes of one program: kill -9, SIGTERM to one of them, other process counts and meshes, failures of one alone."""
+"""Real processes that train together: kill -9 or SIGTERM to one of them, changes of number and mesh, failures of a single one."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def together(port: int, count: int, i: int) -> list[str]:
 
 
 class Run:
-  """`count` processes of `devices` CPU devices each that train one recipe, or evaluate; killed when the block ends."""
+  """A context in which `count` processes of `devices` CPU devices each train a recipe, or evaluate; its end kills them."""
 
   def __init__(self, forking, recipe: pathlib.Path, workdir: pathlib.Path, count: int, devices: int, *options: str,
                pause: float = 0.0, fault: str = "", workdirs: Iterable[pathlib.Path] = (),
@@ -134,7 +134,7 @@ class Run:
       process.wait(60)
 
   def lose(self, rng: np.random.Generator, step: int, number: int) -> tuple[int, list[int]]:
-    """Sends one process a signal, at a random moment after a step; which one it was, and the exit codes once all have ended."""
+    """Sends a random process a signal at a random moment after a step; returns its index, and all exit codes in the end."""
     self.wait_for_step(step)
     time.sleep(rng.uniform(0, self.pause))
     which = int(rng.integers(self.count))
@@ -142,7 +142,7 @@ class Run:
     return which, self.codes()
 
   def codes(self, timeout: float = 600) -> list[int]:
-    """The exit codes, once all have ended."""
+    """Waits until all processes have ended and returns their exit codes."""
     deadline = time.monotonic() + timeout
     return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
 
@@ -192,7 +192,7 @@ def run(forking, recipe):
 
 @pytest.fixture(scope="module")
 def alone(run, tmp_path_factory) -> pathlib.Path:
-  """An uninterrupted run of one process with two devices, parameters split."""
+  """An uninterrupted run of one process that shards the parameters over two devices."""
   workdir = tmp_path_factory.mktemp("alone")
   with run(workdir, 1, 2, *SPLIT) as started:
     assert started.codes() == [0], started.errors()
@@ -200,7 +200,7 @@ def alone(run, tmp_path_factory) -> pathlib.Path:
 
 
 def assert_the_same(workdir: pathlib.Path, expected: pathlib.Path):
-  """Bit for bit: the sum of two devices' parts does not depend on who comes first."""
+  """Asserts equality bit for bit, because a sum of two terms does not depend on their order."""
   assert losses(workdir) == losses(expected)
   assert rows(workdir) == rows(expected) and len(rows(expected)) == 8 * STEPS
   a, b = weights(workdir), weights(expected)
@@ -208,7 +208,7 @@ def assert_the_same(workdir: pathlib.Path, expected: pathlib.Path):
 
 
 def assert_lost(started: Run, victim: int, codes: list[int], began: float):
-  """One was killed: the others ended in time and say so."""
+  """Asserts that after one process was killed the others ended in time and said why."""
   assert time.monotonic() - began < 2 * HEARTBEAT + 5, victim
   assert codes.pop(victim) == -signal.SIGKILL and not {0, 2, 75} & set(codes), (victim, codes)
   errors = started.errors()
@@ -236,14 +236,14 @@ def mesh(**axes: int) -> list[str]:
 
 
 def pre_empted(started: Run) -> int:
-  """The step that was saved."""
+  """The step that was saved before the processes ended."""
   saved = int(re.search(r"pre-empted: step (\d+) is saved", started.errors()[0])[1])
   assert (started.workdir / "checkpoints" / str(saved)).is_dir()
   return saved
 
 
 def leave_half_written(workdir: pathlib.Path) -> int:
-  """Two steps that are newer than the newest: one that Orbax has not named yet, one with half of its arrays."""
+  """Adds two steps after the newest one: one with half of its arrays, and one that Orbax has not renamed yet."""
   folder = workdir / "checkpoints"
   good = max(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
   for name in (str(good + 1), f"{good + 2}.orbax-checkpoint-tmp"):
@@ -314,7 +314,7 @@ def test_what_one_process_finds_wrong_ends_all_with_the_message(run, tmp_path, o
 
 
 def assert_the_same_value(value: object, expected: object, path: str):
-  """Numbers within the rounding of another order of summation (as in tests/multidevice), all else exactly."""
+  """Asserts equality, of numbers up to the rounding of sums in another order (as in tests/multidevice)."""
   if isinstance(expected, dict):
     assert value.keys() == expected.keys(), path
     for name in expected:
@@ -330,7 +330,7 @@ def assert_the_same_value(value: object, expected: object, path: str):
 
 
 def test_evaluation_by_two_processes_is_that_of_one(run, alone, tmp_path):
-  """Record by record in the same order, and only process 0 writes and prints."""
+  """The records are the same, in the same order, and only process 0 writes and prints."""
   options = ("--suite=loss,needle", "--multiples=1,2", "--trials=3", "--min_documents=2")
   outputs = [tmp_path / "0", tmp_path / "1"]
   with run(tmp_path, 2, 1, *options, checkpoint=alone, workdirs=outputs) as started:

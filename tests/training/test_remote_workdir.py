@@ -1,4 +1,4 @@
-"""Checkpoints and metrics on gs://, with an emulator in place of Google Cloud Storage: Orbax, TensorStore and gcsfs are real."""
+"""Checkpoints and metrics on gs://, against an emulator of Google Cloud Storage; Orbax, TensorStore and gcsfs are real."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ print(store.read("file", if_not_equal=generation).result().value.decode())
 
 
 def with_generation(download, missing: type[Exception]):
-  """The emulator's handler of reads with the header that Cloud Storage sends and it leaves out: the object's generation.
+  """Adds a header to the answers of the emulator's `download`: the generation of the object, which Cloud Storage sends.
 
-  Without it TensorStore takes every object that it reads to be of generation 0, and refuses to ask whether such a one has
+  Without it TensorStore takes every object that it reads for generation 0, and then refuses to ask whether the object has
   changed ("Malformed StorageGeneration"). Whether a save asks that is a matter of timing: 4 of 12 small ones in a row failed.
   """
   def handle(request, response, storage):
@@ -55,7 +55,7 @@ def with_generation(download, missing: type[Exception]):
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory):
-  """The environment of a process whose gs:// is the emulator, and the folder where that keeps its objects."""
+  """The environment of a process whose gs:// is the emulator, and the folder in which the emulator keeps its objects."""
   server = pytest.importorskip("gcp_storage_emulator.server")
   pytest.importorskip("gcsfs")
   folder = tmp_path_factory.mktemp("storage")
@@ -74,7 +74,7 @@ def storage(tmp_path_factory):
 
 @pytest.mark.slow
 def test_emulator_answers_whether_an_object_has_changed(storage):
-  """What saves depend on, asked as they ask it."""
+  """Saves depend on this question, which is asked here as they ask it."""
   environ, _ = storage
   done = subprocess.run([sys.executable, "-c", READ_AGAIN], env=os.environ | environ, capture_output=True, text=True, check=False)
   assert done.stdout == "new\n", done.stderr
