@@ -54,7 +54,7 @@ class Block(nnx.Module):
                trace: Trace | None = None) -> tuple[ResidualStream, LayerCache | None]:
     """The stream after the block, and the update of the cache; arguments as for `Mixer.__call__`.
 
-    A `trace` receives the block's ``input`` and ``output``, the normed ``mixer_input``, (B, T, C) each, and what the mixer adds.
+    A `trace` receives ``input``, ``output`` and the normed ``mixer_input``, (B, T, C) each, besides what the mixer puts there.
     """
     normed = x.norm(self.norm1)
     if trace is not None:
@@ -76,7 +76,7 @@ class Group(nnx.Module):
 
   def __call__(self, x: ResidualStream, tap: Tap | None = None,
                first: Int[Array, ""] | int = 0) -> tuple[ResidualStream, list[Any]]:
-    """Whole sequences: the stream after the blocks and, with a tap, its result for each of them.
+    """The stream of whole sequences after the blocks, and the results of a tap for each block.
 
     Args:
       x: the stream before the blocks.
@@ -96,7 +96,7 @@ class Group(nnx.Module):
 
   def extend(self, x: ResidualStream, caches: Sequence[LayerCache],
              span: TokenSpan) -> tuple[ResidualStream, list[LayerCache]]:
-    """New tokens that follow those of `caches`, one a block: the stream after the blocks, and the updates of the caches."""
+    """The stream of new tokens after the blocks, and the update of each block's cache."""
     updates = []
     for block, cache in zip(self.blocks, caches, strict=True):
       x, update = block(x, cache, span)

@@ -33,8 +33,8 @@ class TokenSpan:
     lengths: tokens that came before.
     counts: new tokens, between 0 and T.
     table: the pages of every row, of a paged cache.
-    cache_slots: how many slots of keys and values are read, which all rows that count keep within; 0 says that nothing came
-      before, and None that all slots are read.
+    cache_slots: how many slots of keys and values to read; no row with new tokens may have used more. 0 is an empty cache, and
+      None is all slots.
     implementation: the model's, by which new keys and values are written.
   """
 

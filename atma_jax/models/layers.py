@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 16  # rows of the smallest tile of a GPU's matrix units
 
-# Names of what rematerialisation keeps beside matrix products: the residual stream, in place of the products that are added to
-# it and that nothing else needs, and the means of squares in norms, which are small and would have it read once more.
+# Names of arrays that rematerialisation saves besides matrix products: the residual stream, in place of the products that were
+# added to it, and the small sums in norms, which would take another pass over the stream.
 RESIDUAL, NORM_SUM = "residual_stream", "norm_sum"
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -207,7 +207,7 @@ def _with_parameters(linear: Linear, kernel: jax.Array, bias: jax.Array) -> Line
 
 @dataclasses.dataclass(frozen=True)
 class LinearSum:
-  """A sum of linear layers, each of an input of its own, that is not computed yet: the residual stream adds it up in its way.
+  """A sum of linear layers, each with an input of its own, which the residual stream computes when and how it suits.
 
   Attributes:
     terms: the layers, and their inputs (B, T, ...).

@@ -108,7 +108,7 @@ class Atma(nnx.Module):
     return self.head(self.hidden(tokens))
 
   def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T C"]:
-    """The output of the final norm, of which `token_losses` and its like take the logits without storing them."""
+    """The output of the final norm, from which `token_losses` and its like compute what they need without storing logits."""
     return self._forward(tokens, None)[0]
 
   def tapped(self, tokens: Int[Array, "B T"], tap: Tap) -> tuple[Float[Array, "B T C"], list[Any]]:
@@ -121,7 +121,9 @@ class Atma(nnx.Module):
   def next_token_loss(self, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"],
                       weights: Float[Array, "B T"] | None = None, *, z_loss: float = 0.0,
                       chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sum of the token losses, differentiable, and that of the squared log-partition functions, which is not.
+    """The weighted sum of the token losses, and, to be reported, that of the squared log-partition functions.
+
+    Only the first is differentiable.
 
     Args:
       hidden: of whole sequences.
@@ -139,7 +141,7 @@ class Atma(nnx.Module):
                    whole: bool = True) -> Float[Array, "B T"]:
     """Losses of the targets in nats, float32 or wider; arguments as for `next_token_loss`.
 
-    With ``whole=False`` hidden states are some of those of a sequence, which the mesh does not split over time.
+    ``whole=False`` says that the hidden states are a selection, whose time axis the mesh does not split.
     """
     return ops.token_losses(hidden, self.head.kernel[...], self.head.bias[...], targets, cap=self.head.cap, chunk=chunk,
                             time_shards=shard_count("sequence") if whole else 1, implementation=self.config.implementation)
@@ -198,8 +200,8 @@ class Atma(nnx.Module):
       tokens: the new tokens.
       cache: of B rows, with room for the new tokens unless the model has a window.
       counts: how many of a row's T tokens count; the rest is padding on the right. None is all T.
-      cache_slots: slots of keys and values that are read, a value of `slots_for` that every row that counts keeps within; 0
-        says that the cache is empty, and the ops of the full forward pass serve the call. None is all of them.
+      cache_slots: how many slots of keys and values to read, a value of `slots_for`; no row with new tokens may have used more.
+        0 says that the cache is empty, so that the ops of the full forward pass serve the call. None is all slots.
 
     Returns:
       (B, T, C), meaningless where padded, and the cache after the tokens that count.
@@ -231,24 +233,27 @@ class Atma(nnx.Module):
     return self.norm(x), cache.append(updates, span)
 
   def unrolls_decoding(self, cache: Cache) -> bool:
-    """Whether decoding goes from layer to layer without a loop, as kernels that find their layer in stacked arrays need it;
-    on a GPU always, because the loop's copies of each layer's share would cost more."""
+    """Whether decoding calls the layers one by one instead of in a loop.
+
+    Kernels that index into the stacked arrays of a cache need it. On a GPU it is always faster, because a loop would copy each
+    layer's share of the cache.
+    """
     return dispatch.platform() == "gpu" or (dispatch.platform() == "tpu" and self.skips_unused_slots(cache))
 
   def skips_unused_slots(self, cache: Cache) -> bool:
-    """Whether decoding reads every row of such a cache up to its own length, so that no `cache_slots` is needed."""
+    """Whether decoding with such a cache reads every row up to its own length, so that `cache_slots` saves nothing."""
     keys = cache.keys
     return keys is not None and skips_unused_slots(
       jax.ShapeDtypeStruct(keys.shape, keys.dtype), self.config.num_heads, layers.activation_dtype(self.config),
       paged=cache.table is not None, implementation=self.config.implementation)
 
   def unstacked(self, fuse: bool = True) -> Atma:
-    """A copy that computes the same in fewer steps where it `unrolls_decoding`; on a GPU each step costs its start.
+    """A copy for unrolled decoding, which launches fewer kernels because every group has arrays of its own.
 
-    Every group has arrays of its own, which are read where they lie; whole sequences and chunks stack them first, once a pass.
+    Forward passes over whole sequences and chunks still work; they stack the arrays first, once per pass.
 
     Args:
-      fuse: let mixers make one matrix of those that belong together (`Mixer.fuse_projections`).
+      fuse: let mixers replace matrices that belong together by one (`Mixer.fuse_projections`).
     """
     model = nnx.merge(*nnx.split(self))
     if model.groups is not None:
@@ -290,9 +295,9 @@ def _unstack(stacked: Group, index: int) -> Group:
 
 def _decode_unrolled(x: Float[Array, "B 1 C"], groups: Sequence[Group], caches: Sequence[LayerCache],
                      span: TokenSpan) -> tuple[Float[Array, "B 1 C"], list[LayerCache]]:
-  """`Group.extend` of one group after the other, without a loop: large arrays of the stacked caches are used where they lie.
+  """Extends the groups one by one; what is large in the stacked caches is read and updated in place.
 
-  On a GPU blocks get more rows than the caches have, if their mixers accept them; the outputs of those rows are dropped.
+  On a GPU the blocks get more rows than the caches have, if their mixers accept that; the outputs of those rows are dropped.
   """
   updates, rows = [], x.shape[0]
   padded = all(block.mixer.accepts_padded_rows for block in groups[0].blocks)

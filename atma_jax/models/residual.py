@@ -1,4 +1,4 @@
-"""The residual stream: what blocks add to it, and when the sums are made."""
+"""The residual stream, to which blocks add."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class ResidualStream:
       x = x + mixer(x.norm(norm1))
       x = x + mlp(x.norm(norm2))
 
-  When the sum is made is hidden here. With `deferring` set, an addition only takes note of the products, and the kernel of the
-  next norm adds them up as it reads them (on a GPU: one pass over memory in place of three). Without, the sum is an operation of
-  its own, made by the next norm or by `constrained`. Both give the same value up to rounding.
+  It hides when a sum is computed. By default an addition is an operation of its own. A stream that is `deferred` only notes what
+  is added, and the kernel of the next norm computes the sum as it reads the terms, which saves a pass over memory on a GPU. The
+  two agree up to rounding. `norm` and `value` may change how a stream is represented, but never what it stands for.
 
   Attributes:
     x: the sum so far, in the activation dtype.
     products: what is still to be added to it.
-    bias: likewise, with `deferring`.
-    deferring: the implementation of `atma_jax.ops.sum_and_norm` that makes the sums; None makes them without it.
+    bias: likewise; only of a deferred stream.
+    deferring: the implementation of `atma_jax.ops.sum_and_norm` that computes the sums; None if the stream is not deferred.
   """
 
   x: Float[Array, "B T C"]
@@ -42,7 +42,7 @@ class ResidualStream:
   deferring: str | None = dataclasses.field(default=None, metadata={"static": True})
 
   def __add__(self, branch: Array | layers.LinearSum) -> ResidualStream:
-    """The stream with the output of a mixer or MLP added; rows that the output lacks are padding, and get zeros."""
+    """The stream plus the output of a mixer or MLP; an output of fewer rows is padded with zeros."""
     if self.deferring is None:
       total = branch.total(len(self.x)) if isinstance(branch, layers.LinearSum) else layers.pad_rows(branch, len(self.x))
       return ResidualStream(self.value, [total])
@@ -53,7 +53,7 @@ class ResidualStream:
     return ResidualStream(self.value, products, bias, self.deferring)
 
   def norm(self, norm: layers.RMSNorm) -> Float[Array, "B T C"]:
-    """The norm of the stream, whose sum is made on the way."""
+    """The norm of the stream."""
     if self.deferring is not None:
       weight = norm.weight[...]
       bias = jnp.zeros_like(weight) if self.bias is None else self.bias
@@ -66,17 +66,17 @@ class ResidualStream:
 
   @property
   def value(self) -> Float[Array, "B T C"]:
-    """The stream as an array, sharded as activations are; the sum is made now, if it is still to be made."""
+    """The stream as an array, sharded as activations are."""
     if self.products:
       self._settle(checkpoint_name(constrain(self._sum(), ACTIVATIONS), layers.RESIDUAL))
     return self.x
 
   def deferred(self, implementation: str) -> ResidualStream:
-    """The stream, whose sums from now on are made by the norms, with an implementation of `atma_jax.ops.sum_and_norm`."""
+    """The same stream, whose sums the norms compute from now on, with an implementation of `atma_jax.ops.sum_and_norm`."""
     return dataclasses.replace(self, deferring=implementation)
 
   def constrained(self) -> ResidualStream:
-    """The stream, sharded as activations are; sums that are deferred stay so."""
+    """The same stream, sharded as activations are; a deferred sum stays deferred."""
     return self if self.deferring is not None else ResidualStream(self.value)
 
   def _sum(self) -> Array:
@@ -84,5 +84,5 @@ class ResidualStream:
     return self.x + (total if self.bias is None else total + self.bias.astype(self.x.dtype))
 
   def _settle(self, x: Array) -> None:
-    """Puts the sum in the place of its terms, so that it is made once."""
+    """Replaces the terms by their sum, so that it is computed once."""
     self.x, self.products, self.bias = x, [], None

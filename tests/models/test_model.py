@@ -1,4 +1,4 @@
-"""The model: sizes, causality, scanning, initialisation."""
+"""The model: parameter counts, causality, scanning, rematerialisation, taps, initialisation and metadata."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_causal_by_gradient(attention, window):
 
 
 def test_direction_scale_is_that_of_the_projection():
-  """Weights of a published model times the scale give the same function, magnitudes and memory as they are."""
+  """A scale of 4 is the published model with an output projection 4 times as large; magnitudes and memory do not depend on it."""
   published, scaled = (Atma(tiny(direction_scale=scale), rngs=nnx.Rngs(0)) for scale in (1.0, 4.0))
   rng = np.random.default_rng(2)
   params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.2, p.dtype), nnx.state(published, nnx.Param))
@@ -96,7 +96,7 @@ def test_rematerialisation_and_inlining_change_nothing(remat, scan):
 
 @pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "block")])
 def test_tap_sees_every_layer_in_order_and_changes_nothing(scan, remat):
-  """6 layers: one scanned group of four and a tail of two."""
+  """With 6 layers: one scanned group of four and a tail of two."""
   model = Atma(tiny(num_layers=6, scan=scan, remat=remat), rngs=nnx.Rngs(0))
 
   def tap(block, trace, layer):
@@ -134,7 +134,7 @@ def test_every_parameter_is_alive_after_two_steps(init):
 
 
 def test_mimetic_start_matches_what_followed_the_same_token():
-  """Queries meet the key of a token's predecessor: alone in the network, position t looks for where its token was before."""
+  """Every head starts by attending to the token that followed the last occurrence of the current one."""
   config = tiny(init="mimetic", num_layers=1, block_pattern=("global",), num_heads=2, num_kv_heads=1)
   mixer = AttentionMixer(config, rngs=nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(1), (1, 12, config.width))

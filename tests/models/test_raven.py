@@ -1,4 +1,4 @@
-"""Raven baselines: published sizes, causality, sparse writes, decoding equals the full pass, their optimizer."""
+"""Raven baselines: published parameter counts, sparse writes, decoding equal to the full pass, and their optimizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 21)).astype(np.int32)
 
 @pytest.fixture(scope="module")
 def model() -> Atma:
-  """Nothing in it is zero."""
+  """A model in which no parameter is zero."""
   graphdef, params = nnx.split(Atma(TINY, rngs=nnx.Rngs(0)), nnx.Param)
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -44,7 +44,7 @@ def test_published_parameter_counts(name, parameters):
 
 
 def test_decoding_in_pieces_equals_the_full_pass(model):
-  """Chunks with padding and single steps; the state does not grow. The full pass is causal because pieces equal it."""
+  """Padded chunks and single steps equal the full pass, which is therefore causal; the state does not grow."""
   full = nnx.jit(lambda m, tokens: m.hidden(tokens))(model, TOKENS)
   extend = nnx.jit(lambda m, tokens, cache, counts: m.extend(tokens, cache, counts))
   cache, start = Cache.create(TINY, 2, 32), 0
@@ -67,7 +67,7 @@ def test_a_token_touches_top_k_slots():
 
 
 def test_adamw_recipe():
-  """Cosine from the warmup's end to a tenth; decay of everything; one rate."""
+  """One cosine schedule from the end of the warmup to a tenth, and one weight decay, for every parameter."""
   config = OptimizerConfig(kind="adamw", schedule="cosine", warmup_steps=5, clip_norm=None, adam_b1=0.9, adam_eps=1e-15,
                            clip_basis="mean")
   rates = [float(learning_rates(config, 100, count)["adamw"]) for count in (0, 4, 5, 52, 100)]

@@ -1,4 +1,4 @@
-"""Half-lives of the memory: bounded by parameterisation in training, capped at inference, listed as they are."""
+"""Half-lives of the memory: computed from the gate's bias, bounded in training, and capped at inference."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache
+from atma_jax.models.definition import reconfigured
 from atma_jax.models.memory import Memory
 from atma_jax.models.retention_cap import capped_heads, half_life, with_retention_cap, zero_input_half_lives
 
@@ -31,7 +32,7 @@ def memory_of(**changes) -> Memory:
 
 
 def random_model(config: ModelConfig = TINY, seed: int = 1) -> Atma:
-  """Nothing is zero, and gates say something."""
+  """A model in which no parameter is zero and gates depend on their input."""
   graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0))), nnx.Param)
   rng = np.random.default_rng(seed)
   return nnx.merge(graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.3, p.dtype), params))
@@ -56,7 +57,7 @@ def test_without_a_bound_gamma_is_the_published_sigmoid():
 
 @pytest.mark.parametrize("bound", [0.5, 64.0, 1e6])
 def test_bounded_half_life(bound):
-  """Never above the bound, near the published form well below it, rates add, and the gradient is the published one."""
+  """Half-lives never exceed the bound and approach it; decay rates add; the gradient is that of the published form."""
   memory, published = memory_of(max_half_life=bound), memory_of()
   z = jnp.linspace(-12, 40, 105)[:, None].repeat(2, 1)
   bounded, free = half_life(memory.log_gamma(z)), half_life(published.log_gamma(z))
@@ -116,8 +117,19 @@ def test_cap_bounds_the_chosen_heads_and_no_other(model, heads, chosen):
     nnx.state(with_retention_cap(with_retention_cap(model, cap), None)))
 
 
+def test_another_window_keeps_the_cap(model):
+  """`reconfigured` carries a cap over, sets one beside other changes, and takes one away."""
+  cap = RetentionCap(16.0, "2:0")
+  capped = with_retention_cap(model, cap)
+  for changed in (reconfigured(capped, window=4), reconfigured(model, window=4, retention_cap=cap)):
+    assert changed.config.window == 4
+    jax.tree.map(np.testing.assert_array_equal, zero_input_half_lives(changed), zero_input_half_lives(capped))
+  free = reconfigured(capped, window=4, retention_cap=None)
+  jax.tree.map(np.testing.assert_array_equal, zero_input_half_lives(free), zero_input_half_lives(model))
+
+
 def gates_by_hand(model: Atma, cap: RetentionCap) -> Atma:
-  """A model whose gates of capped heads are constants, set by kernel and bias."""
+  """A model in which the gates of the capped heads are constants, by their kernel and bias."""
   chosen = capped_heads(model, cap)
   graphdef, state = nnx.split(model)
   model = nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
@@ -131,7 +143,7 @@ def gates_by_hand(model: Atma, cap: RetentionCap) -> Atma:
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_capped_model_is_the_model_with_those_gates(scan):
-  """A cap far below every runtime half-life of its heads makes their gates that constant; scanned and inlined."""
+  """A cap far below every half-life of its heads turns their gates into constants, whether layers are scanned or inlined."""
   model = random_model(dataclasses.replace(TINY, scan=scan, num_layers=4))
   cap = RetentionCap(0.05, "2:1,0:0")
   expected = hidden(gates_by_hand(model, cap))
@@ -140,7 +152,7 @@ def test_capped_model_is_the_model_with_those_gates(scan):
 
 
 def test_decoding_obeys():
-  """Prefill and single steps equal the full pass, with a bound on all heads and a cap on some; 5 layers: a tail too."""
+  """Prefill and single steps equal the full pass with a bound on all heads and a cap on some; 5 layers give groups and a tail."""
   config = dataclasses.replace(TINY, num_layers=5, memory=MemoryConfig(max_half_life=4.0))
   model = with_retention_cap(random_model(config), RetentionCap(1.0, "0:0,2:1,4:1"))
   full = hidden(model)
@@ -153,7 +165,7 @@ def test_decoding_obeys():
 
 
 def test_generation_obeys(model):
-  """The engine continues a prompt as the capped model's own full pass would, which is not as the model without a cap."""
+  """The engine continues a prompt as the full pass of the capped model does, and not as that of the model without a cap."""
   capped = with_retention_cap(model, RetentionCap(0.05))
   prompt = [int(token) for token in TOKENS[0, :16]]
   engine = Engine(capped, ByteTokenizer(), rows=1, capacity=32, chunk=16, decode_steps=2)
@@ -164,7 +176,7 @@ def test_generation_obeys(model):
 
 
 def test_no_cap_costs_nothing(model):
-  """The program of an uncapped model, and of one whose cap was taken away, holds no minimum over the gates."""
+  """The program of a model without a cap, or whose cap was taken away, computes no minimum over the gates."""
 
   def program(model):
     graphdef, state = nnx.split(model)

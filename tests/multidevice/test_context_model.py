@@ -36,13 +36,13 @@ def tokens() -> np.ndarray:
 
 
 def parameters(definition, mesh):
-  """Random ones, so that no output is zero at the start."""
+  """Random parameters, none of which is zero."""
   return {name: jax.device_put(0.3 * np.random.default_rng(i).normal(size=value.shape).astype(np.float32), value.sharding)
           for i, (name, value) in enumerate(sorted(definition.abstract_params(mesh).items()))}
 
 
 def program(options, axes):
-  """The compiled loss and gradients on a mesh, and its arguments."""
+  """The compiled loss and gradients of a model on a mesh, and their arguments."""
   mesh = make_mesh(**{"data": 1} | axes, devices=jax.devices()[:int(np.prod(list(axes.values()) or [1]))])
   definition = ModelDefinition(ModelConfig(**BASE | options))
   params = parameters(definition, mesh)
@@ -56,7 +56,7 @@ def program(options, axes):
 
 
 def gathered(compiled, length: int = T) -> list[list[int]]:
-  """Shapes of all-gathers that hold activations of all steps: WIDTH numbers or more for each, time (and rows) a dimension."""
+  """Shapes of the all-gathers whose results hold activations of a whole sequence: at least WIDTH numbers per time step."""
   results = re.findall(r"= (.*?) all-gather(?:-start)?\(", compiled.as_text())
   shapes = [[int(n) for n in shape.split(",") if n] for result in results for shape in re.findall(r"\[([\d,]*)\]", result)]
   return [shape for shape in shapes if {length, B * length} & set(shape) and math.prod(shape) >= length * WIDTH]

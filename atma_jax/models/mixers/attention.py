@@ -313,6 +313,7 @@ class AttentionMixer(Mixer):
 
   @classmethod
   def init_cache(cls, config: ModelConfig, batch: int, rings: Rings) -> AttentionCache:
+    """See `Mixer`."""
     activation = layers.activation_dtype(config)
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     keys, values = (jnp.zeros((rings.count, kv_heads, rings.slots, dim), rings.dtype) for _ in range(2))

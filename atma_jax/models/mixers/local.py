@@ -57,5 +57,6 @@ class LocalMixer(Mixer):
 
   @classmethod
   def init_cache(cls, config: ModelConfig, batch: int, rings: Rings) -> LocalCache:
+    """See `Mixer`."""
     del rings
     return LocalCache(jnp.zeros((batch, config.conv_taps - 1, config.width), layers.activation_dtype(config)))

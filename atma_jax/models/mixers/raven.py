@@ -121,6 +121,7 @@ class RavenMixer(Mixer):
 
   @classmethod
   def init_cache(cls, config: ModelConfig, batch: int, rings: Rings) -> RavenCache:
+    """See `Mixer`."""
     del rings
     wide = jnp.promote_types(jnp.float32, layers.activation_dtype(config))
     keys, values = (jnp.zeros((batch, config.num_heads, config.raven.slots, config.head_dim), wide) for _ in range(2))

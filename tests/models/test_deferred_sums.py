@@ -1,4 +1,7 @@
-"""Training as on a GPU, where norms add up what they norm and the MLP keeps its gated product: the same as elsewhere."""
+"""Training as on a GPU, where norms compute the sums of the residual stream and the MLP keeps its gated product.
+
+The gradients are those of other platforms.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from atma_jax.ops.squared_gate import api as squared_gate
 from atma_jax.ops.squared_gate import pallas_gpu as squared_gate_pallas_gpu
 from atma_jax.training.objective import auxiliary_loss
 
-# Heads and a vocabulary of sizes for which a GPU has no other kernel.
+# With heads and a vocabulary of these sizes, no other GPU kernel can serve.
 CONFIG = ModelConfig(vocab_size=61, num_layers=3, block_pattern=("global", "local"), width=32, num_heads=4, num_kv_heads=2,
                      head_dim=8, mlp_width=32, activation_dtype="float32")
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 11)).astype(np.int32)
@@ -27,7 +30,7 @@ OPTIONS = {"plain": AuxiliaryConfig(), "tapped": AuxiliaryConfig(regularizer="we
 
 
 def gradients(options, **changes):
-  """Loss and gradients, of parameters none of which is zero."""
+  """Loss and gradients for parameters none of which is zero."""
   graphdef, params = nnx.split(Atma(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0)), nnx.Param)
   rng = np.random.default_rng(1)
   params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(p.dtype), params)
@@ -41,7 +44,7 @@ def gradients(options, **changes):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-  """Programs are made as for a GPU, the two kernels interpreted; how often each was put into one."""
+  """Traces programs as for a GPU, with the two kernels in interpret mode; counts how often each kernel is traced."""
   used = collections.Counter()
 
   def interpret(op, kernel):
@@ -67,8 +70,8 @@ def expected(options):
 
 
 @pytest.mark.parametrize("options, remat, scan", [("plain", "dots", False), ("plain", "block", True), ("tapped", "none", True)])
-def test_gradients_are_those_of_other_machines(request, options, remat, scan):
-  want = expected(options)  # before the machine becomes another
+def test_gradients_are_those_of_other_platforms(request, options, remat, scan):
+  want = expected(options)  # before the platform is patched
   used = request.getfixturevalue("on_gpu")
   for a, b in zip(gradients(options, remat=remat, scan=scan), want, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(np.max(np.abs(b)))))
@@ -76,7 +79,7 @@ def test_gradients_are_those_of_other_machines(request, options, remat, scan):
 
 
 def test_a_width_without_a_kernel_takes_the_formula(monkeypatch):
-  """As dispatch decides for both ops."""
+  """Dispatch decides so for both ops."""
   want = expected("plain")
   monkeypatch.setattr(parallel.dispatch, "platform", lambda: "gpu")
   for a, b in zip(gradients("plain", remat="dots", scan=False), want, strict=True):
