@@ -73,7 +73,7 @@ def _has_no_attention(config: ModelConfig, value: Any) -> str:
 
 
 OVERRIDES: dict[str, Override] = {override.name: override for override in (
-  Override("window", "Keys that each query may see, the latest ones; 0 is all of them; default is the model's own.",
+  Override("window", "Keys that each query may see, the latest ones; 0 is all of them.",
            "window {}", _has_no_attention),
   Override("null_length", "Visible keys at which polar attention's null stops growing, such as the training length; 0 is never; "
            "default is the model's own.", "null to {}", _counts_no_keys),
