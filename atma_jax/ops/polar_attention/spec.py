@@ -1,8 +1,8 @@
 """What polar attention is told besides q, k and v: learned parameters, and which keys count.
 
 A new per-head scalar is one field of `PolarParams` here, its use in `formula`, its place in the flat signatures of `api` and, if
-published weights call it otherwise, its name in `atma_jax.pytorch.published_tensors`. Modules, kernels, rings, caches, sharding and
-benchmarks are generic over the fields.
+published weights call it otherwise, its name in `atma_jax.pytorch.published_tensors`. Modules, kernels, rings, caches, sharding
+and benchmarks are generic over the fields.
 """
 
 from __future__ import annotations
