@@ -19,7 +19,7 @@ WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "w
 
 
 def make_text(seed: int, words: int) -> str:
-  """Random lines of words, some indented, with a number here and there."""
+  """Random lines of words, some indented, each ending with a number."""
   rng = np.random.default_rng(seed)
   lines = []
   while words > 0:
@@ -31,7 +31,7 @@ def make_text(seed: int, words: int) -> str:
 
 @pytest.fixture
 def corpus(tmp_path):
-  """Folder of 30 text files of different lengths; returns its path."""
+  """The path of a folder of 30 text files of different lengths."""
   folder = tmp_path / "corpus"
   folder.mkdir()
   for index in range(30):
@@ -48,7 +48,7 @@ def config(corpus):
 
 @pytest.fixture
 def with_recall(config):
-  """The same with recall material mixed in, 2 : 1."""
+  """`config` with recall material mixed in, one window for every two of text."""
   source = config.sources[0]
   return dataclasses.replace(config, sources=(source, f"recall:{source}"), weights=(2.0, 1.0))
 

@@ -117,6 +117,7 @@ def global_batches(config, directory, process_count, batches, state=None):
   return np.stack(read), states[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_the_global_batch_does_not_depend_on_the_number_of_processes(with_recall, tmp_path, process_count):
   prepare(with_recall, tmp_path / "data", workers=1, progress=False)
@@ -125,6 +126,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(with_recall
   np.testing.assert_array_equal(read, expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(stops=st.lists(st.integers(1, 7), min_size=2, max_size=4),
        process_counts=st.lists(st.sampled_from([1, 2, 4]), min_size=4, max_size=4))

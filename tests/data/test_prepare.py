@@ -95,6 +95,7 @@ def test_documents_that_repeat_a_line_are_kept(config, corpus, tmp_path):
   assert run(config, tmp_path / "data").train[0]["near_duplicates"] == 0
 
 
+@pytest.mark.slow
 def test_the_same_bytes_with_any_number_of_workers(with_recall, tmp_path):
   config = dataclasses.replace(with_recall, tokenizer="sentencepiece", tokenizer_vocab_size=320)
   run(config, tmp_path / "one", workers=1)
@@ -104,6 +105,7 @@ def test_the_same_bytes_with_any_number_of_workers(with_recall, tmp_path):
   assert names == {".lock", "begun.json", "manifest.json", "tokenizer.json", "train", "validation", "heldout"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writes", range(0, 16, 3))
 def test_stopped_after_any_write_it_ends_with_the_same_bytes(with_recall, tmp_path, monkeypatch, writes):
   run(with_recall, tmp_path / "whole")
@@ -185,6 +187,7 @@ def test_text_that_changed_since_is_refused(config, corpus, tmp_path):
     run(config, tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_the_cap_takes_an_even_sample_in_order(config, corpus, tmp_path):
   for index in range(100):
     (corpus / f"big{index:02d}.txt").write_text(make_text(1000 + index, 4000))

@@ -26,15 +26,16 @@ def get_config():
 """
 
 
-@pytest.fixture
-def recipe(tmp_path):
-  folder = tmp_path / "big"
-  folder.mkdir()
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+  """A recipe over a folder of 200 documents; beside it lies a file that cannot be read."""
+  folder = tmp_path_factory.mktemp("recipe")
+  (folder / "big").mkdir()
   for index in range(200):
-    (folder / f"{index:03d}.txt").write_text(make_text(index, 1500 + index))
-  (tmp_path / "bad.jsonl").write_text("no JSON\n")
-  (tmp_path / "recipe.py").write_text(RECIPE.format(corpus=folder))
-  return tmp_path / "recipe.py"
+    (folder / "big" / f"{index:03d}.txt").write_text(make_text(index, 1500 + index))
+  (folder / "bad.jsonl").write_text("no JSON\n")
+  (folder / "recipe.py").write_text(RECIPE.format(corpus=folder / "big"))
+  return folder / "recipe.py"
 
 
 def command(*arguments) -> list[str]:
@@ -61,6 +62,7 @@ def gone(pid: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="watches processes through /proc")
 def test_killed_again_and_again_it_ends_with_the_same_bytes(recipe, tmp_path):
   whole = finish(f"--config={recipe}", f"--directory={tmp_path / 'whole'}", "--workers=1")
@@ -93,6 +95,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(recipe, tmp_path):
   assert resumed.stdout.replace(str(directory), "") == whole.stdout.replace(str(tmp_path / "whole"), "")
 
 
+@pytest.mark.slow
 def test_prints_what_was_written_and_does_nothing_twice(recipe, tmp_path):
   directory = tmp_path / "data"
   first = finish(f"--config={recipe}", f"--config.data.directory={directory}", "--config.data.max_mib=1")
@@ -126,6 +129,6 @@ def test_bad_options_are_one_line_and_exit_code_2(recipe, tmp_path, arguments, m
 
 def test_a_file_that_cannot_be_read_is_one_line_after_the_progress_bar(recipe, tmp_path):
   result = finish(f"--config={recipe}", f"--directory={tmp_path}/x",
-                  f"--config.data.sources=('text:{tmp_path}/big','text:{tmp_path}/bad.jsonl')")
+                  f"--config.data.sources=('text:{recipe.parent}/big','text:{recipe.parent}/bad.jsonl')")
   assert result.returncode == 2 and "Traceback" not in result.stderr
   assert re.match(r"error: config\.data\.sources: .*bad\.jsonl:1: not JSON", result.stderr.splitlines()[-1])

@@ -70,6 +70,7 @@ def test_a_worker_imports_its_functions_modules_only_each_with_one_thread(tmp_pa
   assert sys.modules["__main__"] is main and dict(os.environ) == before
 
 
+@pytest.mark.slow
 def test_the_function_is_pickled_once_for_all_workers():
   Counted.pickled = 0
   with process_pool.Pool(3, Counted()) as pool:
@@ -77,6 +78,7 @@ def test_the_function_is_pickled_once_for_all_workers():
   assert Counted.pickled == 1
 
 
+@pytest.mark.slow
 def test_starting_a_worker_does_not_wait_for_it(monkeypatch):
   """A function of any size: what goes through the pipe to a starting process fits in it."""
   sizes = []
@@ -88,6 +90,7 @@ def test_starting_a_worker_does_not_wait_for_it(monkeypatch):
   assert sizes and max(sizes) < 16 << 10
 
 
+@pytest.mark.slow
 def test_no_more_workers_than_items():
   with process_pool.Pool(6, Counted()) as pool:
     assert list(pool.map([5, 7])) == [-5, -7]

@@ -156,6 +156,7 @@ def test_parquet_without_a_text_column(tmp_path):
     read_all(f"text:{tmp_path}/x.parquet")
 
 
+@pytest.mark.slow
 def test_python_source_is_this_installation():
   files = list_files("python-source")
   names = [file.name for file in files]

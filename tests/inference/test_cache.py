@@ -42,6 +42,7 @@ CASES = {
   "rope-bare": {"attention": "rope", "memory": BARE},
   "rope-window": {"attention": "rope", "window": 7},
 }
+QUICK_CASES = ("polar", "nope-window", "rope-window")  # of the tests that run every case
 
 
 def lively(config: ModelConfig, dtype: str = "float32") -> Atma:
@@ -71,7 +72,7 @@ def extender(model: Atma):
 
 
 def in_chunks(extend, cache: Cache, tokens: np.ndarray, chunks: list[int], width: int) -> tuple[np.ndarray, Cache]:
-  """Single tokens as they are, longer chunks padded to `width`: two programs serve all."""
+  """Extends a cache by chunks: single tokens as they are, longer ones padded to `width`, so two programs serve all."""
   logits = []
   for part in np.split(tokens, np.cumsum(chunks)[:-1], axis=1):
     count = part.shape[1]
@@ -83,14 +84,14 @@ def in_chunks(extend, cache: Cache, tokens: np.ndarray, chunks: list[int], width
 
 @functools.cache
 def prepared(name: str):
-  """Model of a case, logits of the full pass over `TOKENS`, and a compiled `extend`; float64."""
+  """The model of a case, its logits of the full pass over `TOKENS`, and its compiled `extend`, all in float64."""
   model = lively(dataclasses.replace(TINY, **CASES[name]), "float64")
   return model, full_logits(model, TOKENS), extender(model)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK_CASES else pytest.mark.slow) for name in CASES])
 def test_chunks_equal_the_full_forward_pass(name, x64):
-  """In float64 whatever the chunks; every chunking also leaves the same cache."""
+  """The logits are equal in float64 however the tokens are cut, and so are the caches that are left."""
   (model, full, extend), caches = prepared(name), []
   assert np.abs(full).max() > 0.5
   for chunks in CHUNKS:
@@ -103,7 +104,7 @@ def test_chunks_equal_the_full_forward_pass(name, x64):
 
 @pytest.mark.parametrize("name", ["polar", "nope-window", "rope-window"])
 def test_the_ops_of_the_full_pass_fill_an_empty_cache(name, x64):
-  """A first chunk that knows nothing came before it, padded, leaves what small chunks leave; the rest goes on from it."""
+  """A padded first chunk, told that nothing came before it, leaves the cache that small chunks leave."""
   model, full, extend = prepared(name)
   counts = np.array([30, 21], np.int32)
   logits, cache = extend(np.pad(TOKENS[:, :30], ((0, 0), (0, 2))), Cache.create(model.config, 2, LENGTH), counts, 0)
@@ -114,9 +115,10 @@ def test_the_ops_of_the_full_pass_fill_an_empty_cache(name, x64):
     np.testing.assert_allclose(after[0], full[row, count : count + 16], atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["polar_mem1", "polar_mem0", "nope_mem1", "rope_mem1"])
 def test_published_checkpoints_in_chunks(name, golden, x64):
-  """Cached, they give the logits that the published code gives in float64."""
+  """Cached inference reproduces the float64 logits of the published code."""
   folder = golden.folder / f"checkpoint_{name}_win0"
   expected = golden(f"checkpoint_{name}_win0/expected.npz")
   tensors = read_state_dict(folder / "weights.pt")
@@ -127,9 +129,10 @@ def test_published_checkpoints_in_chunks(name, golden, x64):
   np.testing.assert_allclose(logits, expected["logits"], atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["polar-published"])
 def test_float32_error_is_that_of_the_full_pass(name, x64):
-  """Against float64, the cached float32 pass errs as the full float32 pass does, up to a small factor."""
+  """The error of cached float32 inference against float64 is that of the full float32 pass, up to a small factor."""
   _, exact, _ = prepared(name)
   model = lively(dataclasses.replace(TINY, **CASES[name]))
   full, extend = np.abs(full_logits(model, TOKENS) - exact).max(), extender(model)
@@ -142,7 +145,7 @@ def test_float32_error_is_that_of_the_full_pass(name, x64):
 
 @pytest.mark.parametrize("name", ["polar", "nope-window", "rope-window"])
 def test_rows_of_different_lengths(name, x64):
-  """Padding on the right and rows that bring nothing change no row."""
+  """Padding on the right, and calls in which a row has no new tokens, change nothing."""
   model, full, extend = prepared(name)
   cache, seen = Cache.create(model.config, 2, LENGTH), np.zeros(2, np.int32)
   for counts in ([7, 1], [0, 16], [8, 3], [1, 0], [5, 16]):
@@ -158,9 +161,10 @@ def test_rows_of_different_lengths(name, x64):
   np.testing.assert_array_equal(cache.lengths, seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "chunks"), [(None, [400, 1, 1, 298]), (300, [255, 2, 143, 300])])
 def test_longer_than_a_block(window, chunks, x64):
-  """Several key blocks in the cache and in the chunk, and a ring that wraps."""
+  """The cache and the chunk span several key blocks, and the ring wraps around."""
   tokens = np.random.default_rng(2).integers(0, 61, (1, 700)).astype(np.int32)
   model = lively(dataclasses.replace(TINY, window=window, num_layers=2), "float64")
   logits, cache = in_chunks(extender(model), Cache.create(model.config, 1, 700), tokens, chunks, 400)
@@ -169,7 +173,7 @@ def test_longer_than_a_block(window, chunks, x64):
 
 
 def test_rows_are_taken_put_and_forked(x64):
-  """Gathered rows go on as the sequences they hold; nothing of a replaced row stays."""
+  """Gathered rows continue the sequences they hold, and nothing of a replaced row remains."""
   model, full, extend = prepared("polar")
   empty = Cache.create(model.config, 2, LENGTH)
   _, cache = in_chunks(extend, empty, TOKENS[:, :21], [16, 5], 16)
@@ -185,9 +189,10 @@ def test_rows_are_taken_put_and_forked(x64):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [
-  ("polar", None), ("nope-window", None), ("rope-bare", "int8"), ("polar", "bfloat16")])
-def test_a_stored_state_goes_on(name, dtype, tmp_path, x64):
-  """On disk and back, into a cache of any capacity: every array is bit for bit what it was, and so is what follows."""
+  ("polar", None), ("nope-window", None), pytest.param("rope-bare", "int8", marks=pytest.mark.slow),
+  pytest.param("polar", "bfloat16", marks=pytest.mark.slow)])
+def test_a_stored_state_is_continued(name, dtype, tmp_path, x64):
+  """A state restored from disk into a cache of any capacity is equal bit for bit, and so is what follows."""
   model, _, extend = prepared(name)
   config = model.config
   _, cache = in_chunks(extend, Cache.create(config, 2, LENGTH, dtype), TOKENS[:, :21], [16, 5], 16)
@@ -206,7 +211,7 @@ def test_a_stored_state_goes_on(name, dtype, tmp_path, x64):
 
 
 def test_what_is_no_state_is_refused(tmp_path):
-  """One line each: another model, other keys and values, too little room, damage, no file."""
+  """Another model, another dtype, too little room, damage and a missing file are each refused in one line."""
   path, tokens = tmp_path / "state.npz", np.arange(9, dtype=np.int32)
   cache = dataclasses.replace(Cache.create(TINY, 1, 16), lengths=jnp.array([9]))
   save_state(path, tokens, cache, TINY)
@@ -230,7 +235,7 @@ def test_what_is_no_state_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("T", "rtol"), [(6, 0), (1, 1e-6)])
 def test_slots_out_of_sight(T, rtol):
-  """Slots beyond a row's length hold anything and are as many as they like; where blocks stream, no bit tells."""
+  """What slots beyond a row's length hold, and how many there are, does not matter; with streamed blocks not in one bit."""
   rng = np.random.default_rng(3)
 
   def normal(*shape):
@@ -239,9 +244,9 @@ def test_slots_out_of_sight(T, rtol):
   q, k, v = normal(1, T, 4, 8), normal(1, T, 2, 8), normal(1, T, 2, 8)
   keys, values, lengths = normal(1, 2, 2560, 8), normal(1, 2, 2560, 8), jnp.array([700])
   scale = jnp.full((1, T, 4), 0.3)
-  statistics = jax.jit(cached_attention.cached_statistics, static_argnames="reach")
+  statistics = jax.jit(cached_attention.cached_statistics, static_argnames="cache_slots")
   few, many = (statistics(q, k, v, keys[:, :, :n], values[:, :, :n], lengths, scale) for n in (768, 2560))
-  near = statistics(q, k, v, keys, values, lengths, scale, reach=768)
+  near = statistics(q, k, v, keys, values, lengths, scale, cache_slots=768)
   for other in (many, near):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5 * (rtol > 0)), few, other)
   joined_k, joined_v = (jnp.concatenate([jnp.swapaxes(a[:, :, :700], 1, 2), b], 1) for a, b in ((keys, k), (values, v)))
@@ -259,8 +264,8 @@ def test_state_stays_bounded_with_a_window():
 
 @pytest.mark.parametrize("T", [1, 6])
 def test_int8_keys_and_values(T):
-  """Rounding moves an element by at most 1/254 of its vector's largest; the rest is exact: the statistics are those of the
-  numbers that int8 and scale stand for."""
+  """Rounding moves an element by at most 1/254 of its vector's largest, and the statistics are exactly those of the rounded keys
+  and values."""
   rng = np.random.default_rng(4)
 
   def normal(*shape):
@@ -279,8 +284,9 @@ def test_int8_keys_and_values(T):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, same)
 
 
+@pytest.mark.slow
 def test_the_error_of_narrow_keys_and_values(x64):
-  """Of decoded logits against exact ones, over the spread of the logits: at least 10 bits are left by int8 and bfloat16."""
+  """The error of decoded logits, relative to their spread, stays below 2^-8 with int8 and bfloat16 keys and values."""
   model, full, extend = prepared("polar")
   errors = {}
   for dtype in (None, "float32", "bfloat16", "int8"):
@@ -292,7 +298,7 @@ def test_the_error_of_narrow_keys_and_values(x64):
 
 
 def test_step_of_the_delta_rule(x64):
-  """The decoding step is one step of the oracle."""
+  """The decoding step equals one step of the oracle."""
   rng = np.random.default_rng(5)
   q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in rng.normal(size=(2, 3, 1, 4, 8)))
   arrays = {"log_gamma": -rng.random((3, 1, 4)), "beta": rng.random((3, 1, 4))}

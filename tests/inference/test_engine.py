@@ -1,4 +1,4 @@
-"""The engine: every request answered once, with the tokens it would get alone."""
+"""The engine: every request is answered once, with the tokens that it would get alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model(lively):
 
 
 def full_pass(model: Atma, length: int = 128):
-  """Log-probabilities (n, V) after every one of n tokens, by the full forward pass over rows of `length`."""
+  """Returns a function of n tokens that computes the log-probabilities (n, V) after each, by a full pass over `length` tokens."""
   graphdef, state = nnx.split(model)
   call = jax.jit(lambda state, tokens: jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens)))
   return lambda tokens: np.asarray(call(state, np.pad(tokens, (0, length - len(tokens)))[None])[0, : len(tokens)])
@@ -39,7 +39,7 @@ def forward(model):
 
 
 def assert_greedy(forward, prompt: np.ndarray, completion: Completion) -> np.ndarray:
-  """Log-probabilities (n, V) at the completion's n tokens, each of which is found to be the likeliest legal one."""
+  """Checks that every token is the likeliest legal one; returns the log-probabilities (n, V) at the n tokens."""
   assert (len(completion.tokens), completion.finish_reason) == (20, "length")
   logprobs = forward(np.concatenate([prompt, completion.tokens]).astype(np.int32))[len(prompt) - 1 : -1]
   assert completion.tokens == logprobs[:, :257].argmax(-1).tolist()  # ids beyond the tokenizer never come
@@ -57,7 +57,7 @@ def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def test_greedy_is_the_argmax_of_the_full_pass(engine, forward):
-  """Token by token, with the log-probabilities of the full pass, for prompts of one token, odd and past a chunk."""
+  """Tokens and log-probabilities are those of the full pass for prompts of one token, odd lengths and several chunks."""
   starts = [np.arange(n, dtype=np.int32) for n in (1, 2, 31, 33, 65, 90)]
   for prompt, completion in zip(starts, engine.generate(starts, GREEDY), strict=True):
     logprobs = assert_greedy(forward, prompt, completion)
@@ -68,7 +68,7 @@ def test_greedy_is_the_argmax_of_the_full_pass(engine, forward):
 
 
 def test_a_request_gets_what_it_gets_alone(engine):
-  """Seeded draws with all kinds of options, more requests than rows: in any company, order and number."""
+  """Seeded draws with all kinds of options do not depend on the other requests, their order or their number."""
   starts = prompts(9)
   options = [Sampling(max_tokens=5 + 4 * i, seed=i, temperature=0.3 + 0.2 * i, top_k=(0, 7)[i % 2],
                       top_p=(1.0, 0.9, 0.5)[i % 3], min_p=(0.0, 0.05)[i % 2], repetition_penalty=(1.0, 1.3)[i % 2])
@@ -86,15 +86,16 @@ def test_a_request_gets_what_it_gets_alone(engine):
 
 
 def test_nothing_is_compiled_while_serving(engine):
-  """Whatever the lengths and options: one decoding program, and one prefill program a power of two."""
+  """Whatever the lengths and options, there is one decoding program, and one prefill program per power of two."""
   engine.generate(prompts(12, seed=4), [Sampling(max_tokens=1 + i, top_k=i) for i in range(12)])
   assert engine.programs.decode._cache_size() == engine.programs.place._cache_size() == engine.programs.stop._cache_size() == 1
   assert engine.programs.prefill._cache_size() <= 2  # 16 and 32
 
 
+@pytest.mark.slow
 def test_long_prompts_and_short_buckets(model):
-  """A first pass by the ops of the full forward pass, chunks after it, rows of very different lengths in buckets that grow
-  while they decode: the tokens of the full pass, and no program after the warm-up."""
+  """Prompts whose first pass uses the ops of the full forward pass, and rows that outgrow their buckets while they decode, get
+  the tokens of the full pass, and nothing is compiled after the warm-up."""
   engine = Engine(model, ByteTokenizer(), rows=3, capacity=1024, chunk=64, first_chunk=256, decode_steps=4, max_buckets=3)
   assert engine.buckets == [256, 512, 1024]
   engine.warm_up()
@@ -124,8 +125,8 @@ def test_a_long_prompt_lets_others_decode(engine):
     assert all(output.request != long for output in engine.step())
 
 
-def test_a_stored_prompt_is_gone_on_from(engine, forward, tmp_path):
-  """In another engine of other sizes, with the tokens of the full pass and at the cost of what is new."""
+def test_a_stored_prompt_is_continued(engine, forward, tmp_path):
+  """A prompt that continues a loaded state gets the tokens of the full pass, and only its new tokens are prefilled."""
   prompt = np.random.default_rng(12).integers(0, 256, 70).astype(np.int32)
   engine.save(tmp_path / "state.npz", prompt)
   engine.forget_prefixes()
@@ -136,8 +137,9 @@ def test_a_stored_prompt_is_gone_on_from(engine, forward, tmp_path):
   assert engine.prefilled == before + 2
 
 
+@pytest.mark.slow
 def test_int8_keys_and_values_move_log_probabilities_a_little(model, engine):
-  """By less than a tenth in a model of large random weights; what a request gets still does not depend on its company."""
+  """They move by less than 0.1 in a model of large random weights, and requests still do not depend on each other."""
   narrow = Engine(model, ByteTokenizer(), rows=3, capacity=128, chunk=32, decode_steps=4, cache_dtype="int8")
   starts = prompts(5, seed=13)
   together = narrow.generate(starts, dataclasses.replace(GREEDY, max_tokens=8))
@@ -149,7 +151,7 @@ def test_int8_keys_and_values_move_log_probabilities_a_little(model, engine):
 
 
 def test_rows_fit_the_memory(model):
-  """As many rows as were paid for, with what else is kept; a memory too small is refused with the size that is not."""
+  """Rows and kept prefixes fill the memory; a memory that is too small is refused with the size that is needed."""
   row = nbytes(jax.eval_shape(lambda: Cache.create(model.config, 1, 128)))
   assert rows_within(model.config, 10.5 * row / 2**30, capacity=128, prefixes=3) == 5
   assert rows_within(model.config, 10.5 * row / 2**30, capacity=128, cache_dtype="bfloat16") > 8
@@ -158,7 +160,7 @@ def test_rows_fit_the_memory(model):
 
 
 def test_ends(engine):
-  """End-of-text, a stop string, the token limit; text ends before the stop string, tokens with it."""
+  """End-of-text, a stop string and the token limit end a text, which excludes the stop string while the tokens include it."""
   prompt = np.arange(40, dtype=np.int32)
   free, = engine.generate([prompt], dataclasses.replace(GREEDY, max_tokens=40))
   place = next(i for i in range(10, 40) if free.tokens[i] < 128)
@@ -174,7 +176,7 @@ def test_ends(engine):
 
 
 def test_cancelled_requests_free_their_rows(engine):
-  """Random cancellations: each request ends exactly once, the others get the tokens they get alone."""
+  """Under random cancellations each request ends exactly once, and the others get the tokens that they get alone."""
   rng = np.random.default_rng(5)
   starts = prompts(20, seed=6)
   expected = engine.generate(starts, GREEDY)
@@ -199,7 +201,7 @@ def test_cancelled_requests_free_their_rows(engine):
 
 
 def test_refusals(engine, model):
-  """One line that says what is legal, before anything runs."""
+  """Bad requests and sizes are refused in one line that says what is legal, before anything runs."""
   for prompt, sampling, words in (
       (np.zeros(100, np.int32), Sampling(max_tokens=29), "max_tokens=29.*at most 28"),
       ([0, 272], Sampling(), "from 0 to 271"), ([-1], Sampling(), "from 0 to 271")):
@@ -212,8 +214,9 @@ def test_refusals(engine, model):
   assert not engine.busy
 
 
+@pytest.mark.slow
 def test_a_window_takes_any_length(lively, model):
-  """Prompt and text many times the size of the cache."""
+  """Prompt and text may be many times as long as the cache."""
   model = lively(dataclasses.replace(model.config, window=12))
   engine = Engine(model, ByteTokenizer(), rows=1, capacity=12, chunk=16, decode_steps=20)
   prompt = np.random.default_rng(7).integers(0, 256, 150)
@@ -221,7 +224,7 @@ def test_a_window_takes_any_length(lively, model):
 
 
 def test_a_kept_prefix_restores_everything(engine, forward):
-  """A prompt that goes on from another's end gets the tokens of the full pass, and costs only what is new."""
+  """A prompt that continues an earlier one gets the tokens of the full pass, and only its new tokens are prefilled."""
 
   def cost(prompt: np.ndarray) -> int:
     before = engine.prefilled
@@ -231,11 +234,12 @@ def test_a_kept_prefix_restores_everything(engine, forward):
   base, other, third = (np.random.default_rng(seed).integers(0, 256, 60).astype(np.int32) for seed in (8, 9, 10))
   longer = np.concatenate([base, np.arange(7, dtype=np.int32)])
   assert [cost(p) for p in (base, longer, longer, np.append(base[:-1], [1, 2]))] == [59, 7, 0, 1]
-  assert [cost(p) for p in (other, third, longer)] == [59, 59, 66]  # two are kept, and these were others
+  assert [cost(p) for p in (other, third, longer)] == [59, 59, 66]  # only the last two are kept
 
 
+@pytest.mark.slow
 def test_generate_command(main, checkpoint, engine, tmp_path):
-  """A file of prompts gives a JSON line each, in order, with what the engine gives."""
+  """Each prompt of a file becomes a JSON line, in order, with the completion that the engine returns."""
   file = tmp_path / "prompts.txt"
   file.write_text("one\ntwo and more\n\n")
   done = main("generate", f"--checkpoint={checkpoint}", f"--prompts_file={file}", "--temperature=0", "--max_tokens=12",

@@ -1,4 +1,4 @@
-"""Keys and values in pages that requests share: nothing but the memory they take tells them from rings of their own."""
+"""Keys and values in pages that requests share: results equal those of rings of their own, and only the memory differs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def model(lively):
   return lively()
 
 
-@pytest.mark.parametrize(("page", "window", "dtype"), [(8, None, None), (32, None, "int8"), (8, 13, None)])
+@pytest.mark.parametrize(("page", "window", "dtype"), [
+  (8, None, None), pytest.param(32, None, "int8", marks=pytest.mark.slow), pytest.param(8, 13, None, marks=pytest.mark.slow)])
 def test_paged_equals_contiguous(lively, model, page, window, dtype):
-  """Token by token and in chunks, rows of different lengths whose pages lie anywhere: the same logits and rings.
+  """Rows of different lengths, extended by single tokens and by chunks, have the same logits and rings wherever their pages lie.
 
-  Two programs may round float32 sums differently, and int8 to the next number.
+  Two programs may round float32 sums differently, which may move an int8 to the next number.
   """
   if window:
     model = lively(dataclasses.replace(model.config, window=window))
@@ -69,9 +70,10 @@ def prompts(count: int, seed: int) -> list[np.ndarray]:
   return [rng.integers(0, 256, rng.integers(1, 90)).astype(np.int32) for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_the_engine_queues_for_pages(model):
-  """Half of what all rows could need, requests of all sizes, some cancelled: every one gets what it gets with rings of its own,
-  in its turn, nothing is compiled on the way, no page has two owners, and all are free in the end."""
+  """With half the pages that all rows could need, and some requests cancelled, every request gets the tokens that it gets with
+  rings of its own; nothing is compiled on the way, no page has two owners, and all pages are free in the end."""
   options = {"rows": 4, "capacity": 128, "chunk": 16, "decode_steps": 4, "prefixes": 2, "max_buckets": 1}
   starts = prompts(16, 1)
   samplings = [dataclasses.replace(GREEDY, max_tokens=1 + 5 * (i % 8), temperature=i % 2, seed=i) for i in range(16)]
@@ -101,8 +103,9 @@ def test_the_engine_queues_for_pages(model):
   assert [f._cache_size() for f in engine.programs[:5]] == compiled
 
 
+@pytest.mark.slow
 def test_a_window_needs_its_pages_at_most(lively, model):
-  """A prompt and text of many times the pages, beside a request of few."""
+  """Prompt and text may be many times as long as the pages that a window needs, beside a request that needs few."""
   windowed = lively(dataclasses.replace(model.config, window=30))
   starts = [np.random.default_rng(7).integers(0, 256, n) for n in (150, 5)]
   options = {"rows": 2, "capacity": 30, "chunk": 16, "decode_steps": 5}
@@ -124,7 +127,7 @@ def test_pages_are_taken_and_given_back():
 
 
 def test_pages_fit_the_memory(model):
-  """Counted to the byte; sizes that no one can serve are refused with those that can."""
+  """Sizes are counted to the byte, and impossible ones are refused with the least that works."""
   config = model.config
   row = nbytes(jax.eval_shape(lambda: Cache.create(config, 1, 128)))
   size = functools.partial(pages_within, config, rows=4, page=16, capacity=128, prefixes=1)

@@ -38,8 +38,7 @@ def distribution(logits: np.ndarray, options: Sampling, seen: np.ndarray) -> np.
   {}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"top_p": 0.01}, {"min_p": 0.3}, {"repetition_penalty": 1.7},
   {"top_k": 5, "top_p": 0.8, "temperature": 2.0}, {"top_k": 6, "min_p": 0.1, "repetition_penalty": 0.8}, {"top_k": 99}])
 def test_frequencies(options):
-  """Draws of many seeds have the distribution of the definition, to five standard deviations; what it excludes never
-  comes."""
+  """The frequencies of many seeds follow the definition to five standard deviations, and excluded tokens are never drawn."""
   options = Sampling(**options)
   seen = np.isin(np.arange(8), [0, 2, 5])
   rows = RowSampling.stack(options)._replace(seed=jnp.arange(DRAWS, dtype=jnp.uint32))
@@ -71,7 +70,7 @@ def test_rows_are_independent_and_reproducible():
 
 
 def test_excluded_tokens_never_come():
-  """-inf stays out with every filter, even where it is all that top-k would add."""
+  """Tokens at -inf are excluded under every filter, even if top-k has nothing else to add."""
   logits = jnp.full((64, 8), -jnp.inf).at[:, 3:5].set(jnp.array([0.0, -20.0]))
   for options in (Sampling(), Sampling(top_k=5), Sampling(top_p=0.999999), Sampling(temperature=100.0)):
     rows = RowSampling.stack(*(dataclasses.replace(options, seed=i) for i in range(64)))
@@ -96,7 +95,7 @@ def streamed(ids, stop=()) -> tuple[str, TextStream]:
 
 
 def test_pieces_add_up():
-  """Of characters of one to four bytes, and of bytes that are no text at all."""
+  """The pieces of characters of one to four bytes, and of bytes that are no text at all, add up to the whole text."""
   tokenizer, rng = ByteTokenizer(), np.random.default_rng(1)
   for text in ("plain", "né€ü 漢字 🎉🎉", "\ufffd x \ufffd", ""):
     assert streamed(tokenizer.encode(text))[0] == text
@@ -105,13 +104,13 @@ def test_pieces_add_up():
     assert streamed(ids)[0] == tokenizer.decode(ids)
 
 
-def test_a_character_is_given_out_whole():
+def test_a_character_is_emitted_whole():
   stream = TextStream(ByteTokenizer())
   assert [stream.push(b) for b in "a🎉b".encode()] == ["a", "", "", "", "🎉", "b"]
 
 
 def test_stop_strings():
-  """The text ends before the first stop string; what may become one is held back, and given out if it does not."""
+  """The text ends before the first stop string; what may become one is held back, and emitted if it does not."""
   rng, encode = np.random.default_rng(2), ByteTokenizer().encode
   for _ in range(500):
     text = "".join(rng.choice(list("ab"), size=rng.integers(0, 12)))
@@ -119,7 +118,7 @@ def test_stop_strings():
     ends = [text.find(s) + len(s) for s in stop if s in text]
     result, stream = streamed(encode(text), stop)
     assert stream.stopped == bool(ends)
-    seen = text[: min(ends)] if ends else text  # what had come when the first stop string was complete
+    seen = text[: min(ends)] if ends else text  # what had arrived when the first stop string was complete
     assert result == (seen[: min(seen.find(s) for s in stop if s in seen)] if ends else text)
   stream = TextStream(ByteTokenizer(), ("END",))
   assert [stream.push(int(b)) for b in encode("xEENx")] == ["x", "", "E", "", "ENx"]

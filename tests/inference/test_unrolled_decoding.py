@@ -1,4 +1,4 @@
-"""The path that decoding takes on a GPU or TPU, on the CPU: layers one after the other, kernels in interpret mode."""
+"""Unrolled decoding, as on a GPU or TPU, run on the CPU with its kernels in interpret mode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of these te
 
 @pytest.fixture
 def pretend(monkeypatch):
-  """``pretend("gpu")``: what asks where it runs is told a GPU, and decoding's kernels do without one; prefill is XLA's."""
+  """``pretend("gpu")`` reports a GPU to the dispatch and runs the kernels of decoding in interpret mode; prefill uses XLA."""
   def pretend(platform: str) -> None:
     monkeypatch.setattr(dispatch, "platform", lambda: platform)
     monkeypatch.setattr(kernels, "unrounded", lambda: jax.lax.Precision.HIGHEST)
@@ -52,9 +52,11 @@ def full_logits(model, tokens):
 
 
 @pytest.mark.parametrize("name, platform, fuse", [
-  ("polar", "gpu", True), ("polar-window-bare", "gpu", True), ("rope", "gpu", True), ("polar", "tpu", False)])
+  pytest.param("polar", "gpu", True, marks=pytest.mark.slow), ("polar-window-bare", "gpu", True),
+  pytest.param("rope", "gpu", True, marks=pytest.mark.slow), pytest.param("polar", "tpu", False, marks=pytest.mark.slow)])
 def test_decoding_equals_the_full_forward_pass(name, platform, fuse, lively, pretend):
-  """Token by token, in rows of different lengths, with and without matrices joined; a row that brings nothing stands still."""
+  """Rows of different lengths, decoded token by token with and without fused projections, have the logits of the full pass; a row
+  without a new token does not change."""
   model = lively(dataclasses.replace(BASE, **CASES[name]))
   tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
   full = full_logits(model, tokens)
@@ -78,9 +80,10 @@ def test_decoding_equals_the_full_forward_pass(name, platform, fuse, lively, pre
   np.testing.assert_array_equal(cache.lengths, seen)
 
 
+@pytest.mark.slow
 def test_the_engine(lively, pretend):
-  """Greedy, drawn and narrowed, in pages: the tokens that the other path gives, from two programs, for rows that narrow and
-  that do not, whatever the lengths."""
+  """With pages, greedy and drawn rows get the tokens of the other path from two programs, one for batches in which a row filters
+  tokens and one for the others."""
   model = lively(BASE)
   prompts = [np.random.default_rng(i).integers(0, 256, n).astype(np.int32) for i, n in enumerate((1, 40, 150, 17))]
   samplings = [Sampling(temperature=t, top_k=k, seed=i, max_tokens=7 + i, ignore_end=True)

@@ -1,43 +1,37 @@
-"""Generation with parameters and rows over eight devices gives the tokens of one."""
+"""Generation with parameters and rows sharded over eight devices yields the tokens of one device."""
 
 from __future__ import annotations
 
-from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atma_jax.config import ModelConfig
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
-from atma_jax.models import Atma
 from atma_jax.models.definition import ModelDefinition, params_of
 from atma_jax.sharding import make_mesh
+from tests.small_model import SMALL, lively_model
 
-CONFIG = ModelConfig(vocab_size=272, num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32,
-                     block_pattern=("local", "global"), activation_dtype="float32")
 SIZES = {"rows": 4, "capacity": 512, "chunk": 32, "first_chunk": 128, "max_buckets": 1}
 
 
 @pytest.fixture(scope="module")
 def one_device():
-  """The model, prompts up to several passes long, how they go on, and what one device gives."""
-  graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(CONFIG, rngs=nnx.Rngs(0))))
-  rng = np.random.default_rng(1)
-  model = nnx.merge(graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.5, jnp.float32), params))
+  """The model, prompts of up to several passes, their samplings, and the completions of one device."""
+  model, rng = lively_model(), np.random.default_rng(1)
   prompts = [rng.integers(0, 256, n) for n in (1, 17, 40, 80, 400)]
   samplings = [Sampling(seed=i, max_tokens=20, top_p=0.9) for i in range(5)]
   return model, prompts, samplings, Engine(model, ByteTokenizer(), **SIZES).generate(prompts, samplings)
 
 
-@pytest.mark.parametrize("mesh", [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [
+  {"data": 4, "tensor": 2}, pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str)
 def test_sharding_changes_no_token(one_device, mesh):
-  """Weights over tensor (and fsdp), rows over data (and fsdp); nothing is compiled a second time."""
+  """Weights are sharded over tensor (and fsdp), rows over data (and fsdp), and nothing is compiled twice."""
   model, prompts, samplings, expected = one_device
-  definition, mesh = ModelDefinition(CONFIG), make_mesh(**mesh)
+  definition, mesh = ModelDefinition(SMALL), make_mesh(**mesh)
   abstract = definition.abstract_params(mesh)
   sharded = {name: jax.device_put(value, abstract[name].sharding) for name, value in params_of(model).items()}
   with jax.set_mesh(mesh):

@@ -1,4 +1,4 @@
-"""The server through the official client and through raw sockets: right answers, proper refusals, nothing lost or left over."""
+"""The server through the official client and through raw sockets: right answers, proper refusals, nothing lost or left behind."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Serving:
 
 @pytest.fixture(scope="module")
 def engine(lively):
-  """Warm, and used by nobody else while it serves; with pages for two or three of the longest requests in four rows."""
+  """A warm engine with four rows, and pages for two or three of the longest requests; nobody else uses it while it serves."""
   engine = Engine(lively(), ByteTokenizer(), rows=4, capacity=CAPACITY, chunk=16, decode_steps=4, alternatives=3, prefixes=2,
                   prompt_logprobs=True, pages=5 * CAPACITY // 32, page=16)
   engine.warm_up()
@@ -97,7 +97,7 @@ def engine(lively):
 
 @pytest.fixture(scope="module")
 def alone(engine):
-  """What each of some prompts gets by itself, asked for before the server starts: (prompt, options, text, reason)."""
+  """Prompts and what they get alone, generated before the server starts: (prompt, options, text, reason, count)."""
   rng = np.random.default_rng(0)
   cases = []
   for i in range(40):
@@ -122,7 +122,7 @@ def serving(engine, alone):
 
 
 def test_the_official_client(serving, alone):
-  """Text, lists, token ids, n, stop, seeds and usage, as the engine gives them."""
+  """Text, lists, token ids, n, stop, seeds and usage are answered as the engine generates them."""
   client = serving.client
   for prompt, options, text, reason, count in alone[:4]:
     own = {name: options[name] for name in options if name != "top_k"}
@@ -143,7 +143,7 @@ def test_the_official_client(serving, alone):
 
 
 def test_streaming(serving, alone):
-  """Pieces of a stream add up to the whole answer, with usage at the end, for several choices mixed."""
+  """The events of a stream add up to the whole answer, for several choices mixed, with usage at the end."""
   client = serving.client
   for prompt, options, text, reason, count in alone[4:8]:
     own = {name: options[name] for name in options if name != "top_k"}
@@ -164,7 +164,7 @@ def test_streaming(serving, alone):
 
 
 def test_log_probabilities(serving, engine):
-  """Of the text: the chosen token is among the likeliest shown. Of an echoed prompt: those of the same tokens drawn."""
+  """A drawn token is among the alternatives shown, and an echoed prompt has the log-probabilities of the same tokens drawn."""
   client = serving.client
   answer = client.completions.create(model="lively", prompt="abc", logprobs=2, **GREEDY).choices[0]
   logprobs = answer.logprobs
@@ -219,14 +219,14 @@ def test_models_health_and_metrics(serving):
   ({"temprature": 1}, 400, ["temprature", "did you mean", "temperature"]),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else None)
 def test_refusals(serving, values, status, words):
-  """The protocol's error object, in one line that names the field and what is legal."""
+  """Bad requests are answered with the protocol's error object, whose one line names the field and what is legal."""
   got, body = serving.post(**{"prompt": "a", "max_tokens": 4} | values)
   assert got == status and body["error"].keys() == {"message", "type", "param", "code"}
   assert [word for word in words if word not in body["error"]["message"]] == [], body
 
 
 def test_refusals_of_the_client(serving):
-  """The official client raises what it has for each."""
+  """The official client raises the right exception for each."""
   create = serving.client.completions.create
   with pytest.raises(openai.NotFoundError, match="model"):
     create(model="other", prompt="a")
@@ -247,7 +247,7 @@ def test_malformed(serving, method, path, body, status):
 
 
 def test_a_body_of_unknown_length_is_limited(serving):
-  """Chunked transfer: no Content-Length tells the size beforehand."""
+  """A chunked transfer, whose size no Content-Length tells beforehand, is limited too."""
   connection = http.client.HTTPConnection("127.0.0.1", serving.port, timeout=60)
   with contextlib.closing(connection):
     connection.request("POST", "/v1/completions", iter([b" " * 50_000] * 4), encode_chunked=True,
@@ -270,7 +270,7 @@ BODIES = st.fixed_dictionaries({}, optional={
 @settings(max_examples=int(os.environ.get("ATMA_FUZZ_EXAMPLES", "60")), deadline=None, derandomize=True)
 @given(values=BODIES)
 def test_fuzzed_requests(serving, values):
-  """Whatever comes, an answer or a refusal; the server and its rows are well afterwards."""
+  """Every request is answered or refused, and the server is well afterwards."""
   status, body = serving.request("POST", "/v1/completions", json.dumps(values).encode())
   assert status in (200, 400, 404), (status, body, values)
   if status != 200:
@@ -285,7 +285,7 @@ def test_fuzzed_requests(serving, values):
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(body=st.binary(max_size=80) | st.text(max_size=40).map(lambda text: f'{{"prompt": "{text}"}}'.encode(errors="replace")))
 def test_fuzzed_bytes(serving, body):
-  """What is no JSON is refused, and what happens to be is served."""
+  """Bytes that are not JSON are refused, and those that happen to be are served."""
   status, text = serving.request("POST", "/v1/completions", body)
   assert status in (200, 400), (status, text, body)
 
@@ -295,7 +295,7 @@ def test_nothing_is_left_after_the_fuzzing(serving):
 
 
 def test_a_client_that_leaves_frees_its_row(serving):
-  """In the middle of a stream, while waiting for a whole answer, and before its body has come."""
+  """It may leave in the middle of a stream, while waiting for a whole answer, or before its body has arrived."""
   cancelled = serving.metric('atma_requests_total{status="200"}')
   for stream in (True, False):
     body = json.dumps({"prompt": "one", "max_tokens": 180, "stream": stream, "n": 4, "ignore_end": True}).encode()
@@ -313,7 +313,7 @@ def test_a_client_that_leaves_frees_its_row(serving):
 
 
 def test_a_full_queue_and_a_late_answer(serving, monkeypatch):
-  """429 for what does not fit, 504 for what takes too long; what was accepted is served."""
+  """A request that does not fit gets 429, one that takes too long 504, and accepted ones are served."""
   monkeypatch.setattr(serving.server, "limits", Limits(queue=0))
   started = threading.Event()
   answers = []
@@ -340,7 +340,7 @@ def test_a_full_queue_and_a_late_answer(serving, monkeypatch):
 
 
 def soak(serving: Serving, cases: list, count: int, concurrency: int, seed: int) -> dict[str, int]:
-  """Sends `count` requests, about a fifth of which are left half way; returns how they ended, each checked."""
+  """Sends `count` requests, abandons about a fifth of them half way, checks each, and returns how many ended how."""
   rng, ends = random.Random(seed), {"whole": 0, "left": 0}
   client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{serving.port}/v1", api_key="none", max_retries=0, timeout=300)
 
@@ -379,15 +379,16 @@ def soak(serving: Serving, cases: list, count: int, concurrency: int, seed: int)
   return ends
 
 
+@pytest.mark.slow
 def test_soak(serving, alone):
-  """Requests in any company get what they get alone, each once; those left half way free their rows; nothing compiles."""
+  """Requests in any company get what they get alone, abandoned ones free their rows, and nothing is compiled."""
   count = int(os.environ.get("ATMA_SOAK_REQUESTS", "200"))
   programs, arrays = compilations(), len(jax.live_arrays())
   ends = soak(serving, alone, count, concurrency=48, seed=0)
   assert sum(ends.values()) == count and ends["left"] > count / 10
   assert serving.idle() and compilations() == programs
   assert serving.metric("atma_free_pages") == serving.metric("atma_pages") == serving.server.engine.pages.total > 0
-  assert len(jax.live_arrays()) < arrays + 2 * len(jax.tree.leaves(serving.server.engine.state))  # a kept prefix, tokens on their way
+  assert len(jax.live_arrays()) < arrays + 2 * len(jax.tree.leaves(serving.server.engine.state))  # kept prefixes
   assert serving.metric('atma_sequences{state="decoding"}') == serving.metric("atma_outstanding") == 0
 
 
@@ -418,7 +419,7 @@ def test_an_engine_that_fails_ends_the_server(engine):
 
 
 def start(checkpoint: pathlib.Path, *flags: str) -> tuple[subprocess.Popen, int]:
-  """The real command, once it listens."""
+  """Starts the real command and waits until it serves; returns the process and its port."""
   process = subprocess.Popen([sys.executable, "-m", "atma_jax.serve", f"--checkpoint={checkpoint}", "--port=0", *flags],
                              cwd=REPOSITORY, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   lines = []
@@ -429,8 +430,9 @@ def start(checkpoint: pathlib.Path, *flags: str) -> tuple[subprocess.Popen, int]
   raise AssertionError("".join(lines))
 
 
+@pytest.mark.slow
 def test_sigterm_drains(checkpoint):
-  """What runs is finished, what comes is refused with 503, and the exit code is 0."""
+  """Running requests are finished, new ones are refused with 503, and the exit code is 0."""
   process, port = start(checkpoint, "--capacity=256", "--chunk=16", "--rows=1", "--stride=1", "--noprompt_logprobs",
                         "--prefixes=0")
   client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
