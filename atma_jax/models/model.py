@@ -157,7 +157,7 @@ class Atma(nnx.Module):
 
   def _forward(self, tokens: Int[Array, "B T"], tap: Tap | None) -> tuple[Float[Array, "B T C"], dict[str, list[Any]]]:
     """The output of the final norm, and the tap's results: stacked over the groups, and those of the tail."""
-    chex.assert_rank(tokens, 2)
+    _check_tokens(tokens)
     check_length(tokens.shape[1])
     x, results = ResidualStream(constrain(self.embed(tokens), ACTIVATIONS)), {}
     pattern = len(self.config.block_pattern)
@@ -206,7 +206,7 @@ class Atma(nnx.Module):
     Returns:
       (B, T, C), meaningless where padded, and the cache after the tokens that count.
     """
-    chex.assert_rank(tokens, 2)
+    _check_tokens(tokens)
     B, T = tokens.shape
     chex.assert_shape(cache.lengths, (B,), custom_message="tokens and cache must have as many rows")
     span = TokenSpan(cache.lengths, jnp.full(B, T, jnp.int32) if counts is None else counts, cache.table, cache_slots,
@@ -214,7 +214,7 @@ class Atma(nnx.Module):
     chex.assert_shape(span.counts, (B,), custom_message="counts must have as many rows as tokens")
     x, updates = constrain(self.embed(tokens), ACTIVATIONS), {}
     if T == 1 and self.unrolls_decoding(cache):
-      for name, groups in self._groups().items():
+      for name, groups in self.repetitions().items():
         x, updates[name] = _decode_unrolled(x, groups, cache.layers[name], span)
       return self.norm(x), cache.append(updates, span)
     if self.groups is not None:
@@ -257,15 +257,15 @@ class Atma(nnx.Module):
     """
     model = nnx.merge(*nnx.split(self))
     if model.groups is not None:
-      model.groups = nnx.List(self._groups()["groups"])
+      model.groups = nnx.List(self.repetitions()["groups"])
     if fuse:
-      for groups in model._groups().values():
+      for groups in model.repetitions().values():
         for group in groups:
           for block in group.blocks:
             block.mixer.fuse_projections()
     return model
 
-  def _groups(self) -> dict[str, list[Group]]:
+  def repetitions(self) -> dict[str, list[Group]]:
     """The groups of blocks one by one, by the names of `Cache.layers`."""
     found = {}
     if self.groups is not None:
@@ -281,6 +281,11 @@ class Atma(nnx.Module):
       return nnx.split(self.groups)
     graphdefs, states = zip(*map(nnx.split, self.groups))
     return graphdefs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _check_tokens(tokens: Int[Array, "B T"]) -> None:
+  chex.assert_rank(tokens, 2, custom_message="tokens must be of shape (B, T)")
+  chex.assert_type(tokens, int, custom_message="tokens must be integers")
 
 
 def _unstack(stacked: Group, index: int) -> Group:

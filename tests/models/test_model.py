@@ -13,6 +13,7 @@ import pytest
 
 from atma_jax.config import MemoryConfig, ModelConfig
 from atma_jax.models import Atma, count_parameters, parameter_metadata
+from atma_jax.models.cache import Cache
 from atma_jax.models.layers import head_norm
 from atma_jax.models.mixers.attention import AttentionMixer
 from atma_jax.models.residual import ResidualStream
@@ -77,6 +78,15 @@ def test_direction_scale_is_that_of_the_projection():
 def test_incomplete_repetition_and_depth():
   for layers in (1, 3, 6, 9):
     assert Atma(tiny(num_layers=layers), rngs=nnx.Rngs(0))(TOKENS).shape == (2, 33, 61)
+
+
+@pytest.mark.parametrize("tokens, message", [(TOKENS[0], r"of shape \(B, T\)"), (TOKENS / 2, "must be integers")])
+def test_what_is_no_batch_of_tokens_is_refused(tokens, message):
+  model = nnx.eval_shape(lambda: Atma(TINY, rngs=nnx.Rngs(0)))
+  with pytest.raises(AssertionError, match=message):
+    model(tokens)
+  with pytest.raises(AssertionError, match=message):
+    model.extend(tokens, Cache.create(TINY, 2, 64))
 
 
 def test_one_step_sequence():

@@ -188,7 +188,7 @@ def test_projections_over_tensor_exchange_nothing():
     x = jax.ShapeDtypeStruct((4, 16, 64), jnp.float32, sharding=named_sharding(mesh, ("batch", None, None)))
 
     def projected(params, x):
-      (group, *_), *_ = definition.merge(params)._groups().values()
+      (group, *_), *_ = definition.merge(params).repetitions().values()
       return group.blocks[0].mixer.project(x)
 
     outputs = named_sharding(mesh, ("batch", None, "heads"))
