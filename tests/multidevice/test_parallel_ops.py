@@ -48,7 +48,7 @@ def interpreted(monkeypatch):
 
     monkeypatch.setitem(op.implementations, "pallas_gpu", Entry("", platforms=()))
 
-  interpret(polar_api.ATTENTION, functools.partial(polar_kernels.polar_attention, tiles=TILES))
+  interpret(polar_api.ATTENTION, functools.partial(polar_kernels.attend, tiles=TILES))
   interpret(delta_api.OP, delta_kernels.gated_delta)
   interpret(GATED, short_conv_pallas_gpu.gated_short_conv)
   interpret(rms_norm.OP, rms_norm_pallas_gpu.sum_and_norm)
