@@ -42,7 +42,8 @@ CASES = {
   "rope-bare": {"attention": "rope", "memory": BARE},
   "rope-window": {"attention": "rope", "window": 7},
 }
-QUICK_CASES = ("polar", "nope-window", "rope-window")  # of the tests that run every case
+ALL_CASES = [pytest.param(name, marks=() if name == "polar" else pytest.mark.slow) for name in CASES]
+THREE_CASES = [case for case in ALL_CASES if case.values[0] in ("polar", "nope-window", "rope-window")]
 
 
 def lively(config: ModelConfig, dtype: str = "float32") -> Atma:
@@ -89,7 +90,7 @@ def prepared(name: str):
   return model, full_logits(model, TOKENS), extender(model)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK_CASES else pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_chunks_equal_the_full_forward_pass(name, x64):
   """The logits are equal in float64 however the tokens are cut, and so are the caches that are left."""
   (model, full, extend), caches = prepared(name), []
@@ -102,7 +103,7 @@ def test_chunks_equal_the_full_forward_pass(name, x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), caches[0], cache)
 
 
-@pytest.mark.parametrize("name", ["polar", "nope-window", "rope-window"])
+@pytest.mark.parametrize("name", THREE_CASES)
 def test_the_ops_of_the_full_pass_fill_an_empty_cache(name, x64):
   """A padded first chunk, told that nothing came before it, leaves the cache that small chunks leave."""
   model, full, extend = prepared(name)
@@ -143,7 +144,7 @@ def test_float32_error_is_that_of_the_full_pass(name, x64):
     assert np.abs(logits - exact).max() < 4 * full
 
 
-@pytest.mark.parametrize("name", ["polar", "nope-window", "rope-window"])
+@pytest.mark.parametrize("name", THREE_CASES)
 def test_rows_of_different_lengths(name, x64):
   """Padding on the right, and calls in which a row has no new tokens, change nothing."""
   model, full, extend = prepared(name)
