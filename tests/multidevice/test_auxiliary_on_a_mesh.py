@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from atma_jax.config import AuxiliaryConfig, Config, DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, TrainConfig
 from atma_jax.models.definition import ModelDefinition
@@ -30,6 +31,7 @@ def step_metrics(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
   return {name: float(value) for name, value in metrics.items()}
 
 
+@pytest.mark.slow
 def test_terms_equal_those_of_one_device():
   config = Config(
     model=ModelConfig(vocab_size=64, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,

@@ -57,6 +57,7 @@ def run(recipe: Config, workdir: pathlib.Path, stop: int | None = None, **axes: 
   return {record["step"]: record["loss"] for record in records}
 
 
+@pytest.mark.slow
 def test_resume_over_other_meshes(recipe, tmp_path):
   whole = run(recipe, tmp_path / "whole", data=8)
   shutil.copytree(tmp_path / "whole", tmp_path / "moved")  # what a pre-emption after step 2 leaves behind

@@ -68,6 +68,7 @@ def assert_equal_training(losses, state, expected_losses, expected):
     np.testing.assert_allclose(np.asarray(value), np.asarray(expected.params[name]), atol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(f"{k}{v}" for k, v in axes.items()))
 def test_training_equals_one_device(recipe, axes):
   one_device.recipe = recipe
@@ -79,6 +80,7 @@ def test_training_equals_one_device(recipe, axes):
     assert value.sharding.is_equivalent_to(wanted, value.ndim), name
 
 
+@pytest.mark.slow
 def test_accumulation_on_devices_equals_one_device(recipe):
   one_device.recipe = recipe
   config = copy.deepcopy(recipe)
@@ -87,6 +89,7 @@ def test_accumulation_on_devices_equals_one_device(recipe):
   assert_equal_training(*run(config, make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])), *one_device())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}], ids=["data2-fsdp2-tensor2"])
 def test_gradients_equal_one_device(recipe, axes):
   definition = ModelDefinition(recipe.model)
