@@ -57,7 +57,7 @@ def table() -> str:
     texts = [cell_text(rows("headline/results.csv", cell, measure, multiple)) for cell in HEADLINE]
     lines.append(f"| {title} | {' | '.join(texts)} |")
   texts = [share(rows("quickstart_grid/direction_results.csv", cell, "retrieval_exact", 32)) for cell in QUICKSTART]
-  lines.append(f"| retrieval at 32x, exact, % (1.1M parameters) | {' | '.join(texts)} | not measured |")
+  lines.append(f"| retrieval at 32x, exact, % (1.1M parameters, one seed) | {' | '.join(texts)} | not measured |")
   return "\n".join(lines)
 
 
