@@ -136,7 +136,7 @@ class DataConfig:
   sources: tuple[str, ...] = option(("python-source",), "Any of python-source, recall:SOURCE, text:GLOB and bin:GLOB.", NOT_EMPTY)
   weights: tuple[float, ...] = option((1.0,), "Share of the sequences that each source gives.", Rule(
     "positive numbers", lambda value: all(w > 0 and math.isfinite(w) for w in value)))
-  tokenizer: str = option("sentencepiece", "sentencepiece trains one, bytes needs none; or a path to a .model or tokenizer.json.")
+  tokenizer: str = option("sentencepiece", "A path to a .model or tokenizer.json; or sentencepiece, which trains one, or bytes.")
   tokenizer_vocab_size: int = option(8192, "Vocabulary of a tokenizer trained here.", POSITIVE)
   tokenizer_train_mib: int = option(32, "MiB of text sampled to train the tokenizer.", POSITIVE)
   max_mib: int | None = option(None, "MiB of text taken from each text source; None takes all of it.", POSITIVE)
@@ -155,10 +155,10 @@ class DataConfig:
 class OptimizerConfig:
   """Muon for matrices inside blocks and AdamW for the rest, or AdamW for everything."""
 
-  kind: str = option("muon", "muon, or adamw for every parameter at one learning rate and weight decay.", one_of(*OPTIMIZERS))
+  kind: str = option("muon", "Muon and AdamW (muon), or AdamW with one rate and decay for all (adamw).", one_of(*OPTIMIZERS))
   adamw_learning_rate: float = option(3e-4, "Learning rate of kind adamw.", POSITIVE)
   adamw_weight_decay: float = option(0.1, "Weight decay of kind adamw, times the learning rate.", NOT_NEGATIVE)
-  schedule: str = option("linear", "linear is constant, then linear to zero; cosine falls from the warmup's end to cosine_floor.",
+  schedule: str = option("linear", "Constant, then linear to zero (linear); or a cosine from the end of warmup to cosine_floor.",
                          one_of(*SCHEDULES))
   cosine_floor: float = option(0.1, "Share of the learning rate at the end of schedule cosine.", FRACTION)
   muon_learning_rate: float = option(0.02, "Learning rate of Muon.", POSITIVE)
