@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import dataclasses
 import os
 from typing import Any, overload
 
@@ -69,7 +68,7 @@ def generate(model: Atma | str | os.PathLike[str], prompt: str | Sequence[str], 
     return []
   longest = max(len(tokenizer.encode(text)) for text in prompts)
   engine = engine_for(model, tokenizer, longest + first.max_tokens, min(rows, len(prompts)))
-  texts = [completion.text for completion in engine.generate(prompts, sampling_per_prompt(first, len(prompts)))]
+  texts = [completion.text for completion in engine.generate(prompts, first.spread(len(prompts)))]
   return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -86,8 +85,3 @@ def engine_for(model: Atma, tokenizer: Tokenizer, tokens: int, rows: int, **opti
   """
   devices = jax.device_count()
   return Engine(model, tokenizer, rows=-(-rows // devices) * devices, capacity=1 << tokens.bit_length(), **options)
-
-
-def sampling_per_prompt(sampling: Sampling, count: int) -> list[Sampling]:
-  """The samplings of `count` prompts, of which prompt i draws its random numbers from ``sampling.seed + i``."""
-  return [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(count)]

@@ -9,7 +9,6 @@ import sys
 import time
 
 from atma_jax.errors import UserError
-from atma_jax.inference.api import sampling_per_prompt
 from atma_jax.inference.engine import Engine, Prompt
 from atma_jax.inference.sampling import Sampling
 
@@ -48,7 +47,7 @@ def stream_one(engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
 def complete_all(engine: Engine, prompts: list[str], sampling: Sampling) -> None:
   """Prints one JSON line per prompt, in order, then the speed to stderr. Prompt i draws from the seed `sampling.seed` + i."""
   start = time.perf_counter()
-  completions = engine.generate(prompts, sampling_per_prompt(sampling, len(prompts)))
+  completions = engine.generate(prompts, sampling.spread(len(prompts)))
   for prompt, completion in zip(prompts, completions):
     print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}))
   seconds, count = time.perf_counter() - start, sum(len(completion.tokens) for completion in completions)

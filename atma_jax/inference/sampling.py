@@ -56,6 +56,10 @@ class Sampling:
       if not field.metadata["is_legal"](value):
         raise UserError(f"{field.name}={value!r}: must be {field.metadata['legal']}")
 
+  def spread(self, count: int) -> list[Sampling]:
+    """Returns the options of `count` prompts that are drawn independently: prompt i has the seed `seed` + i, modulo 2^32."""
+    return [dataclasses.replace(self, seed=(self.seed + i) % 2**32) for i in range(count)]
+
   @property
   def filters(self) -> bool:
     """Whether top-k or top-p may exclude tokens, which requires sorted logits."""

@@ -144,7 +144,7 @@ def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices:
   for name in options:
     if name not in ("include_usage", "include_obfuscation"):
       raise ProtocolError(400, unknown_name("stream_options field", name[:60], ("include_usage",)), param="stream_options")
-  samplings = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32) for _ in prompts for i in range(n)]
+  samplings = [own for _ in prompts for own in sampling.spread(n)]
   return Call(prompts, samplings, n, echo, logprobs, stream, _typed(options, "include_usage", bool, False, "true or false"),
               max_tokens == 0)
 
