@@ -65,7 +65,7 @@ class AttentionCache(LayerCache):
 
   @property
   def scales(self) -> tuple[Array, Array] | None:
-    """Those of keys and of values, where they are int8."""
+    """The scales of keys and of values, where both are int8."""
     return None if self.key_scale is None or self.value_scale is None else (self.key_scale, self.value_scale)
 
   def append(self, update: AttentionCache, span: TokenSpan) -> AttentionCache:
