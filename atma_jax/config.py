@@ -133,7 +133,8 @@ class DataConfig:
   """Where tokens come from. A source is an entry such as ``text:GLOB``; `atma_jax.data.sources` has one file for each."""
 
   directory: str = option("", "Directory of the prepared shards; empty is WORKDIR/data.")
-  sources: tuple[str, ...] = option(("python-source",), "Such as python-source or text:GLOB; atma_jax/data/sources has all.", NOT_EMPTY)
+  sources: tuple[str, ...] = option(
+    ("python-source",), "Sources of text and tokens, such as text:GLOB; atma_jax/data/sources has a file for each.", NOT_EMPTY)
   weights: tuple[float, ...] = option((1.0,), "Share of the sequences that each source gives.", Rule(
     "positive numbers", lambda value: all(w > 0 and math.isfinite(w) for w in value)))
   tokenizer: str = option("sentencepiece", "A path to a .model or tokenizer.json; or sentencepiece, which trains one, or bytes.")
