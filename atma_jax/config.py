@@ -201,6 +201,9 @@ class TrainConfig:
   accumulation: int = option(1, "Microbatches in a step.", POSITIVE)
   z_loss: float = option(0.0, "Weight of the squared log-partition function in the loss.", NOT_NEGATIVE)
   auxiliary: AuxiliaryConfig = dataclasses.field(default_factory=AuxiliaryConfig)
+  foreign_keys: tuple[int, ...] = option(
+    (0,), "Keys of other rows that attention sees before a row's own, in training only: each step draws one of these numbers.",
+    Rule("a non-empty tuple of numbers of at least 0", lambda value: len(value) > 0 and min(value) >= 0))
   ema_decay: float | None = option(None, "Decay of the moving average of the parameters; None keeps none.", PROPER_FRACTION)
   loss_chunk: int = option(512, "Time steps of a sequence whose logits exist at once.", POSITIVE)
   max_bad_steps: int = option(20, "Consecutive non-finite steps after which the run stops.", POSITIVE)
@@ -401,6 +404,11 @@ def _validate_train(c: Config) -> None:
   free = [axis.name for axis in dataclasses.fields(c.mesh) if getattr(c.mesh, axis.name) == -1]
   _require(len(free) <= 1, "mesh", dict.fromkeys(free, -1), "-1 on one axis at most")
   check_context_divides("config.data.sequence_length", c.data.sequence_length, c.mesh.context)
+  most = (c.data.batch_size // c.train.accumulation - 1) * c.data.sequence_length
+  _require(max(c.train.foreign_keys) <= most, "train.foreign_keys", c.train.foreign_keys,
+           f"at most {most}, what the other rows of a microbatch hold")
+  _require(max(c.train.foreign_keys) == 0 or (c.mesh.context == 1 and distractors == 0), "train.foreign_keys",
+           c.train.foreign_keys, "(0,) with mesh.context or train.auxiliary.distractors")
 
 
 def _matches(value: Any, annotation: Any) -> bool:

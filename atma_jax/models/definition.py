@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 
 from atma_jax.config import ModelConfig
 from atma_jax.errors import UserError
+from atma_jax.models.mixers import Mixer
 from atma_jax.models.model import Atma, parameter_metadata
 from atma_jax.models.retention_cap import share_caps, with_retention_cap
 from atma_jax.sharding import named_sharding
@@ -25,15 +26,22 @@ class ModelDefinition:
 
   Args:
     config: of the model.
+    foreign_keys: keys of the following rows of the batch that attention over whole sequences sees before a row's own, as if they
+      came earlier in its text. For training: queries then meet more keys, and more unrelated ones, than a row of text holds, as
+      they do in longer contexts (after the cross-batch keys of "Focused Transformer", arXiv 2307.03170).
 
   Attributes:
     logical_axes: of every parameter, by name (`atma_jax.sharding`).
     optimizer_groups: of every parameter, by name (`atma_jax.models.layers`).
   """
 
-  def __init__(self, config: ModelConfig):
+  def __init__(self, config: ModelConfig, *, foreign_keys: int = 0):
     self.config = config
     abstract = nnx.eval_shape(lambda: Atma(config, rngs=nnx.Rngs(0)))
+    if foreign_keys:
+      for _, module in nnx.iter_graph(abstract):
+        if isinstance(module, Mixer):
+          module.foreign_keys = foreign_keys
     self._graphdef, self._state = nnx.split(abstract, nnx.Param)
     axes, groups = (dict(_flat(tree)) for tree in parameter_metadata(abstract))
     self.logical_axes: dict[str, tuple[str | None, ...]] = axes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import signal
 import threading
 import time
@@ -17,7 +17,7 @@ import numpy as np
 import atma_jax
 from atma_jax import distributed
 from atma_jax.checkpoints.store import Checkpointer
-from atma_jax.config import Config
+from atma_jax.config import Config, TrainConfig
 from atma_jax.data.manifest import load_manifest
 from atma_jax.data.pipeline import TrainingData
 from atma_jax.data.prepare import prepare
@@ -87,18 +87,28 @@ def train(config: Config, workdir: str) -> str:
     return DONE
 
   validate = make_validation(config, definition, mesh, directory) if config.train.validate_every else None
-  loop = Loop(config, folder, mesh, data, batches, checkpointer, make_train_step(config, definition, optimizer, mesh, state),
-              validate=validate, flops_per_token=training_flops_per_token(definition, config.data.sequence_length))
+  steps = {count: make_train_step(config, ModelDefinition(config.model, foreign_keys=count), optimizer, mesh, state)
+           for count in dict.fromkeys(config.train.foreign_keys)}
+  loop = Loop(config, folder, mesh, data, batches, checkpointer, steps, validate=validate,
+              flops_per_token=training_flops_per_token(definition, config.data.sequence_length))
   with Preemption() as preemption, MetricWriter(folder, first_step=first, active=jax.process_index() == 0) as writer:
     return loop.run(state, first, preemption, writer)
+
+
+def foreign_keys_at(number: int, train: TrainConfig) -> int:
+  """How many keys of other rows step `number` shows: drawn from the seed and the step alone, so that a resumed run repeats it."""
+  if len(train.foreign_keys) == 1:
+    return train.foreign_keys[0]
+  draw = np.random.default_rng((train.seed, number)).integers(len(train.foreign_keys))
+  return train.foreign_keys[int(draw)]
 
 
 class Loop:
   """The steps of one call of `train`, with their checkpoints, validations and metrics."""
 
   def __init__(self, config: Config, folder: epath.Path, mesh: jax.sharding.Mesh, data: TrainingData, batches: GlobalBatches,
-               checkpointer: Checkpointer, step: TrainStep, *, validate: Callable[[Params], dict[str, float]] | None,
-               flops_per_token: float):
+               checkpointer: Checkpointer, steps: Mapping[int, TrainStep], *,
+               validate: Callable[[Params], dict[str, float]] | None, flops_per_token: float):
     """Puts together what `train` made.
 
     Args:
@@ -108,12 +118,12 @@ class Loop:
       data: the batches of this process, which go on from where the state is.
       batches: places them on the devices.
       checkpointer: saves the state.
-      step: the jitted training step.
+      steps: the jitted training step for each number of foreign keys.
       validate: losses of parameters; None without validation.
       flops_per_token: operations of a training step per target token, for MFU.
     """
     self.config, self.folder, self.mesh = config, folder, mesh
-    self.data, self.batches, self.checkpointer, self.step, self.validate = data, batches, checkpointer, step, validate
+    self.data, self.batches, self.checkpointer, self.steps, self.validate = data, batches, checkpointer, steps, validate
     self.tokens_per_step = config.data.batch_size * config.data.sequence_length
     self.flops_per_step = flops_per_token * self.tokens_per_step
     self.peak = peak_flops(config.train.peak_tflops)
@@ -135,7 +145,7 @@ class Loop:
       if train.profile_start is not None and number == first + 1 + train.profile_start:
         jax.profiler.start_trace(str(self.folder / "profile"))
       with jax.transfer_guard("disallow"):
-        state, metrics = compiled(state, tokens)
+        state, metrics = compiled[foreign_keys_at(number, train)](state, tokens)
       if pending is not None:
         self.report(writer, *pending)
       pending = (number, metrics)
@@ -174,11 +184,11 @@ class Loop:
                  train.steps - first, total, 100 * (1 - self.data_wait / total), paused, checkpointer.directory)
     return DONE
 
-  def _compile(self, state: TrainState) -> jax.stages.Compiled:
+  def _compile(self, state: TrainState) -> dict[int, jax.stages.Compiled]:
     began = time.perf_counter()
     tokens = jax.ShapeDtypeStruct(self.batches.shape, np.int32, sharding=self.batches.sharding)
     with jax.set_mesh(self.mesh):
-      compiled = self.step.lower(state, tokens).compile()
+      compiled = {count: step.lower(state, tokens).compile() for count, step in self.steps.items()}
     logging.info("compiled the step in %.1f s", time.perf_counter() - began)
     distributed.exchange("compiled")  # a collective waits less long for another process than its compiler may take
     return compiled

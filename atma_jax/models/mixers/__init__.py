@@ -39,6 +39,7 @@ class Mixer(nnx.Module):
   them as soon as it has multiplied; its output may have only the rows of the span."""
 
   memory: Memory | None = None  # the gated-delta memory beside the mixer, if there is one
+  foreign_keys: int = 0  # keys of other rows that attention over whole sequences sees before a row's own, see `ModelDefinition`
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     raise NotImplementedError

@@ -27,6 +27,7 @@ from atma_jax.ops.polar_attention.spec import SCALARS, AttentionSpec, PolarParam
 from atma_jax.sharding import shard_count
 
 ROPE_SCALE = 0.12
+KeysAndValues = tuple[Float[Array, "B S K D"], Float[Array, "B S K D"]]
 
 
 @jax.tree_util.register_dataclass
@@ -128,12 +129,14 @@ class PolarCore(nnx.Module):
     return [self.mu_proj]
 
   def __call__(self, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
-               cache: AttentionCache | None, span: TokenSpan | None,
-               trace: Trace | None) -> tuple[Float[Array, "B T H D"], list[Float[Array, "B T H"]], Float[Array, "B T K D"]]:
+               cache: AttentionCache | None, span: TokenSpan | None, trace: Trace | None,
+               foreign: KeysAndValues | None = None
+               ) -> tuple[Float[Array, "B T H D"], list[Float[Array, "B T H"]], Float[Array, "B T K D"]]:
     """Heads of length direction_scale, their magnitudes as a list of one, and the keys to remember."""
     config = self.config
     if cache is None or span is None or span.cache_slots == 0:
-      direction, magnitude = polar_attention(q, k, v, self.params, self.spec, implementation=config.implementation)
+      seen = (k, v) if foreign is None else _concatenate(foreign, (k, v))
+      direction, magnitude = polar_attention(q, *seen, self.params, self.spec, implementation=config.implementation)
     else:
       direction, magnitude = cached_polar_attention(
         q, k, v, cache.keys, cache.values, span.lengths, self.params, self.spec, scales=cache.scales,
@@ -167,13 +170,19 @@ class SoftmaxCore(nnx.Module):
     return []
 
   def __call__(self, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
-               cache: AttentionCache | None, span: TokenSpan | None,
-               trace: Trace | None) -> tuple[Float[Array, "B T H D"], list[Float[Array, "B T H"]], Float[Array, "B T K D"]]:
+               cache: AttentionCache | None, span: TokenSpan | None, trace: Trace | None,
+               foreign: KeysAndValues | None = None
+               ) -> tuple[Float[Array, "B T H D"], list[Float[Array, "B T H"]], Float[Array, "B T K D"]]:
     """Heads, no magnitudes, and the keys to remember."""
     config, spec, steps = self.config, attention_spec(self.config), jnp.arange(q.shape[1])
-    q, k, scale = self.positioned(q, k, steps if span is None else span.lengths[:, None] + steps)
+    before = 0 if foreign is None else foreign[0].shape[1]
+    q, k, scale = self.positioned(q, k, before + steps if span is None else span.lengths[:, None] + steps)
     if cache is None or span is None or span.cache_slots == 0:
-      heads = softmax_attention(q, k, v, scale=scale, spec=spec, implementation=config.implementation)
+      seen = k, v
+      if foreign is not None:
+        _, foreign_k, _ = self.positioned(foreign[0], foreign[0], jnp.arange(before))
+        seen = _concatenate((foreign_k, foreign[1]), seen)
+      heads = softmax_attention(q, *seen, scale=scale, spec=spec, implementation=config.implementation)
     else:
       heads = cached_softmax_attention(
         q, k, v, cache.keys, cache.values, span.lengths, scale=scale, spec=spec, scales=cache.scales,
@@ -272,7 +281,8 @@ class AttentionMixer(Mixer):
       histories = canon_q, canon_k, canon_v
     if trace is not None:
       trace |= {"q": q, "k": k, "v": v}
-    heads, magnitudes, keys = self.core(q, k, v, cache, span, trace)
+    foreign = foreign_rows(k, v, self.foreign_keys) if span is None and self.foreign_keys else None
+    heads, magnitudes, keys = self.core(q, k, v, cache, span, trace, foreign)
     channels = [(heads * jax.nn.sigmoid(gate)).reshape(B, T, -1), *magnitudes]
     if self.memory is not None:
       past, layer = (None, None) if cache is None else (cache.memory, cache.layer)
@@ -334,6 +344,28 @@ class AttentionMixer(Mixer):
     """The core's loss for keys and values of random inputs, normed as keys are, without canon convolutions."""
     shape = (inputs.shape[0], self.config.num_kv_heads, self.config.head_dim)
     return self.core.distractor_loss(trace, layers.head_norm(self.k(inputs).reshape(shape)), self.v(inputs).reshape(shape))
+
+
+def foreign_rows(k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], count: int) -> KeysAndValues:
+  """Keys and values of the rows that follow each row in the batch, `count` tokens of them.
+
+  Raises:
+    ValueError: the other rows hold fewer.
+  """
+  B, T = k.shape[:2]
+  rows = -(-count // T)
+  if rows >= B:
+    raise ValueError(f"foreign_keys={count}: must be at most {(B - 1) * T}, what the other {B - 1} rows of {T} tokens hold")
+
+  def take(x: Array) -> Array:
+    return jnp.concatenate([jnp.roll(x, -(row + 1), axis=0) for row in range(rows)], axis=1)[:, :count]
+
+  return take(k), take(v)
+
+
+def _concatenate(first: KeysAndValues, second: KeysAndValues) -> KeysAndValues:
+  """Two stretches of keys and values, one after the other."""
+  return jnp.concatenate([first[0], second[0]], axis=1), jnp.concatenate([first[1], second[1]], axis=1)
 
 
 def _split(y: Array, linears: Sequence[layers.Linear]) -> list[Array]:
