@@ -62,9 +62,10 @@ def test_links_lead_somewhere(path):
     assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
 
 
-def test_the_table_of_the_first_page_is_computed():
-  """The six results and their intervals are what the script prints from the result files."""
-  done = subprocess.run([sys.executable, REPOSITORY / "configs" / "results" / "intervals.py"], capture_output=True, text=True,
-                        check=True)
-  assert len(done.stdout.splitlines()) == 2 + 6
-  assert done.stdout in (REPOSITORY / "README.md").read_text()
+@pytest.mark.parametrize(("script", "lines", "page"), [
+  ("intervals.py", 6, "README.md"), ("foreign_keys.py", 7, "configs/results/README.md")])
+def test_tables_are_computed(script, lines, page):
+  """The table on the page is what the script prints from the result files."""
+  done = subprocess.run([sys.executable, REPOSITORY / "configs" / "results" / script], capture_output=True, text=True, check=True)
+  assert len(done.stdout.splitlines()) == 2 + lines
+  assert done.stdout in (REPOSITORY / page).read_text()
