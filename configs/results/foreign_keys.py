@@ -29,7 +29,8 @@ def main() -> None:
     needle = " / ".join(f"{100 * values[(*run, 'needle_accuracy', n)]:.0f} ({100 * values[(*run, 'needle_exact', n)]:.0f})"
                         for n in MULTIPLES)
     keys, seed, count, direction = run
-    print(f"| {keys.replace(' ', ', ')} | {seed} | {count or 'none'} | {float(direction):g} | {losses[0]} | {losses[1]} | {needle} |")
+    cells = keys.replace(" ", ", "), seed, count or "none", f"{float(direction):g}", *losses, needle
+    print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
