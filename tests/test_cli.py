@@ -121,12 +121,14 @@ def test_missing_tokenizer(main, corpus, tmp_path):
   assert_one_line(main("train", *arguments, f"--workdir={tmp_path}/run"), "data.tokenizer", "absent.model", "bytes")
 
 
+@pytest.mark.slow
 def test_vocabulary_mismatch(main, corpus, tmp_path):
   """The tokenizer knows more tokens than the model has rows."""
   arguments = [*small(corpus), "--config.model.vocab_size=100"]
   assert_one_line(main("train", *arguments, f"--workdir={tmp_path}/run"), "model.vocab_size", "100", "at least")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "words"), [
   (["--config.model.attention=nope"], ["model.attention", "polar", "nope"]),
   (["--config.model.mlp_width=96"], ["model.mlp_width", "96"]),
@@ -136,6 +138,7 @@ def test_checkpoint_of_another_architecture(main, corpus, trained, change, words
   assert_one_line(main("train", *small(corpus), *change, f"--workdir={trained}"), str(trained), *words)
 
 
+@pytest.mark.slow
 def test_data_of_another_recipe(main, corpus, trained, tmp_path):
   """Shards prepared from other sources are not trained on silently."""
   arguments = [*small(tmp_path), f"--config.data.directory={trained}/data"]
@@ -143,6 +146,7 @@ def test_data_of_another_recipe(main, corpus, trained, tmp_path):
   assert_one_line(main("train", *arguments, f"--workdir={tmp_path}/run"), "data.sources", f"{trained}/data")
 
 
+@pytest.mark.slow
 def test_evaluate_flags(main, trained, tmp_path):
   """A missing checkpoint or step, an unknown suite, and values that are not legal."""
   output = f"--output={tmp_path}/evaluation"
@@ -171,6 +175,7 @@ def test_serve_flags(main, arguments, words):
   assert_one_line(main("serve", *arguments), *words)
 
 
+@pytest.mark.slow
 def test_serve_sizes(main, trained):
   """Sizes that do not fit the model of the checkpoint are refused, and so is a port that is taken."""
   checkpoint = [f"--checkpoint={trained}", "--port=0"]
@@ -191,6 +196,7 @@ def test_help(main, name):
   assert "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "words"), [
   (["train", DEBUG, "--workdir=/nowhere", "--config.model.atention=polar"], ["atention", "attention"]),
   (["evaluate", "--checkpoint=/nowhere", "--suite=loss", "--output=/nowhere"], ["/nowhere"]),

@@ -59,7 +59,7 @@ def kernels(jaxpr) -> collections.Counter[str]:
   return found
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("remat, forwards", [("none", 1), ("dots", 1), ("block", 2)])
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu"])
 def test_a_kernel_runs_once_a_layer_and_forward_ones_again_only_under_full_rematerialisation(
@@ -116,6 +116,7 @@ def test_remat_dots_keeps_the_residual_stream_and_what_norms_divide_by():
   assert len(sums) == 4  # of the norms' gradients
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
 def test_a_whole_training_step_compiles_for_a_tpu_and_keeps_each_kernel_once():
   config = tiny("pallas_tpu", "dots", scan=False)
@@ -126,6 +127,7 @@ def test_a_whole_training_step_compiles_for_a_tpu_and_keeps_each_kernel_once():
   assert 0 < plan.temporary_bytes < plan.peak_bytes < 2**30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
 def test_a_training_step_over_a_context_axis_compiles_for_tpus_with_the_kernels_of_every_stop():
   config = tiny("auto", "dots", scan=False)  # which takes the kernels

@@ -60,7 +60,6 @@ def finished(recipe, tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
-@pytest.mark.slow
 def test_run_again_is_done(recipe, finished):
   before = losses(finished)
   assert run(recipe, finished) == DONE and losses(finished) == before
@@ -83,7 +82,6 @@ def test_damaged_newest_step_is_passed_over_and_resume_is_bitwise(recipe, finish
   assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.slow
 def test_another_architecture_is_refused_by_field(recipe, finished):
   config = copy.deepcopy(recipe)
   config.model.num_heads, config.train.steps = 1, 9
@@ -102,7 +100,6 @@ def test_vocabulary_and_mesh_are_checked(recipe, tmp_path):
     train(config, str(tmp_path))
 
 
-@pytest.mark.slow
 def test_load_model_names_legal_steps(finished):
   config, model, tokenizer, step = load_model(finished)
   assert step == 6 and tokenizer.vocab_size == 257 and config.name == "tiny"
