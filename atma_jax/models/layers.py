@@ -217,7 +217,7 @@ class LinearSum:
 
   def total(self, rows: int) -> Float[Array, "rows T C"]:
     """The sum, for inputs padded to so many rows."""
-    return functools.reduce(jnp.add, [linear(pad_rows(x, rows)) for linear, x in self.terms])
+    return functools.reduce(jnp.add, (linear(pad_rows(x, rows)) for linear, x in self.terms))
 
   def partial_sums(self) -> tuple[list[Float[Array, "B T C"]], Float[Array, " C"]]:
     """The product of every layer, and the sum of the biases."""
