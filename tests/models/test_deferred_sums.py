@@ -69,7 +69,9 @@ def expected(options):
   return gradients(options)
 
 
-@pytest.mark.parametrize("options, remat, scan", [("plain", "dots", False), ("plain", "block", True), ("tapped", "none", True)])
+@pytest.mark.parametrize("options, remat, scan", [
+  ("plain", "dots", False), pytest.param("plain", "block", True, marks=pytest.mark.slow),
+  pytest.param("tapped", "none", True, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_other_platforms(request, options, remat, scan):
   want = expected(options)  # before the platform is patched
   used = request.getfixturevalue("on_gpu")
@@ -78,6 +80,7 @@ def test_gradients_are_those_of_other_platforms(request, options, remat, scan):
   assert used["squared_gate_gradients"] >= 3 and used["sum_and_norm"] >= 2 * 3
 
 
+@pytest.mark.slow
 def test_a_width_without_a_kernel_takes_the_formula(monkeypatch):
   """Dispatch decides so for both ops."""
   want = expected("plain")

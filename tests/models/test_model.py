@@ -93,7 +93,8 @@ def test_one_step_sequence():
   assert np.isfinite(np.asarray(Atma(TINY, rngs=nnx.Rngs(0))(TOKENS[:, :1]))).all()
 
 
-@pytest.mark.parametrize("remat, scan", [("dots", True), ("block", True), ("dots", False)])
+@pytest.mark.parametrize("remat, scan", [
+  pytest.param("dots", True, marks=pytest.mark.slow), pytest.param("block", True, marks=pytest.mark.slow), ("dots", False)])
 def test_rematerialisation_and_inlining_change_nothing(remat, scan):
   def gradients(config):
     graphdef, params = nnx.split(Atma(config, rngs=nnx.Rngs(0)), nnx.Param)
@@ -104,7 +105,7 @@ def test_rematerialisation_and_inlining_change_nothing(remat, scan):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "block")])
+@pytest.mark.parametrize("scan, remat", [(True, "none"), pytest.param(False, "block", marks=pytest.mark.slow)])
 def test_tap_sees_every_layer_in_order_and_changes_nothing(scan, remat):
   """With 6 layers: one scanned group of four and a tail of two."""
   model = Atma(tiny(num_layers=6, scan=scan, remat=remat), rngs=nnx.Rngs(0))

@@ -62,7 +62,8 @@ def gathered(compiled, length: int = T) -> list[list[int]]:
   return [shape for shape in shapes if {length, B * length} & set(shape) and math.prod(shape) >= length * WIDTH]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [
+  pytest.param(case, marks=() if case == "polar-scan-dots" else pytest.mark.slow) for case in CASES])
 def test_loss_and_gradients_equal_one_device(case):
   options, axes = CASES[case]
   compiled, args = program(options, axes)

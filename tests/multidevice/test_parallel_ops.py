@@ -166,7 +166,7 @@ def test_gated_projection(interpreted, monkeypatch, axes, own):
 @pytest.mark.parametrize(("axes", "own", "added"), [
   ({"fsdp": 8}, (1, T, 64), 2), ({"data": 2, "tensor": 2, "context": 2}, (4, T // 2, 64), 1)])
 def test_sum_and_norm(interpreted, axes, own, added):
-  """Split over rows and time; over the tensor axis the summands are added up before they are exchanged."""
+  """Split over rows and time; over the tensor axis the terms are added up before they are exchanged."""
   C, rng = 64, np.random.default_rng(5)
   values = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, T, C),) * 3 + ((C,),) * 2]
 
