@@ -51,7 +51,8 @@ def test_a_reset_memory_is_that_of_separate_documents(implementation, every):
 
   found, state = read(dataclasses.replace(config, memory_reset=every), 0, T)
   pieces, states = zip(*(read(config, start, min(start + every, T)) for start in range(0, T, every)))
-  np.testing.assert_allclose(found, np.concatenate(pieces, axis=1), atol=2e-5)
+  rounding = np.spacing(np.float32(40 * max(1, 64 // every)))  # of the summed log-decays of a chunk of 64
+  np.testing.assert_allclose(found, np.concatenate(pieces, axis=1), atol=2e-5 + 4 * rounding)
   np.testing.assert_allclose(state, states[-1], atol=2e-5)
   assert not np.allclose(found, read(config, 0, T)[0], atol=1e-2)
 
