@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from atma_jax.checkpoints.overrides import OVERRIDES, RETENTION_HEADS_HELP, Override
+from atma_jax.checkpoints.overrides import OVERRIDES, RETENTION_HEADS_HELP, Override, SwitchOverride
 from atma_jax.config import Config, RetentionCap, leaves
 from atma_jax.dataclass_flags import FieldParser, define_field
 from atma_jax.errors import RunError, UserError, unknown_name
@@ -74,6 +74,7 @@ class OverrideFlags:
   def __init__(self) -> None:
     self._flags = {
       name: flags.DEFINE_float(name, None, override.help) if name == "retention_cap"
+      else flags.DEFINE_boolean(name, None, override.help) if isinstance(override, SwitchOverride)
       else flags.DEFINE(_OverrideParser(override), name, None, override.help, serializer=flags.ArgumentSerializer())
       for name, override in OVERRIDES.items()}
     self._heads = flags.DEFINE_string("retention_heads", "all", RETENTION_HEADS_HELP)
@@ -98,7 +99,7 @@ class OverrideFlags:
 
 
 def define_override_flags() -> OverrideFlags:
-  """Defines ``--window``, ``--null_length``, ``--count_length``, ``--retention_cap`` and ``--retention_heads`` for a main."""
+  """Defines a flag for every field of `OVERRIDES`, such as ``--window``, and ``--retention_heads`` for a main."""
   return OverrideFlags()
 
 
@@ -203,7 +204,7 @@ class _OverrideParser(flags.ArgumentParser):
     return value
 
   def flag_type(self) -> str:
-    return "a number of keys, or 0 for no end"
+    return self._override.legal
 
 
 def parse_field(field: str, text: str) -> Any:

@@ -108,6 +108,9 @@ class ModelConfig:
   direction_scale: float = option(1.0, "Length of polar attention's direction; 1 as published, sqrt(head_dim) gives it unit mean "
                                   "square.", FINITE_POSITIVE)
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+  memory_reset: int | None = option(None, "Tokens after which the memory begins again from zero: at positions 0, N, 2 N, ...; "
+                                    "None is never.", AT_LEAST_1)
+  memory_off: bool = option(False, "Leave out what is read from the memory; its parameters stay.")
   raven: RavenConfig = dataclasses.field(default_factory=RavenConfig)
   conv_taps: int = option(3, "Taps of the gated short convolution.", POSITIVE)
   canon_taps: int = option(4, "Taps of the convolutions on q, k and v of the polar and nope cores.", POSITIVE)

@@ -49,8 +49,9 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
     mesh: where the parameters go; None is every device along ``data``.
     ema: read the exponential moving average of the parameters instead (``config.train.ema_decay``).
     overrides: values of the model's fields that replace those it was trained with, by name: ``window``, ``null_length`` and
-      ``count_length`` (a number of keys), ``retention_cap`` (a half-life in tokens, or a `atma_jax.config.RetentionCap`). None
-      stands for "without". See `atma_jax.checkpoints.overrides.OVERRIDES`.
+      ``count_length`` (a number of keys), ``memory_reset`` (a number of tokens), ``memory_off`` (True or False),
+      ``retention_cap`` (a half-life in tokens, or a `atma_jax.config.RetentionCap`). None stands for "without". See
+      `atma_jax.checkpoints.overrides.OVERRIDES`.
 
   Returns:
     A `LoadedModel`: ``config``, ``model``, ``tokenizer`` and ``step`` by name, or unpacked in that order.

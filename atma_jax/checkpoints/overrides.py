@@ -25,12 +25,14 @@ class Override:
     help: what its flag says.
     label: how a report tells a model apart that was loaded with a value, or "" where the settings of a result do.
     refusal: ``(model configuration, value) -> reason`` why such a model cannot take the value, or "".
+    legal: its legal values in words.
   """
 
   name: str
   help: str
   label: str = ""
   refusal: Callable[[ModelConfig, Any], str] = lambda config, value: ""
+  legal: str = "a number of keys, or 0 for no end"
 
   def parse(self, value: Any, prefix: str = "--") -> Any:
     """A value as it is applied: None stands for "without", which may also be written 0 or "none".
@@ -41,7 +43,7 @@ class Override:
     if value is None or (isinstance(value, str) and value in WITHOUT):
       return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-      raise UserError(f"{prefix}{self.name}={value}: must be a number of keys, or 0 for no end")
+      raise UserError(f"{prefix}{self.name}={value}: must be {self.legal}")
     return value or None
 
 
@@ -58,6 +60,17 @@ class _RetentionCapOverride(Override):
     return RetentionCap(value)
 
 
+class SwitchOverride(Override):
+  """A field that is on or off; None is off."""
+
+  def parse(self, value: Any, prefix: str = "--") -> bool:
+    if value is None or (isinstance(value, str) and value in WITHOUT):
+      return False
+    if not isinstance(value, bool):
+      raise UserError(f"{prefix}{self.name}={value}: must be {self.legal}")
+    return value
+
+
 def _counts_no_keys(config: ModelConfig, value: Any) -> str:
   if set(config.block_pattern) <= set(WITHOUT_ATTENTION):
     return "only polar attention counts its keys, and the model has no attention"
@@ -72,6 +85,14 @@ def _has_no_attention(config: ModelConfig, value: Any) -> str:
   return ""
 
 
+def _has_no_memory(config: ModelConfig, value: Any) -> str:
+  if not value:
+    return ""
+  if not config.memory.enabled:
+    return "the model has no memory"
+  return "" if set(config.block_pattern) - {"local"} else "only global and raven blocks have a memory, and the model has neither"
+
+
 OVERRIDES: dict[str, Override] = {override.name: override for override in (
   Override("window", "Keys that each query may see, the latest ones; 0 is all of them.",
            "window {}", _has_no_attention),
@@ -79,6 +100,9 @@ OVERRIDES: dict[str, Override] = {override.name: override for override in (
            "default is the model's own.", "null to {}", _counts_no_keys),
   Override("count_length", "Visible keys past which polar attention's null and magnitude are told the count relative to it, such "
            "as the training length; 0 is never; default is the model's own.", "counts to {}", _counts_no_keys),
+  Override("memory_reset", "Tokens after which the memory begins again from zero, as if a new document began for it alone; 0 is "
+           "never.", "memory reset every {}", _has_no_memory, "a number of tokens, or 0 for never"),
+  SwitchOverride("memory_off", "Leave out what is read from the memory.", "memory off", _has_no_memory, "true or false"),
   _RetentionCapOverride("retention_cap", "Half-life in tokens that the memory is held to; default is none."),
 )}
 RETENTION_HEADS_HELP = "Heads held to --retention_cap: all, worst, or LAYER:HEAD pairs such as 6:3,10:1."
@@ -104,6 +128,6 @@ def refuse_unfitting(config: ModelConfig, overrides: Mapping[str, Any], checked:
       raise UserError(f"--{name}={overrides[name]}: {reason}")
 
 
-def in_effect(config: ModelConfig) -> dict[str, int]:
+def in_effect(config: ModelConfig) -> dict[str, int | bool]:
   """The overridable fields that are set in a model's configuration, by name: what a result of that model is labelled with."""
-  return {name: getattr(config, name) for name in RECORDED if getattr(config, name) is not None}
+  return {name: value for name in RECORDED if (value := getattr(config, name)) is not None and value is not False}

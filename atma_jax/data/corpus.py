@@ -23,6 +23,7 @@ from atma_jax.progress import progress_bar
 
 _SCAN_BYTES = 1 << 20  # files handed to a worker at a time; a larger file goes by itself
 _PROBLEMS_KEPT = 20
+_FOLDER_BYTES = 1 << 20  # of the folders that are held out first
 _RESERVE = 8  # documents at the end of ready shards set aside for each evaluation document taken
 
 Portion = tuple[TextSource, list[tuple[int, SourceFile]]]  # files of one source, with their indices
@@ -125,8 +126,12 @@ class TextCorpus:
   def take_evaluation(self, split: Split, heldout: int, validation: int) -> None:
     """Moves documents to `split`: the `heldout` longest ones, then the `validation` ones with the smallest hashes.
 
-    A document that nearly repeats another evaluation document is passed over.
+    A document that nearly repeats another evaluation document is passed over. Of a source with `TextSource.folders`, whole
+    folders are held out instead.
     """
+    if heldout and (folders := self.source.folders(self.files)) is not None:
+      self._take_folders(split, heldout, folders)
+      heldout = 0
     for chosen, count, order in ((split.heldout, heldout, lambda entry: (-entry.size, entry.digest)),
                                  (split.validation, validation, lambda entry: entry.digest)):
       ordered, taken = sorted(self.entries, key=order), set()
@@ -142,6 +147,32 @@ class TextCorpus:
         raise UserError(f"config.data.sources: {self.source.entry!r} has {self.report['documents']} documents, too few for "
                         f"its share of config.data.heldout_documents and validation_documents ({heldout} and "
                         f"{validation}, no two alike) and some to train on")
+
+  def _take_folders(self, split: Split, count: int, folders: Sequence[str]) -> None:
+    """Moves the documents of `count` folders to `split`, those of a folder joined to one.
+
+    The smallest folders of at least 1 MiB come first, so that most text is left to train on, then the largest of the others.
+    """
+    entries: dict[str, list[Entry]] = {}
+    for entry in self.entries:
+      entries.setdefault(folders[entry.file], []).append(entry)
+    sizes = {folder: sum(entry.size for entry in own) for folder, own in entries.items()}
+    ordered = sorted(sizes, key=lambda folder: (sizes[folder] < _FOLDER_BYTES, abs(sizes[folder] - _FOLDER_BYTES), folder))
+    if len(ordered) <= count:
+      raise UserError(f"config.data.sources: {self.source.entry!r} has {len(ordered)} folders, too few to hold {count} out, its "
+                      "share of config.data.heldout_documents, and to train on others")
+    taken: set[str] = set()
+    for folder in ordered[:-1]:
+      texts = [text for _, text in self.read(entries[folder]) if not split.lines.cover(text)]
+      joined = self.source.join(texts)
+      if joined.strip():
+        for text in texts:
+          split.lines.add(text)
+        split.heldout.append(EvaluationDocument(self.source.entry, folder, joined))
+        taken.add(folder)
+      if len(taken) == count:
+        break
+    self.entries = [entry for entry in self.entries if folders[entry.file] not in taken]
 
   def sample(self, size: float) -> list[Entry]:
     """Returns an even sample of about `size` bytes (all text if there is less): the smallest hashes, in hash order."""

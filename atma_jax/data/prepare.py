@@ -11,8 +11,9 @@ they hold.
 
 Training, validation and held-out documents are disjoint. A document is identified by a hash of its text without white space, and
 only the first of equal ones is kept. The longest documents are held out, and those with the smallest hashes become validation
-documents, in equal numbers from every source. A training document that contains half of the lines of an evaluation document (say,
-another version of the same file) is dropped and counted.
+documents, in equal numbers from every source. The sources python-packages and folders:GLOB hold out whole folders, each as one
+document. A training document that contains half of the lines of an evaluation document, or of a file of a folder held out (say,
+another version of the same file), is dropped and counted.
 """
 
 from __future__ import annotations

@@ -94,6 +94,18 @@ class TextSource(Source):
     """Reads the documents of a file, or only those at `rows`, in order. Runs in worker processes, and more than once."""
     return read_documents(file, rows)
 
+  def folders(self, files: Sequence[SourceFile]) -> list[str] | None:
+    """Names the folder of every file, for a source whose held-out documents are whole folders; None where they are documents.
+
+    No text of a folder that is held out is trained on.
+    """
+    del files
+    return None
+
+  def join(self, texts: Sequence[str]) -> str:
+    """Writes the held-out document of a folder with these documents."""
+    return "\n".join(texts)
+
   def group(self, entries: Sequence[Entry], config: DataConfig, characters: int) -> list[list[Entry]]:
     """Decides which scanned documents make up each training document; here one each.
 

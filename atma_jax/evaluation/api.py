@@ -115,7 +115,8 @@ def _make_inputs(loaded: LoadedModel, model: Atma, mesh: Mesh, options: Options)
     documents=[document[1:] for document in heldout_documents(directory)[:options.max_documents]],
     stream=validation_stream(directory),
     lengths=tuple(sorted({multiple * loaded.config.data.sequence_length for multiple in options.multiples})),
-    seed=options.seed, min_documents=options.min_documents, config=loaded.config, model=model, mesh=mesh)
+    seed=options.seed, min_documents=options.min_documents, config=loaded.config, model=model, mesh=mesh,
+    directory=directory)
 
 
 def _under_caps(inputs: Inputs,

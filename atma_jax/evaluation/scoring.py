@@ -95,9 +95,10 @@ class Scorer:
     """
     chex.assert_rank((rows, positions), 2)
     chex.assert_equal_shape_prefix((rows, positions), 1)
-    score = self._at_positions if rows.shape[1] <= self._prefill_chunk else self._at_positions_in_pieces
+    length = rows.shape[1] - 1  # nothing follows the last token
+    score = self._at_positions if length <= self._prefill_chunk else self._at_positions_in_pieces
     with memory_errors():
-      for keep, index in self._batches(rows.shape[1], len(rows), batch_size):
+      for keep, index in self._batches(length, len(rows), batch_size):
         losses, predictions = score(rows[index], positions[index])
         yield losses[:keep], predictions[:keep]
 
@@ -128,13 +129,13 @@ class Scorer:
 
     def at_positions(model: Atma, tokens: Int[Array, "B T"],
                      positions: Int[Array, "B P"]) -> tuple[Float[Array, "B P"], Int[Array, "B P"]]:
-      hidden = jnp.take_along_axis(model.hidden(tokens), positions[:, :, None] - 1, axis=1)
+      hidden = jnp.take_along_axis(model.hidden(tokens[:, :-1]), positions[:, :, None] - 1, axis=1)
       return self._token_scores(model, hidden, jnp.take_along_axis(tokens, positions, axis=1))
 
-    losses, predictions = self._call(at_positions, self._place(self._pad_right(rows)), self._place(positions))
+    losses, predictions = self._call(at_positions, self._place(self._pad_right(rows, targets=1)), self._place(positions))
     return np.asarray(losses), np.asarray(predictions)
 
-  def _pad_right(self, rows: Int[np.ndarray, "B T"], targets: int = 0) -> Int[np.ndarray, "B T+padding"]:
+  def _pad_right(self, rows: Int[np.ndarray, "B T"], targets: int) -> Int[np.ndarray, "B T+padding"]:
     """Pads rows so that all their tokens but the last `targets` divide over the context axis."""
     padding = -(rows.shape[1] - targets) % (2 * self._context) if self._context > 1 else 0
     return np.pad(rows, ((0, 0), (0, padding)))
@@ -172,12 +173,12 @@ class Scorer:
     def scores(model: Atma, carry: Float[Array, "B P C"], targets: Int[Array, "B P"]) -> tuple[Any, Any]:
       return carry, self._token_scores(model, carry, targets)
 
-    length, at = rows.shape[1], self._place(positions)
+    length, at = rows.shape[1] - 1, self._place(positions)
     found = jnp.zeros((*positions.shape, self._config.width), self._config.activation_dtype)
     carry = self._empty_cache(len(rows), length), jax.device_put(found, named_sharding(self._mesh, ("batch", None, None)))
     for start, width in self._pieces(length):
       piece = np.zeros((len(rows), width), np.int32)
-      part = rows[:, start:start + width]
+      part = rows[:, start:min(start + width, length)]
       piece[:, :part.shape[1]] = part
       carry = self._call(piece_hidden, carry, self._place(piece), at, donate=True)
     targets = self._place(np.take_along_axis(rows, positions, axis=1))

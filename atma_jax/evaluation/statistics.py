@@ -27,6 +27,21 @@ def mean_and_error(samples: Float[np.ndarray, " n"]) -> tuple[float, float | Non
   return float(samples.mean()), None if error is None else float(error)
 
 
+def clustered_mean_and_error(samples: Float[np.ndarray, " n"], clusters: Int[np.ndarray, " n"]) -> tuple[float, float | None]:
+  """The mean of samples, and its standard error if samples of the same cluster depend on each other, None for one cluster.
+
+  With N samples, G clusters and R_g the summed deviations from the mean in cluster g, the variance of the mean is
+  ``G / (G - 1) sum(R_g^2) / N^2``. Where every cluster holds one sample, that is the error of `mean_and_error`.
+  """
+  samples = np.asarray(samples, np.float64)
+  mean = samples.mean()
+  names, index = np.unique(clusters, return_inverse=True)
+  if (count := len(names)) < 2:
+    return float(mean), None
+  sums = np.bincount(index, samples - mean, count)
+  return float(mean), math.sqrt(count / (count - 1) * float(np.sum(sums**2))) / len(samples)
+
+
 def log_spaced_edges(length: int, per_octave: int = 4) -> Int[np.ndarray, " edges"]:
   """Strictly increasing bin edges from 0 to `length`: `per_octave` bins per doubling, none narrower than a token."""
   octaves = math.log2(length)

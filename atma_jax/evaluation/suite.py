@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
+import pathlib
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
@@ -44,6 +45,7 @@ class Inputs:
     config: of the checkpoint.
     model: for suites that do more than score rows.
     mesh: the devices that `model` is placed on.
+    directory: of the prepared data; None where a suite has been given documents only.
   """
 
   scorer: Scorer
@@ -56,6 +58,7 @@ class Inputs:
   config: Config
   model: Atma
   mesh: Mesh
+  directory: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)

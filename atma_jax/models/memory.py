@@ -17,6 +17,8 @@ from atma_jax.models.mixers import Trace
 from atma_jax.models.parallel import gated_delta
 from atma_jax.ops.gated_delta.step import gated_delta_step
 
+_FORGETS = -40.0  # log-decay that leaves nothing, exp(-40) = 4e-18; not less, because ops add up the log-decays of a chunk
+
 
 class LogGammaCap(nnx.Variable):
   """Largest log-decay of each head (H,), 0 for no cap. A memory has one only where one was set; it is no parameter."""
@@ -63,6 +65,9 @@ class Memory(nnx.Module):
     config, wide, (B, T) = self.config, jnp.promote_types(jnp.float32, gate.dtype), q.shape[:2]
     q, k = layers.unit_length(q), layers.unit_length(k)
     log_gamma = self.log_gamma(gamma)
+    if config.memory_reset is not None:
+      positions = jnp.arange(T) if span is None else span.lengths[:, None] + jnp.arange(T)
+      log_gamma = jnp.where((positions % config.memory_reset == 0)[..., None], _FORGETS, log_gamma)
     beta = jax.nn.sigmoid(beta.astype(wide) + config.memory.beta_bias)
     if span is not None:
       real = span.real(T)[..., None]
@@ -75,6 +80,8 @@ class Memory(nnx.Module):
                                    implementation=config.implementation)
     if trace is not None:
       trace |= {"log_gamma": log_gamma, "beta": beta, "readout": readout, "memory": state}
+    if config.memory_off:
+      readout = jnp.zeros_like(readout)
     return layers.head_norm(readout).reshape(B, T, -1) * jax.nn.sigmoid(gate), state
 
   def log_gamma(self, gate: Float[Array, "... H"]) -> Float[Array, "... H"]:

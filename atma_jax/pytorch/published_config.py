@@ -21,8 +21,8 @@ _RUNTIME_FIELDS = {"num_random_keys": 0, "attn_online": False, "attn_k_block": 5
 # Names of ours for fields of `ModelConfig` that the published format lacks, because the public code has one value for them. They
 # are written only if a model has another value.
 _EXTENSIONS = {"block_pattern": "block_pattern", "logit_cap": "logit_cap", "mem_max_half_life": "memory.max_half_life",
-               "attn_null_length": "null_length", "attn_count_length": "count_length",
-               "attn_direction_scale": "direction_scale"}
+               "mem_reset": "memory_reset", "mem_off": "memory_off", "attn_null_length": "null_length",
+               "attn_count_length": "count_length", "attn_direction_scale": "direction_scale"}
 
 
 def model_config(path: pathlib.Path, tensors: Tensors) -> ModelConfig:

@@ -13,7 +13,7 @@ import pytest
 from atma_jax.checkpoints.load import load_model, overridden
 from atma_jax.checkpoints.overrides import OVERRIDES, RECORDED, checked_overrides, in_effect
 from atma_jax.checkpoints.store import save_model
-from atma_jax.config import Config, ModelConfig, RetentionCap
+from atma_jax.config import Config, MemoryConfig, ModelConfig, RetentionCap
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
 from atma_jax.models import Atma
@@ -84,6 +84,8 @@ def test_a_window_needs_attention():
   ({"count_length": 2.5}, "--count_length=2.5: must be a number of keys, or 0"),
   ({"window": True}, "--window=True: must be a number of keys, or 0"),
   ({"window": "all"}, "--window=all: must be a number of keys, or 0"),
+  ({"memory_reset": -8}, "--memory_reset=-8: must be a number of tokens, or 0 for never"),
+  ({"memory_off": 1}, "--memory_off=1: must be true or false"),
   ({"retention_cap": 0}, "--retention_cap=0: must be a half-life in tokens, greater than 0"),
   ({"retention_cap": math.inf}, "--retention_cap=inf: must be a half-life"),
   ({"retention_cap": "long"}, "--retention_cap=long: must be a half-life"),
@@ -93,6 +95,19 @@ def test_what_is_not_legal_is_refused_before_anything_is_read(overrides, message
     checked_overrides(overrides)
   with pytest.raises(UserError, match=message):
     load_model("nowhere", overrides=overrides)
+
+
+@pytest.mark.parametrize(("name", "value"), [("memory_reset", 8), ("memory_off", True)])
+def test_controls_of_the_memory(model, name, value):
+  changed = overridden(model, {name: value})
+  assert in_effect(changed.config) == {name: value} and in_effect(model.config) == {}
+  assert not np.allclose(logits(changed)[:, 9:], logits(model)[:, 9:])
+  for without in (None, "none"):
+    assert overridden(changed, {name: without}).config == model.config
+  for changes, reason in (({"memory": MemoryConfig(enabled=False)}, "the model has no memory"),
+                          ({"block_pattern": ("local",)}, "only global and raven blocks have a memory")):
+    with pytest.raises(UserError, match=f"--{name}={value}: {reason}"):
+      overridden(abstract(**changes), {name: value})
 
 
 def test_none_stands_for_without():

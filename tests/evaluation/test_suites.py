@@ -49,7 +49,14 @@ def test_document_and_stream_loss(random_model, losses_of):
     np.testing.assert_allclose(found["document_loss", length].value, losses[:, :length].mean(), rtol=1e-5)
     windows = min(4, (len(inputs.stream) - 1) // 64) * 64 // length
     stream = np.stack([inputs.stream[i * length:(i + 1) * length + 1] for i in range(windows)])
-    np.testing.assert_allclose(found["stream_loss", length].value, losses_of(stream).mean(), rtol=1e-5)
+    of_stream = losses_of(stream)
+    np.testing.assert_allclose(found["stream_loss", length].value, of_stream.mean(), rtol=1e-5)
+    bins = found["stream_loss", length].bins
+    assert [(b["start"], b["stop"]) for b in bins] == [(0, 1), *((2**i, 2**i * 2) for i in range(int(np.log2(length))))]
+    for part in bins:
+      means = of_stream[:, part["start"]:part["stop"]].mean(axis=1)
+      np.testing.assert_allclose(part["value"], means.mean(), rtol=1e-5)
+      np.testing.assert_allclose(part["standard_error"], means.std(ddof=1) / np.sqrt(windows), rtol=1e-3)
   curve = found["position_loss", 64].bins
   assert curve[0]["start"] == 0 and curve[-1]["stop"] == 64
   for part in curve:

@@ -28,9 +28,15 @@ Series = Mapping[str, Sequence[Record]]  # the records of each checkpoint, by it
 _MARKERS = "os^Dvp*X"
 
 
-def loss_panels(panels: Mapping[str, Series], axis: str = "loss (nats per token)") -> bytes:
-  """One panel per measure, by its heading, and in it one line with standard errors per checkpoint."""
-  return _panels(panels, lambda axes, series: _draw_lines(axes, series), axis)
+def loss_panels(panels: Mapping[str, Series], axis: str = "loss (nats per token)", *, zero: bool = False) -> bytes:
+  """One panel per measure, by its heading, and in it one line with standard errors per checkpoint; `zero` marks zero."""
+
+  def draw(axes: Axes, series: Series) -> None:
+    _draw_lines(axes, series)
+    if zero:
+      axes.axhline(0, color=GRAY, linewidth=1)
+
+  return _panels(panels, draw, axis)
 
 
 def accuracy_panels(panels: Mapping[str, Series], chance: bool) -> bytes:

@@ -5,7 +5,10 @@
   loss of every prefix.
 * ``position_loss``: loss by position in the same pass, in logarithmic bins.
 * ``stream_loss``: the concatenated validation documents, cut into windows of L tokens. Every length scores the same tokens,
-  up to a remainder if it does not divide the longest length, and sees nothing before its own window.
+  up to a remainder if it does not divide the longest length, and sees nothing before its own window. Its ``bins`` hold the loss
+  by position in the window, L(t), between powers of two, with standard errors over windows. Every bin holds other text, so two
+  bins of one model also differ by how hard their text is; two models, or one model under a control such as ``--memory_off``,
+  can be compared bin by bin. The suite ``gain`` reads the same tokens under every context instead.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import itertools
+from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 import numpy as np
 
 from atma_jax.config import POSITIVE, option
@@ -55,13 +59,19 @@ def prefix_measurements(losses: Float[np.ndarray, "N T"], lengths: tuple[int, ..
   for length in lengths:
     value, error = mean_and_error(losses[:, :length].mean(axis=1))
     measurements.append(Measurement("document_loss", length, value, count, error))
-  edges = log_spaced_edges(longest)
-  bins = []
-  for start, stop in itertools.pairwise(edges):
-    value, error = mean_and_error(losses[:, start:stop].mean(axis=1))
-    bins.append({"start": int(start), "stop": int(stop), "value": value, "standard_error": error})
   value, error = mean_and_error(losses.mean(axis=1))
+  edges = log_spaced_edges(longest)
+  bins = _bins(np.add.reduceat(losses, edges[:-1], axis=1), edges)
   return [*measurements, Measurement("position_loss", longest, value, count, error, bins=bins)]
+
+
+def _bins(sums: Float[np.ndarray, "N bins"], edges: Int[np.ndarray, " edges"]) -> list[dict[str, Any]]:
+  """Mean losses between consecutive edges, with standard errors over rows, from the sum of each row's losses there."""
+  bins = []
+  for (start, stop), column in zip(itertools.pairwise(edges), sums.T, strict=True):
+    value, error = mean_and_error(column / (stop - start))
+    bins.append({"start": int(start), "stop": int(stop), "value": value, "standard_error": error})
+  return bins
 
 
 def _document_cell(inputs: Inputs) -> Cell:
@@ -98,12 +108,13 @@ def _stream_cell(inputs: Inputs, options: LossOptions, length: int) -> Cell:
   rows = np.lib.stride_tricks.sliding_window_view(text, length + 1)[::length]
 
   def run(progress: Progress) -> list[Measurement]:
-    means = []
+    edges, parts = log_spaced_edges(length, per_octave=1), []
     for losses in inputs.scorer.losses(rows):
-      means.append(losses.mean(axis=1, dtype=np.float64))
+      parts.append(np.add.reduceat(losses, edges[:-1], axis=1, dtype=np.float64))
       progress(losses.size)
-    value, error = mean_and_error(np.concatenate(means))
-    return [Measurement("stream_loss", length, value, count, error)]
+    sums = np.concatenate(parts)
+    value, error = mean_and_error(sums.sum(axis=1) / length)
+    return [Measurement("stream_loss", length, value, count, error, bins=_bins(sums, edges))]
 
   settings = {"windows": count, "text": fingerprint(text)}
   return Cell(f"stream loss at {length}", (("stream_loss", length),), settings, count * length, run)
@@ -130,6 +141,9 @@ def loss_plots(records: Sequence[Record], title: str, training_length: int) -> d
   curve = position[-1]
   figure, axes = plots.new_plot(title, f"Loss by position ({curve['n']} documents of {short_tokens(curve['length'])} tokens)")
   draw_position_curve(axes, curve, color=BLUE, alpha=0.18, linewidth=1.8, label="mean over documents ± standard error")
+  if windows := max((r for r in stream if r.get("bins")), key=lambda r: r["length"], default=None):
+    draw_position_curve(axes, windows, color=ORANGE, alpha=0.18, linewidth=1.8,
+                        label=f"mean over {windows['n']} windows of the stream ± standard error")
   plots.set_length_axis(axes, 1, curve["length"], training_length, "position (tokens, multiples of training)")
   axes.set_ylabel("loss at this position (nats per token)")
   return {"loss_vs_length.png": by_length, "loss_by_position.png": plots.png(figure, axes)}
@@ -144,13 +158,17 @@ def length_section(runs: Sequence[Run]) -> str:
 
 
 def position_section(runs: Sequence[Run]) -> str:
-  """The loss by position of each run, at the longest length it was measured at."""
-  curves = {}
-  for run in runs:
-    longest = max(run.select("position_loss"), key=lambda r: r["length"] if r.get("bins") else -1, default=None)
-    if longest is not None and longest.get("bins"):
-      curves[run.label] = longest
-  return markup.image(figures.position_curves(curves), "loss by position") if curves else ""
+  """The loss by position of each run at the longest length it was measured at, in documents and in windows of the stream."""
+  body = ""
+  for measure, heading in (("position_loss", "documents"), ("stream_loss", "validation stream")):
+    curves = {}
+    for run in runs:
+      longest = max(run.select(measure), key=lambda r: r["length"] if r.get("bins") else -1, default=None)
+      if longest is not None and longest.get("bins"):
+        curves[run.label] = longest
+    if curves:
+      body += f"<h3>{heading}</h3>" + markup.image(figures.position_curves(curves), f"loss by position, {heading}")
+  return body
 
 
 SUITE = Suite(
