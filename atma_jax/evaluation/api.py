@@ -58,7 +58,7 @@ def evaluate(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str],
 
   Example:
     >>> records = atma_jax.evaluate("runs/quickstart", "runs/needles", suite="needle", multiples=(1, 8, 32))
-    >>> {record["length"]: record["value"] for record in records if record["measure"] == "needle_accuracy"}
+    >>> {record["length"]: record["value"] for record in records if record["measure"] == "needle_exact"}
   """
   common, suite_options = split_options(options)
   overrides = dict(overrides or {})
@@ -115,7 +115,8 @@ def _make_inputs(loaded: LoadedModel, model: Atma, mesh: Mesh, options: Options)
     documents=[document[1:] for document in heldout_documents(directory)[:options.max_documents]],
     stream=validation_stream(directory),
     lengths=tuple(sorted({multiple * loaded.config.data.sequence_length for multiple in options.multiples})),
-    seed=options.seed, min_documents=options.min_documents, config=loaded.config, model=model, mesh=mesh)
+    seed=options.seed, min_documents=options.min_documents, config=loaded.config, model=model, mesh=mesh,
+    trials=options.trials)
 
 
 def _under_caps(inputs: Inputs,

@@ -44,6 +44,7 @@ class Inputs:
     config: of the checkpoint.
     model: for suites that do more than score rows.
     mesh: the devices that `model` is placed on.
+    trials: of every cell of the retrieval suites.
   """
 
   scorer: Scorer
@@ -56,6 +57,7 @@ class Inputs:
   config: Config
   model: Atma
   mesh: Mesh
+  trials: int = 24
 
 
 @dataclasses.dataclass(frozen=True)
