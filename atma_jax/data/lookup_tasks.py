@@ -141,7 +141,7 @@ def parse_task(name: str) -> Task:
   """
   kind, _, size = name.partition("-")
   most = {"multikey": 4096, "multivalue": MOST_VALUES, "tracking": (NAME_RANGE[1] - NAME_RANGE[0]) // 7 // CHAINS - 1}
-  if kind not in _SMALLEST or not size.isdecimal() or not _SMALLEST[kind] <= int(size) <= most[kind]:
+  if kind not in _SMALLEST or not (size.isascii() and size.isdecimal()) or not _SMALLEST[kind] <= int(size) <= most[kind]:
     legal = ", ".join(f"{kind}-N with N from {least} to {most[kind]}" for kind, least in _SMALLEST.items())
     raise ValueError(f"{name!r} is not a task: must be {legal}")
   return Task(kind, int(size))
