@@ -117,7 +117,8 @@ def test_a_suite_is_one_file(unigram, trained, tmp_path, capsys):
 def test_retrieval_from_the_command_line(main, trained, tmp_path):
   """Every record says wording, chance and interval; what does not fit is left out; a second run adds nothing."""
   command = ("evaluate", f"--checkpoint={trained}", f"--output={tmp_path}", "--suite=needle,retrieval,lookup,mqar",
-             "--multiples=8", "--trials=4", "--depths=50", "--lookup_tasks=multikey-2,multikey-64", "--mqar_pairs=2,64", "--report")
+             "--multiples=8", "--trials=4", "--depths=50", "--lookup_tasks=multikey-2,multikey-64", "--mqar_pairs=2,64",
+             "--report")
   done = main(*command)
   assert done.returncode == 0, done.stderr
   assert done.stdout.split()[:5] == ["length", "x", "needle_exact", "unseen_exact", "needle_accuracy"]
