@@ -65,9 +65,9 @@ def _hidden(template: str) -> str:
 WORDINGS = {
   "seen": Wording(CUE, MAGIC_CUE, " All access codes for record {key} are", " Register {name} holds",
                   " Register {name} copies register {other}.", (" ->", ";")),
-  "unseen": Wording(*map(_hidden, ("_Parcel_{key}_waits_on_shelf", "_Our_{word}_train_leaves_from_gate",
-                                   "_Every_shelf_with_parcel_{key}_is", "_Courier_{name}_carries",
-                                   "_Courier_{name}_follows_courier_{other}.")), (" meets", ",")),
+  "unseen": Wording(_hidden("_Parcel_{key}_waits_on_shelf"), _hidden("_Our_{word}_train_leaves_from_gate"),
+                    _hidden("_Every_shelf_with_parcel_{key}_is"), _hidden("_Courier_{name}_carries"),
+                    _hidden("_Courier_{name}_follows_courier_{other}."), (" meets", ",")),
 }
 
 

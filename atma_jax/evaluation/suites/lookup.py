@@ -123,7 +123,7 @@ def _cell(inputs: Inputs, task: Task, wording: str, encode: Callable[[int], Tria
     exact, *others = digit_measurements(prefix, length, losses, hits, task.chance)
     about = [statement_depths(task, len(encode(trial).bounds), trial, inputs.seed)[encode(trial).about]
              for trial in range(inputs.trials)]
-    return [dataclasses.replace(exact, bins=_by_depth(hits.all(axis=1), np.array(about))), *others]
+    return [dataclasses.replace(exact, bins=_by_depth(hits, np.array(about))), *others]
 
   settings = {"task": task.name, "haystack": name, "wording": wording, "trials": inputs.trials, "seed": inputs.seed,
               "text": fingerprint(haystack)}
@@ -132,8 +132,9 @@ def _cell(inputs: Inputs, task: Task, wording: str, encode: Callable[[int], Tria
               inputs.trials * padded_width(length), run)
 
 
-def _by_depth(right: Bool[np.ndarray, " N"], depths: Float[np.ndarray, " N"]) -> list[dict[str, Any]]:
+def _by_depth(hits: Bool[np.ndarray, "N P"], depths: Float[np.ndarray, " N"]) -> list[dict[str, Any]]:
   """Exact shares by depth, in equal parts of the haystack."""
+  right = np.asarray(hits.all(axis=1))
   parts = np.minimum((depths * _DEPTH_BINS).astype(int), _DEPTH_BINS - 1)
   bins = []
   for part in range(_DEPTH_BINS):
