@@ -3,7 +3,7 @@
 An answer is scored by teacher forcing: a token counts as right if it is the most likely one after the tokens before it, those of
 the answer included. For exact matches this equals greedy decoding, which writes the whole answer if and only if each of its
 tokens is the most likely one after the right ones before it. For single digits it does not: greedy decoding goes on from its
-own mistakes.
+own mistakes, while here the first digit of an answer tells which of the values in sight is meant, and the others can be copied.
 
 All trials of one context length run one program, whatever their suite, task, wording and depth: rows are padded to a common
 width, answers to a common number of tokens, and batches have a fixed number of rows. No row is shared by trials, so that trials
@@ -98,7 +98,7 @@ def score_trials(inputs: Inputs, make_row: MakeRow, trials: int, tokens: int,
 
 
 def digit_measurements(prefix: str, length: int, losses: Float[np.ndarray, "N P"], hits: Bool[np.ndarray, "N P"],
-                       chance: float = VALUE_CHANCE) -> list[Measurement]:
+                       chance: float = VALUE_CHANCE, digit_chance: float | None = DIGIT_CHANCE) -> list[Measurement]:
   """Exact accuracy per trial, accuracy per digit and loss per digit, of N trials with P digits each.
 
   Args:
@@ -107,6 +107,7 @@ def digit_measurements(prefix: str, length: int, losses: Float[np.ndarray, "N P"
     losses: in nats.
     hits: whether each digit was predicted.
     chance: probability that an answer as a whole is guessed.
+    digit_chance: probability that a digit is guessed; None where it cannot be said.
   """
   right, exact = int(hits.sum()), int(hits.all(axis=1).sum())
   loss, error = mean_and_error(losses.mean(axis=1, dtype=np.float64))
@@ -114,6 +115,6 @@ def digit_measurements(prefix: str, length: int, losses: Float[np.ndarray, "N P"
       Measurement(f"{prefix}_exact", length, exact / len(hits), len(hits), interval=wilson_interval(exact, len(hits)),
                   chance=chance),
       Measurement(f"{prefix}_accuracy", length, right / hits.size, hits.size, interval=wilson_interval(right, hits.size),
-                  chance=chance + (1 - chance) * DIGIT_CHANCE),
+                  chance=digit_chance),
       Measurement(f"{prefix}_loss", length, loss, len(losses), error),
   ]

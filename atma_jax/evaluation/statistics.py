@@ -21,7 +21,7 @@ def _wilson(p: float, n: float, confidence: float) -> tuple[float, float]:
   shrink = 1 + z * z / n
   center = (p + z * z / (2 * n)) / shrink
   half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-  return max(0.0, center - half), min(1.0, center + half)
+  return 0.0 if p == 0 else max(0.0, center - half), 1.0 if p == 1 else min(1.0, center + half)
 
 
 def clustered_wilson_interval(right: Int[np.ndarray, " rows"], questions: int) -> tuple[float, float]:

@@ -149,7 +149,7 @@ def test_the_unseen_wording_is_in_no_material(source, seed, gap):
 
 def test_the_wordings_share_no_words():
   """No word of an unseen template, but for "is" and "with", is in any phrasing of the training material."""
-  material = [*WORDINGS["seen"].cues, "x".join(WORDINGS["seen"].pair), *(phrase for phrase, _ in recall._PHRASINGS)]
+  material = [*WORDINGS["seen"].cues, "x".join(WORDINGS["seen"].pair), *(phrase for phrase, _ in recall.PHRASINGS)]
   seen_words = set(re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", "", " ".join(material))))
   for template in (*WORDINGS["unseen"].cues, "".join(WORDINGS["unseen"].pair)):
     words = set(re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", "", template)))

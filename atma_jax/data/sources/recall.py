@@ -22,7 +22,7 @@ WORDS = ("amber", "birch", "cedar", "delta", "ember", "falcon", "garnet", "harbo
          "maple", "nectar", "onyx", "pepper", "quartz", "raven", "saffron", "timber", "umber", "velvet", "willow", "yarrow",
          "zephyr")
 # Half of the records are worded like the evaluation's needle; the others keep the skill from clinging to one sentence.
-_PHRASINGS = ((CUE, 0.5), (MAGIC_CUE, 0.1), (" Locker {key} opens with", 0.1),
+PHRASINGS = ((CUE, 0.5), (MAGIC_CUE, 0.1), (" Locker {key} opens with", 0.1),
               (" # pin of {word} {short}:", 0.1), (" The pass phrase of {word} {short} reads", 0.1),
               (" record[{key}] =", 0.1))
 _WORD_VALUES = 0.5  # share of records whose value is five words of the text instead of five digits
@@ -133,7 +133,7 @@ def _draw_value(rng: np.random.Generator, words: list[str]) -> str:
 
 
 def _draw_cue(rng: np.random.Generator) -> str:
-  phrases, weights = zip(*_PHRASINGS)
+  phrases, weights = zip(*PHRASINGS)
   return rng.choice(phrases, p=weights).format(key=draw_number(rng, *KEY_RANGE), word=rng.choice(WORDS),
                                                short=rng.integers(100, 1000))
 

@@ -135,7 +135,7 @@ def mqar_table(records: Sequence[Record]) -> str:
   exact.sort(key=lambda r: [r["settings"][name] for name in ("haystack", "wording", "pairs")])
   return shares_text(exact, "mqar, right values", lambda r: (
     f"{r['settings']['pairs']} pairs in {r['settings']['haystack']}, {r['settings']['wording']} wording "
-    f"(chance {100 / r['settings']['pairs']:.2g})"))
+    f"(chance {100 / r['settings']['pairs']:.3g})"))
 
 
 def mqar_section(runs: Sequence[Run]) -> str:
