@@ -37,7 +37,7 @@ _LAUNCH = flags.DEFINE_multi_string("launch", [], "An option of the launcher, e.
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands of the jobs instead of running them.")
 _SUITE = flags.DEFINE_list("suite", list(sweep.Evaluation.suite), "Evaluation suites.")
 _MULTIPLES = flags.DEFINE_list("multiples", [*map(str, sweep.Evaluation.multiples)], "Contexts, in training lengths.")
-_TRIALS = flags.DEFINE_integer("trials", sweep.Evaluation.trials, "Needles per distance.", lower_bound=1)
+_TRIALS = flags.DEFINE_integer("trials", sweep.Evaluation.trials, "Trials of every cell of the retrieval suites.", lower_bound=1)
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", sweep.Evaluation.batch_tokens, "Tokens in a batch.", lower_bound=1)
 _DOCUMENTS = flags.DEFINE_integer("min_documents", sweep.Evaluation.min_documents, "Fewest full-length documents.", lower_bound=1)
 _RUN_CELL = flags.DEFINE_string("run_cell", None, "Used by the worker itself: the folder of the cell that this process runs.")

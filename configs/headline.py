@@ -3,25 +3,25 @@
 To train one model and evaluate it up to 128 times its training length:
 
   python -m atma_jax.train --config=configs/headline.py --workdir=runs/polar
-  python -m atma_jax.evaluate --checkpoint=runs/polar --output=runs/polar/evaluation \
-    --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
+  python -m atma_jax.evaluate --checkpoint=runs/polar --output=runs/polar/evaluation --suite=loss,needle,lookup \
+    --lookup_haystacks=text --trials=400 --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
 
 To run the main contrast with two seeds (12 cells), and the whole grid (27 cells per seed: core, memory, bound on retention,
 initialisation):
 
   python -m atma_jax.ablate --config=configs/headline.py --output=runs/headline --seeds=0,1 \
     --axis model.attention=polar,nope,rope --axis model.memory.enabled=true,false \
-    --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
+    --trials=400 --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
   python -m atma_jax.ablate --config=configs/headline.py --output=runs/grid --seeds=0,1 --preset=headline \
-    --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
+    --trials=400 --multiples=1,2,4,8,16,32,64,128 --batch_tokens=65536
 
 Data: the `.py` files of the Python installation with a SentencePiece vocabulary of 8192 (90 % of the sequences), and recall
 material made from them (10 %), in which the keys and values of the evaluation never occur. 59M tokens in 900 steps of 65,536.
 Hardware: one GPU of 80 GB runs three cells at a time (`--parallel=3`), each with four minutes of training on an H100 or H200;
 with several GPUs, name all of them (`--gpus=0,1,2,3 --parallel=12`).
 Expected (two seeds): document loss 1.70 nats at 512 tokens, 1.53 at 16K, 1.55 at 64K; stream loss 1.616, 1.473, 1.589; needle
-99, 90 and 87 %; with `--config.model.memory.max_half_life=512` 1.69, 1.52, 1.53; 1.614, 1.468, 1.574; 100, 93 and 89 %. All
-cells that were run are in configs/results/headline, and the same grid at the size of `configs/quickstart.py` is in
+digits 99, 90 and 87 %; with `--config.model.memory.max_half_life=512` 1.69, 1.52, 1.53; 1.614, 1.468, 1.574; 100, 93 and 89 %.
+All cells that were run are in configs/results/headline, and the same grid at the size of `configs/quickstart.py` is in
 configs/results/quickstart_grid; see configs/results/README.md.
 """
 

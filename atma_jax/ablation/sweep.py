@@ -26,7 +26,6 @@ from atma_jax.data.manifest import settings_of
 from atma_jax.errors import UserError, unknown_name
 from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.suites import check_names
-from atma_jax.evaluation.suites.needle import NeedleOptions
 
 SCHEMA = 1
 _CellT = TypeVar("_CellT", Cell, "CellFolder")
@@ -50,7 +49,7 @@ class Evaluation:
 
   suite: tuple[str, ...] = Options.suite
   multiples: tuple[int, ...] = Options.multiples
-  trials: int = NeedleOptions.trials
+  trials: int = Options.trials
   batch_tokens: int = Options.batch_tokens
   min_documents: int = Options.min_documents
 

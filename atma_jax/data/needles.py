@@ -37,7 +37,7 @@ def spaced(value: str) -> str:
 def draw_needle(trial: int, seed: int = 0) -> tuple[str, str]:
   """Draws the key (7 digits) and the value (5 digits) of a trial: the same for every length, distance and depth."""
   rng = np.random.default_rng([_EVALUATION_SEED, seed, trial])
-  key, value = (_draw_multiple(rng, *bounds) for bounds in (KEY_RANGE, VALUE_RANGE))
+  key, value = (draw_multiple(rng, *bounds) for bounds in (KEY_RANGE, VALUE_RANGE))
   return str(key), f"{value:0{VALUE_DIGITS}}"
 
 
@@ -46,19 +46,19 @@ def draw_word(trial: int, seed: int = 0) -> str:
   return str(np.random.default_rng([_EVALUATION_SEED, seed, trial, 1]).choice(EVALUATION_WORDS))
 
 
-def _draw_multiple(rng: np.random.Generator, low: int, high: int) -> int:
-  """A multiple of `_EVALUATION_DIVISOR` in [low, high)."""
+def draw_multiple(rng: np.random.Generator, low: int, high: int) -> int:
+  """Draws a number in [low, high) that evaluation may use; see `is_evaluation_number`."""
   return _EVALUATION_DIVISOR * int(rng.integers(-(-low // _EVALUATION_DIVISOR), -(-high // _EVALUATION_DIVISOR)))
 
 
-def needle_length(tokenizer: Tokenizer, *, key: str, value: str) -> int:
+def needle_length(tokenizer: Tokenizer, *, key: str, value: str, cue: str = CUE) -> int:
   """Counts the tokens that `induction_needle` adds to its gap: end-of-text, the statement, and cue and value again."""
-  statement = len(tokenizer.encode(CUE.format(key=key))) + len(tokenizer.encode(spaced(value)))
+  statement = len(tokenizer.encode(cue.format(key=key))) + len(tokenizer.encode(spaced(value)))
   return 1 + 2 * statement
 
 
 def induction_needle(tokenizer: Tokenizer, filler_tokens: Int[np.ndarray, " S"], *, distance: int, key: str, value: str,
-                     present: bool = True) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " 5"]]:
+                     present: bool = True, cue: str = CUE) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " 5"]]:
   """Builds the induction needle (Polar Attention, arXiv 2606.25156): state a code, wait, ask for it.
 
   The sequence is end-of-text, the cue " The access code for record {key} is" with the five spaced digits, a gap of `distance`
@@ -71,6 +71,7 @@ def induction_needle(tokenizer: Tokenizer, filler_tokens: Int[np.ndarray, " S"],
     key: seven digits, see `draw_needle`.
     value: five digits.
     present: False builds the baseline, in which filler takes the place of the statement and the gap stays the same.
+    cue: another wording of the cue, with ``{key}`` in it.
 
   Returns:
     tokens: (T,) int32, ``distance + needle_length(...)`` of them with or without the statement.
@@ -79,16 +80,16 @@ def induction_needle(tokenizer: Tokenizer, filler_tokens: Int[np.ndarray, " S"],
   Raises:
     UserError: the filler is too short, or the tokenizer joins digits.
   """
-  cue = tokenizer.encode(CUE.format(key=key))
-  digits, offsets = _value_tokens(tokenizer, value)
-  statement = np.concatenate([cue, digits])
+  asked = tokenizer.encode(cue.format(key=key))
+  digits, offsets = value_tokens(tokenizer, value)
+  statement = np.concatenate([asked, digits])
   needed = len(statement) + distance
   if len(filler_tokens) < needed:
     raise UserError(f"a needle at distance {distance} needs {needed} filler tokens, got {len(filler_tokens)}: take a "
                     "longer held-out document or a shorter distance")
   filler = np.asarray(filler_tokens[:needed], np.int32)
   first = statement if present else filler[:len(statement)]
-  tokens = np.concatenate([[tokenizer.eot_id], first, filler[len(statement):], cue, digits]).astype(np.int32)
+  tokens = np.concatenate([[tokenizer.eot_id], first, filler[len(statement):], asked, digits]).astype(np.int32)
   return tokens, len(tokens) - len(digits) + offsets
 
 
@@ -111,7 +112,7 @@ def needle_in_haystack(tokenizer: Tokenizer, haystack: Int[np.ndarray, " S"], *,
   Raises:
     UserError: `length` is too short for the needle, the haystack is shorter than that, or the tokenizer joins digits.
   """
-  digits, offsets = _value_tokens(tokenizer, value)
+  digits, offsets = value_tokens(tokenizer, value)
   statement = np.concatenate([tokenizer.encode(cue), digits])
   hay = length - 1 - 2 * len(statement)
   if hay < 0 or len(haystack) < hay:
@@ -122,8 +123,12 @@ def needle_in_haystack(tokenizer: Tokenizer, haystack: Int[np.ndarray, " S"], *,
   return np.concatenate(parts).astype(np.int32), length - len(digits) + offsets
 
 
-def _value_tokens(tokenizer: Tokenizer, value: str) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens of the spaced digits, and the offsets (5,) of the digits among them."""
+def value_tokens(tokenizer: Tokenizer, value: str) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens of the spaced digits, and the offsets (5,) of the digits among them.
+
+  Raises:
+    UserError: the tokenizer joins digits.
+  """
   digits = tokenizer.encode(spaced(value))
   offsets = [i for i, token in enumerate(digits) if tokenizer.decode([token]).strip() in set("0123456789")]
   if "".join(tokenizer.decode([digits[i]]).strip() for i in offsets) != value or len(value) != VALUE_DIGITS:

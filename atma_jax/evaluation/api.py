@@ -58,7 +58,7 @@ def evaluate(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str],
 
   Example:
     >>> records = atma_jax.evaluate("runs/quickstart", "runs/needles", suite="needle", multiples=(1, 8, 32))
-    >>> {record["length"]: record["value"] for record in records if record["measure"] == "needle_accuracy"}
+    >>> {record["length"]: record["value"] for record in records if record["measure"] == "needle_exact"}
   """
   common, suite_options = split_options(options)
   overrides = dict(overrides or {})
@@ -116,7 +116,8 @@ def _make_inputs(loaded: LoadedModel, model: Atma, mesh: Mesh, options: Options)
     stream=validation_stream(directory),
     lengths=tuple(sorted({multiple * loaded.config.data.sequence_length for multiple in options.multiples})),
     seed=options.seed, min_documents=options.min_documents, config=loaded.config, model=model, mesh=mesh,
-    directory=directory)
+    directory=directory,
+    trials=options.trials)
 
 
 def _under_caps(inputs: Inputs,

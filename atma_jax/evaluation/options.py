@@ -46,6 +46,7 @@ class Options(CheckedOptions):
   ema: bool = option(False, "Evaluate the moving average of the weights (config.train.ema_decay).")
   data: str = option("", "Prepared data; default is what the checkpoint was trained on.")
   seed: int = option(0, "Seed of everything that a suite draws at random.", NOT_NEGATIVE)
+  trials: int = option(24, "Trials of every cell of the retrieval suites: needle, retrieval, lookup and mqar.", POSITIVE)
   batch_tokens: int = option(8192, "Tokens in a batch on each device.", POSITIVE)
   chunk: int = option(512, "Time steps whose logits exist at once.", POSITIVE)
   prefill_chunk: int = option(65_536, "Most tokens of a row in one pass; longer rows are read in pieces.", POSITIVE)

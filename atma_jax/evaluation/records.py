@@ -41,6 +41,7 @@ class Measurement:
     bins: parts of the number: of a curve over positions, quantiles of a distribution, or one entry per head.
     layer, head: where in the model it was measured, counted from 0; None means the whole model, or all heads of a layer.
     outlier: whether it stands out by its suite's own rule.
+    chance: what guessing would give, if known.
   """
 
   measure: str
@@ -53,6 +54,7 @@ class Measurement:
   layer: int | None = None
   head: int | None = None
   outlier: bool | None = None
+  chance: float | None = None
 
 
 def is_ok(record: Record) -> bool:

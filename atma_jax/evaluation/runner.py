@@ -53,7 +53,7 @@ def run_cells(cells: Sequence[tuple[str, Cell]], results: ResultsFile, identity:
       gc.collect()  # frees what a failed cell held
       seconds = max(time.perf_counter() - started - (scorer.compile_seconds - compiled), 1e-9)
       rate = {"tokens_per_second": round(cell.tokens / seconds, 1)} if measured[0]["status"] == "ok" else {}
-      results.append([{**cell_identity, **m, **context, "seconds": round(seconds, 3), **rate,
+      results.append([{**cell_identity, **m, **context, "seconds": round(seconds, 3), "tokens": cell.tokens, **rate,
                        "program_gib": round(scorer.largest_program / 2**30, 3)} for m in measured])
       records += results.records[-len(measured):]
   return records

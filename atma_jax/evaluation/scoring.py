@@ -63,6 +63,10 @@ class Scorer:
     other._graph, other._state = nnx.split(model)
     return other
 
+  def rows_at_once(self, length: int) -> int:
+    """Rows of this length in a full batch, over all devices."""
+    return round_up_rows(batch_devices(self._mesh) * max(1, self._batch_tokens * self._context // length), self._mesh)
+
   @property
   def compilations(self) -> int:
     """Number of programs compiled so far."""

@@ -13,11 +13,33 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
   """The Wilson score interval of a proportion (Wilson 1927), which stays within [0, 1] and has a width even at 0 and n."""
   if not 0 <= successes <= n or n == 0:
     raise ValueError(f"successes={successes}: must be from 0 to n={n}, and n at least 1")
+  return _wilson(successes / n, n, confidence)
+
+
+def _wilson(p: float, n: float, confidence: float) -> tuple[float, float]:
   z = NormalDist().inv_cdf((1 + confidence) / 2)
-  p, shrink = successes / n, 1 + z * z / n
+  shrink = 1 + z * z / n
   center = (p + z * z / (2 * n)) / shrink
   half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-  return max(0.0, center - half), min(1.0, center + half)
+  return 0.0 if p == 0 else max(0.0, center - half), 1.0 if p == 1 else min(1.0, center + half)
+
+
+def clustered_wilson_interval(right: Int[np.ndarray, " rows"], questions: int) -> tuple[float, float]:
+  """The Wilson interval of a share of questions, several of which share a row and so are not independent.
+
+  The number of questions is divided by the design effect, the variance of the rows' shares over what it would be if all
+  questions were independent, but at least 1 (Kish 1965). With one question a row this is `wilson_interval`.
+
+  Args:
+    right: questions answered of each row.
+    questions: asked of each row.
+  """
+  share, rows = float(np.mean(right)) / questions, len(right)
+  effect = 1.0
+  if questions > 1 and rows > 1 and 0 < share < 1:
+    effect = max(1.0, float(np.var(np.asarray(right) / questions, ddof=1)) * questions / (share * (1 - share)))
+  n = rows * questions / min(effect, questions)
+  return _wilson(share, n, 0.95)
 
 
 def mean_and_error(samples: Float[np.ndarray, " n"]) -> tuple[float, float | None]:

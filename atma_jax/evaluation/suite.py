@@ -46,6 +46,7 @@ class Inputs:
     model: for suites that do more than score rows.
     mesh: the devices that `model` is placed on.
     directory: of the prepared data; None where a suite has been given documents only.
+    trials: of every cell of the retrieval suites.
   """
 
   scorer: Scorer
@@ -59,6 +60,7 @@ class Inputs:
   model: Atma
   mesh: Mesh
   directory: pathlib.Path | None = None
+  trials: int = 24
 
 
 @dataclasses.dataclass(frozen=True)

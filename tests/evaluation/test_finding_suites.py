@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -90,7 +91,8 @@ def trained(main, tmp_path_factory):
     "train", "--config=configs/debug.py", f"--workdir={workdir}", f"--config.data.sources=text:{corpus}/*.txt",
     "--config.data.sequence_length=32", "--config.model.num_layers=1", "--config.model.block_pattern=local",
     "--config.model.width=16", "--config.model.vocab_size=512", "--config.train.steps=1", "--config.train.validate_every=0",
-    "--config.train.auxiliary.distractors=0", "--config.optimizer.kind=adamw")
+    "--config.train.auxiliary.distractors=0", "--config.optimizer.kind=adamw", "--config.data.tokenizer=sentencepiece",
+    "--config.data.tokenizer_vocab_size=340", "--config.data.heldout_documents=6")
   assert done.returncode == 0, done.stderr
   return workdir
 
@@ -109,6 +111,30 @@ def test_a_suite_is_one_file(unigram, trained, tmp_path, capsys):
   assert evaluate(trained, output, suite="unigram", multiples=[1, 2], smoothing=0.5) == records
   with pytest.raises(UserError, match=r"--smoothing=0: must be greater than 0"):
     evaluate(trained, output, smoothing=0)
+
+
+@pytest.mark.slow
+def test_retrieval_from_the_command_line(main, trained, tmp_path):
+  """Every record says wording, chance and interval; what does not fit is left out; a second run adds nothing."""
+  command = ("evaluate", f"--checkpoint={trained}", f"--output={tmp_path}", "--suite=needle,retrieval,lookup,mqar",
+             "--multiples=8", "--trials=4", "--depths=50", "--lookup_tasks=multikey-2,multikey-64", "--mqar_pairs=2,64",
+             "--report")
+  done = main(*command)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.split()[:5] == ["length", "x", "needle_exact", "unseen_exact", "needle_accuracy"]
+  for text in ("all five digits right, unseen wording", "[0.0, 49.0]",
+               "niah in text, unseen wording, depth 50 %", "multikey-2 in filler, seen wording (chance 50)",
+               "2 pairs in text, unseen wording (chance 50)", "4 trials a cell"):
+    assert text in done.stdout, (text, done.stdout)
+  assert "multikey-64 takes up to" in done.stderr and "64 pairs do not fit into 256 tokens" in done.stderr
+  content = (tmp_path / "results.jsonl").read_text()
+  records = [json.loads(line) for line in content.splitlines()]
+  assert {r["suite"] for r in records} == {"needle", "retrieval", "lookup", "mqar"}
+  assert {r["settings"]["wording"] for r in records} == {"seen", "unseen"} and all(r["tokens"] > 0 for r in records)
+  assert all(r["chance"] and r["interval"] and r["n"] >= 4 for r in records if r["measure"].endswith("exact"))
+  page = (tmp_path / "report.html").read_text()
+  assert all(heading in page for heading in ("Induction needle", "Retrieval", "Lookup among alternatives", "Associative recall"))
+  assert main(*command).returncode == 0 and (tmp_path / "results.jsonl").read_text() == content
 
 
 def test_unknown_names_are_told_with_the_nearest(unigram):
@@ -133,7 +159,7 @@ def test_a_suite_of_a_notebook_is_registered(monkeypatch):
 def test_suites_are_complete():
   """Every suite has help and options with defaults, no two options share a name, and tables show the suites in this order."""
   found = suites.all_suites()
-  assert list(found) == ["loss", "bpb", "needle", "retrieval", "babilong", "retention", "diagnostics"]
+  assert list(found) == ["loss", "bpb", "needle", "retrieval", "lookup", "mqar", "babilong", "retention", "diagnostics"]
   for suite in found.values():
     assert suite.help and suite.options()
   names = [name for _, owner in option_owners() for name in owner.__dataclass_fields__]

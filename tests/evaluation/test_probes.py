@@ -115,9 +115,9 @@ def test_a_retrieval_cell_by_hand(inputs_of, logits_of):
   """NIAH in text at 160 tokens and depth 90 %: the rows are written out here and scored from all logits."""
   inputs = inputs_of([TEXT], (128, 160))
   cells = retrieval.retrieval_cells(inputs, RetrievalOptions(retrieval_trials=3, depths=(10.0, 90.0)))
-  assert len(cells) == 2 * 2 * 2 * 2
-  (cell,) = [c for c in cells if c.expected[0][1] == 160 and (c.settings["task"], c.settings["haystack"], c.settings["depth"])
-             == ("niah", "text", 0.9)]
+  assert len(cells) == 2 * 2 * 2 * 2 * 2
+  (cell,) = [c for c in cells if c.expected[0][1] == 160 and c.settings["wording"] == "seen"
+             and (c.settings["task"], c.settings["haystack"], c.settings["depth"]) == ("niah", "text", 0.9)]
   found = measured(cell)
   losses, hits = [], []
   for trial in range(3):
@@ -147,7 +147,8 @@ def test_trials_are_paired(inputs_of):
   """A trial has the same cue, value and haystack at every length and depth; both tasks have the same value."""
   inputs = inputs_of([TEXT], (128, 160))
   text = np.append(inputs.documents[0], 256)
-  rows = {(task, length, depth): retrieval.haystack_rows(inputs, 2, task, text, length, depth)[0]
+  rows = {(task, length, depth): [retrieval.haystack_row(inputs, trial, task, text, "seen", length, depth)[0]
+                                  for trial in range(2)]
           for task in retrieval.TASKS for length in (128, 160) for depth in (0.0, 0.5, 1.0)}
   for trial in range(2):
     written = {key: inputs.tokenizer.decode(tokens[trial]) for key, tokens in rows.items()}
@@ -160,7 +161,7 @@ def test_trials_are_paired(inputs_of):
       assert written[task, 160, 0.0].startswith(statement)
     assert retrieval.cue_and_value("passkey", trial, 0)[1] == retrieval.cue_and_value("niah", trial, 0)[1]
   with pytest.raises(UserError, match="haystack of 64 tokens needs at least"):
-    retrieval.haystack_rows(inputs, 2, "passkey", text, 64, 0.5)
+    retrieval.haystack_row(inputs, 0, "passkey", text, "seen", 64, 0.5)
 
 
 def test_training_never_sees_what_evaluation_asks():

@@ -40,6 +40,11 @@ def results(name: str, shift: float) -> list[dict[str, Any]]:
                     {"task": task, "haystack": hay, "depth": depth}, interval=[0.0, 1.0])
              for m in ("retrieval_accuracy", "retrieval_exact") for task in ("passkey", "niah") for hay in ("filler", "text")
              for depth in (0.1, 0.5, 0.9)]
+    made += [record(name, "lookup", measure, length, 0.9 - 0.2 * i,
+                    {"task": "multikey-8", "haystack": "text", "wording": wording}, interval=[0.1, 0.95], chance=0.125)
+             for measure, wording in (("multikey-8_exact", "seen"), ("multikey-8_unseen_exact", "unseen"))]
+    made += [record(name, "mqar", f"mqar-{pairs}_exact", length, 0.9 - 0.2 * i, {"pairs": pairs, "haystack": "text",
+                                                                              "wording": "seen"}) for pairs in (4, 16)]
     made += [record(name, "babilong", "babilong_exact", i and 512 << i, 0.5, {"task": "qa1"}, interval=[0.3, 0.7])]
     made += [record(name, "diagnostics", "n_eff", length, 5.0 + layer + i, layer=layer) for layer in range(4)]
   bins = [{"start": s, "stop": 2 * s + 1, "value": 4 - 0.2 * s**0.2, "standard_error": 0.1} for s in (0, 1, 3, 7, 15)]
@@ -59,11 +64,11 @@ def test_one_page_with_nothing_from_elsewhere(page):
   """All figures are inside and well-formed, no address points elsewhere, and all sections are there."""
   assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page) and "@import" not in page and "url(" not in page
   pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)]
-  assert len(pictures) == 7
+  assert len(pictures) == 9
   for picture in pictures:
     assert ElementTree.fromstring(picture).tag.endswith("svg")
-  for title in ("Loss against context length", "Loss by position", "Bits per byte", "Induction needle", "Retrieval", "BABILong",
-                "Retention", "Diagnostics", "Not measured", "All numbers"):
+  for title in ("Loss against context length", "Loss by position", "Bits per byte", "Induction needle", "Retrieval", "Lookup",
+                "Associative", "BABILong", "Retention", "Diagnostics", "Not measured", "All numbers"):
     assert title in page
   assert page.count("one, step 100") > 3 and page.count("two, step 100") > 3
   assert "&lt;needs&gt; 9 GiB" in page and "out of memory" in page and "never" in page

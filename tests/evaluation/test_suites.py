@@ -13,12 +13,13 @@ from atma_jax.config import Config
 from atma_jax.data.needles import draw_needle
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import UserError
+from atma_jax.evaluation.options import CheckedOptions
 from atma_jax.evaluation.records import VARIANT_FIELDS, ResultsFile
 from atma_jax.evaluation.scoring import Scorer
 from atma_jax.evaluation.statistics import mean_and_error, wilson_interval
 from atma_jax.evaluation.suite import Inputs
 from atma_jax.evaluation.suites.loss import LossOptions, loss_cells
-from atma_jax.evaluation.suites.needle import NeedleOptions, needle_cells, needle_rows
+from atma_jax.evaluation.suites.needle import needle_cells, needle_row
 from atma_jax.models import Atma
 from atma_jax.sharding import make_mesh
 
@@ -26,13 +27,13 @@ LENGTHS = (16, 32, 64)
 TEXT = "The quick brown fox jumps over the lazy dog number {}. "
 
 
-def make_inputs(model: Atma, *, batch_tokens: int = 512, chunk: int = 16, documents: int = 5) -> Inputs:
+def make_inputs(model: Atma, *, batch_tokens: int = 512, chunk: int = 16, documents: int = 5, trials: int = 3) -> Inputs:
   tokenizer = ByteTokenizer()
   texts = [tokenizer.encode("".join(TEXT.format(i * j) for j in range(6 + i))) for i in range(documents)]
   mesh = make_mesh(devices=jax.devices()[:1])
   scorer = Scorer(model, mesh, batch_tokens=batch_tokens, chunk=chunk)
   return Inputs(scorer, tokenizer, texts, np.concatenate(texts), LENGTHS, seed=0, min_documents=2, config=Config(), model=model,
-                mesh=mesh)
+                mesh=mesh, trials=trials)
 
 
 def run(cells) -> dict:
@@ -65,7 +66,7 @@ def test_document_and_stream_loss(random_model, losses_of):
 
 def test_needle_is_the_teacher_forced_prediction(random_model, losses_of):
   inputs = make_inputs(random_model)
-  found = run(needle_cells(inputs, NeedleOptions(3)))
+  found = run(needle_cells(inputs, CheckedOptions()))
   filler_free = 1 + 2 * len(inputs.tokenizer.encode(" The access code for record 1234567 is 1 2 3 4 5"))
   rows = []
   for trial in range(3):
@@ -79,7 +80,8 @@ def test_needle_is_the_teacher_forced_prediction(random_model, losses_of):
     assert found["needle_accuracy", length].interval[0] <= found["needle_accuracy", length].value
   # The cell's own rows, scored from all logits.
   text = np.concatenate([part for d in inputs.documents for part in (d, [inputs.tokenizer.eot_id])]).astype(np.int32)
-  tokens, positions = needle_rows(inputs, text, [draw_needle(t, 0) for t in range(3)], 32, 32 + filler_free)
+  made = [needle_row(inputs, text, trial, 32, condition) for condition in ("needle", "absent") for trial in range(3)]
+  tokens, positions = (np.stack(part) for part in zip(*made, strict=True))
   decoded = inputs.tokenizer.decode(tokens[0][1:])
   assert decoded.startswith(rows[0][0]) and decoded.endswith(rows[0][0])
   assert len(decoded) == 32 + 2 * len(rows[0][0]) and not inputs.tokenizer.decode(tokens[3][1:]).startswith(rows[0][0])
@@ -91,7 +93,7 @@ def test_needle_is_the_teacher_forced_prediction(random_model, losses_of):
 @pytest.mark.slow
 def test_batch_and_chunk_change_nothing_and_shapes_are_few(random_model):
   one, many = make_inputs(random_model, batch_tokens=64, chunk=5), make_inputs(random_model, batch_tokens=4096, chunk=64)
-  a, b = (run([*loss_cells(i, LossOptions(4)), *needle_cells(i, NeedleOptions(3))]) for i in (one, many))
+  a, b = (run([*loss_cells(i, LossOptions(4)), *needle_cells(i, CheckedOptions())]) for i in (one, many))
   assert a.keys() == b.keys()
   for key in a:
     np.testing.assert_allclose(a[key].value, b[key].value, rtol=2e-5, err_msg=str(key))

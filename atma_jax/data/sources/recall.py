@@ -22,7 +22,7 @@ WORDS = ("amber", "birch", "cedar", "delta", "ember", "falcon", "garnet", "harbo
          "maple", "nectar", "onyx", "pepper", "quartz", "raven", "saffron", "timber", "umber", "velvet", "willow", "yarrow",
          "zephyr")
 # Half of the records are worded like the evaluation's needle; the others keep the skill from clinging to one sentence.
-_PHRASINGS = ((CUE, 0.5), (MAGIC_CUE, 0.1), (" Locker {key} opens with", 0.1),
+PHRASINGS = ((CUE, 0.5), (MAGIC_CUE, 0.1), (" Locker {key} opens with", 0.1),
               (" # pin of {word} {short}:", 0.1), (" The pass phrase of {word} {short} reads", 0.1),
               (" record[{key}] =", 0.1))
 _WORD_VALUES = 0.5  # share of records whose value is five words of the text instead of five digits
@@ -45,7 +45,7 @@ class RecallSource(TextSource):
   def __post_init__(self) -> None:
     source = parse_source(self.argument)
     if not isinstance(source, TextSource) or source.base is not source:
-      raise ValueError("must name a source of text after recall:")
+      raise ValueError(f"must name a source of text after {self.prefix}:")
 
   @property
   def base(self) -> TextSource:
@@ -91,15 +91,15 @@ def recall_document(filler: str, *, longest_gap: int, rng: np.random.Generator) 
     longest_gap: in characters; what the training length holds.
     rng: decides everything else.
   """
-  longest_gap = int(_log_uniform(rng, _LONGEST_GAP_AT_LEAST, longest_gap))
+  longest_gap = int(log_uniform(rng, _LONGEST_GAP_AT_LEAST, longest_gap))
   parts, used, words = [], 0, re.findall(r"[A-Za-z]{3,}", filler)
   # A live record is (filler used when it is due, its slot, cue, value, questions left); with none left, a new one is stated.
-  due = [(_next_space(filler, 0) if slot == 0 else _gap(rng, longest_gap), slot, "", "", 0)
+  due = [(next_space(filler, 0) if slot == 0 else _gap(rng, longest_gap), slot, "", "", 0)
          for slot in range(rng.choice(_LIVE_RECORDS))]
   while used < len(filler):
     when, slot, cue, value, left = heapq.heappop(due)
     if when > used:
-      end = _next_space(filler, when)
+      end = next_space(filler, when)
       parts.append(filler[used:end])
       used = end
     if left:
@@ -113,14 +113,14 @@ def recall_document(filler: str, *, longest_gap: int, rng: np.random.Generator) 
 
 
 def _gap(rng: np.random.Generator, longest: int) -> int:
-  return int(_log_uniform(rng, _SHORTEST_GAP, longest))
+  return int(log_uniform(rng, _SHORTEST_GAP, longest))
 
 
-def _log_uniform(rng: np.random.Generator, low: int, high: int) -> float:
+def log_uniform(rng: np.random.Generator, low: int, high: int) -> float:
   return np.exp(rng.uniform(np.log(low), np.log(max(high, low + 1))))
 
 
-def _next_space(text: str, position: int, most: int = 40) -> int:
+def next_space(text: str, position: int, most: int = 40) -> int:
   """The first white space at or after `position`, or `position` itself if the next `most` characters have none."""
   return next((i for i in range(position, min(position + most, len(text))) if text[i].isspace()),
               min(position, len(text)))
@@ -129,16 +129,16 @@ def _next_space(text: str, position: int, most: int = 40) -> int:
 def _draw_value(rng: np.random.Generator, words: list[str]) -> str:
   if words and rng.random() < _WORD_VALUES:
     return "".join(f" {words[i]}" for i in rng.integers(len(words), size=VALUE_DIGITS))
-  return spaced(f"{_draw_number(rng, *VALUE_RANGE):0{VALUE_DIGITS}}")
+  return spaced(f"{draw_number(rng, *VALUE_RANGE):0{VALUE_DIGITS}}")
 
 
 def _draw_cue(rng: np.random.Generator) -> str:
-  phrases, weights = zip(*_PHRASINGS)
-  return rng.choice(phrases, p=weights).format(key=_draw_number(rng, *KEY_RANGE), word=rng.choice(WORDS),
+  phrases, weights = zip(*PHRASINGS)
+  return rng.choice(phrases, p=weights).format(key=draw_number(rng, *KEY_RANGE), word=rng.choice(WORDS),
                                                short=rng.integers(100, 1000))
 
 
-def _draw_number(rng: np.random.Generator, low: int, high: int) -> int:
+def draw_number(rng: np.random.Generator, low: int, high: int) -> int:
   """A number in [low, high) that evaluation never draws; `high` - 1 must be such a number."""
   number = int(rng.integers(low, high))
   return number + is_evaluation_number(number)

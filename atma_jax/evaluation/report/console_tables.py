@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from atma_jax.evaluation.records import Record
 from atma_jax.evaluation.suite import Suite
@@ -39,6 +39,37 @@ def _table_by_length(records: Sequence[Record], columns: Sequence[str], training
     cells = [_mean_text(values.get((column, length), []), (column, length) in failed) for column in columns]
     lines.append("  ".join([f"{length:>8}", f"{length / training_length:>6g}", *(f"{c:>18}" for c in cells)]))
   return "\n".join(lines)
+
+
+def shares_text(records: Sequence[Record], heading: str, label: Callable[[Record], str]) -> str:
+  """Shares in percent with their 95 % Wilson intervals: one line per label, one column per length.
+
+  Args:
+    records: of any measures whose records have an interval.
+    heading: printed above the labels, with the number of trials.
+    label: what a record is called.
+  """
+  found: dict[str, dict[int, Record]] = {}
+  for record in records:
+    found.setdefault(label(record), {})[record["length"]] = record
+  lengths = sorted({record["length"] for record in records})
+  trials = sorted({record["settings"]["trials"] for record in records})
+  title = f"{heading}: % [95 % Wilson interval], {' and '.join(map(str, trials))} trials a cell"
+  width = max(map(len, found), default=0)
+  lines = [title, "  ".join([" " * width, *(f"{length:>15}" for length in lengths)])]
+  for name, by_length in found.items():
+    lines.append("  ".join([f"{name:<{width}}", *(f"{_share_text(by_length.get(n)):>15}" for n in lengths)]))
+  return "\n".join(lines)
+
+
+def _share_text(record: Record | None) -> str:
+  if record is None:
+    return ""
+  if record["value"] is None:
+    return "no memory" if record.get("status") == "out_of_memory" else "not finite"
+  interval = record.get("interval")
+  bounds = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
+  return f"{100 * record['value']:.0f}{bounds}"
 
 
 def cap_sweep_text(results: Sequence[tuple[str, Sequence[Record]]], suites: dict[str, Suite]) -> str:

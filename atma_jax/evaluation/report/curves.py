@@ -17,7 +17,7 @@ from atma_jax.evaluation.report.comparisons import Setting
 from atma_jax.evaluation.report.drawing import GRAY, PALETTE, multiple_label, style_axes
 from atma_jax.evaluation.report.sweep_tables import MEASURES
 
-PANELS = ("document_loss", "stream_loss", "needle_accuracy")  # the measures that have a length
+PANELS = ("document_loss", "stream_loss", "needle_exact", "needle_accuracy")  # the measures that have a length
 STYLES = tuple(zip(("-", "--", ":", "-.") * 2, "os^DvPX*", strict=True))
 _MOST_NAMED = 12  # with more settings than this, the legend names the colours only
 _LETTERS_PER_INCH = 11  # of the legend
@@ -69,5 +69,5 @@ def _draw_panel(axes: Axes, measure: str, settings: Sequence[Setting], styles: d
   axes.set_xticks(multiples, [multiple_label(m) for m in multiples])
   axes.set_xticks([], minor=True)
   axes.set_xlabel("context, multiples of the training length")
-  if measure == "needle_accuracy":
+  if measure.startswith("needle"):
     axes.set_ylim(-3, 103)

@@ -13,7 +13,6 @@ from atma_jax.evaluation.records import Record
 
 BLUE, ORANGE, GREEN, GRAY = "#0b63a5", "#d95f02", "#1b8a5a", "#6b7280"
 PALETTE = (BLUE, ORANGE, GREEN, "#7b4fb3", "#b8860b", "#c2255c", "#0c8599", "#5c4033")
-CHANCE = 0.1  # probability of guessing a digit
 
 
 def style_axes(axes: Axes) -> None:

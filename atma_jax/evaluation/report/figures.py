@@ -14,7 +14,6 @@ import numpy as np
 
 from atma_jax.evaluation.records import Record
 from atma_jax.evaluation.report.drawing import (
-  CHANCE,
   GRAY,
   PALETTE,
   draw_position_curve,
@@ -39,16 +38,23 @@ def loss_panels(panels: Mapping[str, Series], axis: str = "loss (nats per token)
   return _panels(panels, draw, axis)
 
 
-def accuracy_panels(panels: Mapping[str, Series], chance: bool) -> bytes:
-  """Like `loss_panels` in percent, on an axis from 0 to 100; `chance` draws the probability of guessing a digit."""
+def accuracy_panels(panels: Mapping[str, Series], chance: bool, across: str = "length (tokens)") -> bytes:
+  """Like `loss_panels` in percent, on an axis from 0 to 100.
+
+  Args:
+    panels: by their headings.
+    chance: draws what guessing would give, where the records of a panel agree on it.
+    across: what the records' lengths are.
+  """
 
   def draw(axes: Axes, series: Series) -> None:
     _draw_lines(axes, series, scale=100)
-    if chance:
-      axes.axhline(100 * CHANCE, color=GRAY, linestyle=(0, (4, 3)), linewidth=1)
+    levels = {record.get("chance") for records in series.values() for record in records}
+    if chance and len(levels) == 1 and (level := levels.pop()) is not None:
+      axes.axhline(100 * level, color=GRAY, linestyle=(0, (4, 3)), linewidth=1)
     axes.set_ylim(-4, 104)
 
-  return _panels(panels, draw, "accuracy (%)")
+  return _panels(panels, draw, "accuracy (%)", across)
 
 
 def position_curves(curves: Mapping[str, Record]) -> bytes:
@@ -111,12 +117,13 @@ def layer_panels(panels: Mapping[str, Mapping[int, Sequence[Record]]], axis: str
   return _svg(figure)
 
 
-def _panels(panels: Mapping[str, Series], draw: Callable[[Axes, Series], None], axis: str) -> bytes:
+def _panels(panels: Mapping[str, Series], draw: Callable[[Axes, Series], None], axis: str,
+            across: str = "length (tokens)") -> bytes:
   figure, all_axes = _new_figure(len(panels), 4.6)
   for axes, (title, series) in zip(all_axes, panels.items()):
     draw(axes, series)
     _set_heading(axes, title)
-    _set_length_axis(axes, [r["length"] for records in series.values() for r in records], "length (tokens)")
+    _set_length_axis(axes, [r["length"] for records in series.values() for r in records], across)
   all_axes[0].set_ylabel(axis)
   _add_legend(figure, max(all_axes, key=lambda axes: len(axes.get_legend_handles_labels()[1])))
   return _svg(figure)

@@ -53,7 +53,8 @@ def uncertainty(record: Record, scale: float, digits: int) -> str:
   """Interval or standard error of a record, and its number of samples, in words."""
   if record.get("interval"):
     low, high = (f"{scale * bound:.{digits}f}" for bound in record["interval"])
-    return f"95 % interval {low} to {high}, n = {record['n']}"
+    chance = f", by chance {scale * record['chance']:.3g}" if record.get("chance") is not None else ""
+    return f"95 % interval {low} to {high}, n = {record['n']}{chance}"
   if record.get("standard_error") is not None:
     return f"± {scale * record['standard_error']:.{digits}f} standard error, n = {record['n']}"
   return f"n = {record['n']}"

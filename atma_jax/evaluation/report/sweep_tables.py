@@ -8,6 +8,7 @@ from atma_jax.evaluation.report.comparisons import Contrast, Setting
 
 MEASURES = {  # of the main tables: heading, factor, decimals
   "document_loss": ("document loss (nats)", 1, 3), "stream_loss": ("stream loss (nats)", 1, 3),
+  "needle_exact": ("needle, all digits right (%)", 100, 0),
   "needle_accuracy": ("needle accuracy (%)", 100, 0), "train_loss": ("training loss (nats)", 1, 3),
 }
 Table = tuple[str, list[str], list[list[str]]]  # caption, heading, body
