@@ -87,7 +87,7 @@ class Engine:
     for name, value, least in (("chunk", chunk, SMALLEST_PASS), ("first_chunk", first_chunk, chunk)):
       if value < least or value & (value - 1):
         raise UserError(f"{name}={value}: must be a power of two of at least {least}")
-    mesh = _mesh_of(model)
+    mesh = mesh_of(model)
     one_device = mesh is None or mesh.size == 1
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
     for name, value, least in (("rows", rows, 1), ("capacity", capacity, 2), ("decode_steps", decode_steps, 1),
@@ -170,7 +170,8 @@ class Engine:
     tokens = np.asarray(tokens, np.int64) if len(tokens) else np.array([self.tokenizer.eot_id])
     if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
       raise UserError(f"prompt: token ids must be from 0 to {self.config.vocab_size - 1}")
-    if len(tokens) + sampling.max_tokens > self.capacity and self.config.window is None:
+    window = self.config.window
+    if len(tokens) + sampling.max_tokens > self.capacity and (window is None or 0 < self._slots < window):
       raise UserError(f"max_tokens={sampling.max_tokens}: with a prompt of {len(tokens)} tokens more than the "
                       f"{self.capacity} that fit; legal: at most {max(self.capacity - len(tokens), 0)}")
     return tokens.astype(np.int32)
@@ -404,7 +405,7 @@ class Engine:
     return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
-def _mesh_of(model: Atma) -> Mesh | None:
+def mesh_of(model: Atma) -> Mesh | None:
   """Returns the mesh that the parameters are spread over; None if they simply lie on the default device."""
   sharding = jax.tree.leaves(nnx.state(model, nnx.Param))[0].sharding
   return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None

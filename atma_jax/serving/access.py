@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import hashlib
 import hmac
 import ipaddress
 import os
+import re
 import stat
 from typing import Any
 from urllib.parse import urlsplit
 
 from absl import logging
-from starlette.datastructures import Headers
-from starlette.types import Scope
 
 from atma_jax.errors import UserError
 from atma_jax.serving.protocol import ProtocolError
@@ -41,8 +41,9 @@ class Access:
 
   def __post_init__(self) -> None:
     for host in self.allowed_hosts:
-      if _host_name(host.removeprefix("*.")) != host.removeprefix("*.").lower() or not host.removeprefix("*."):
+      if not re.fullmatch(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]*::?[0-9a-f:.]*", host.lower()):
         raise UserError(f"allowed_hosts={host!r}: must be names or addresses without port, such as a.org, *.b.org or 127.0.0.1")
+    self.read_keys()  # what is wrong with the file is said at once
 
   def read_keys(self) -> tuple[bytes, ...]:
     """Returns the digests of all keys; none without a file, and then no request needs a key."""
@@ -50,11 +51,11 @@ class Access:
       return ()
     return tuple(_digest(key) for key in _read_keys(self.api_key_file))
 
-  def refusal(self, scope: Scope, keys: tuple[bytes, ...]) -> ProtocolError | None:
-    """Returns why a request may not be served, judged by its header alone; None if it may."""
+  def refusal(self, scope: Mapping[str, Any], keys: tuple[bytes, ...]) -> ProtocolError | None:
+    """Returns why a request may not be served, judged by the header in its ASGI scope alone; None if it may."""
     if scope["path"] == "/health":
       return None
-    headers = Headers(scope=scope)
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
     if self.allowed_hosts and not self._is_allowed(_host_name(headers.get("host", ""))):
       return ProtocolError(400, f"Host {headers.get('host', '')[:60]!r} is not a name of this server", code="host_not_allowed")
     if keys:

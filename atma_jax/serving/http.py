@@ -236,6 +236,14 @@ class CompletionServer:
                           code="busy") from error
 
   def _parse_now(self, body: bytes) -> Call:
+    try:
+      return self._parse_call(body)
+    except Exception:
+      raise
+    except BaseException as error:  # the panic of a library, which must not pass for the end of the server
+      raise RuntimeError(f"a request could not be read: {error}") from error
+
+  def _parse_call(self, body: bytes) -> Call:
     most, longest = self._most_sequences, self.engine.capacity
     if len(body) > FEW_VALUES and (count := count_values(body)) > (most_values := most * longest + FEW_VALUES):
       raise ProtocolError(400, f"the body holds {count} values; at most {most_values}, for {most} prompts of {longest} tokens")
