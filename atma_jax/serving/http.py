@@ -81,6 +81,7 @@ class CompletionServer:
   Attributes:
     thread: runs the engine.
     connections: of its clients.
+    bodies: the memory for those that are being read.
     metrics: of this server.
     draining: whether new requests are refused.
     running: the answers in progress.
@@ -96,7 +97,7 @@ class CompletionServer:
     self._keys = self.access.read_keys()
     self.thread = EngineThread(engine)
     self.connections = Connections(self.limits)
-    self._bodies = BodyRoom(self.limits)
+    self.bodies = BodyRoom(self.limits)
     # Large bodies have a thread of their own, so that small ones never wait behind them.
     self._small, self._large = (ThreadPoolExecutor(1, f"{size} bodies") for size in ("small", "large"))
     self.metrics = ServerMetrics(self.thread, self.connections)
@@ -205,7 +206,7 @@ class CompletionServer:
   async def _completions(self, request: Request) -> Response:
     arrival = time.monotonic()
     self._refuse_if_ending()
-    async with self._bodies.body(request) as body:
+    async with self.bodies.body(request) as body:
       call = await self._parse(body)
     if call.scored and not self.engine.scores_prompts:
       raise ProtocolError(400, "echo with logprobs is not served: it needs --prompt_logprobs", param="echo")
