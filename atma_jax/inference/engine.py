@@ -35,6 +35,7 @@ from atma_jax.inference.requests import Completion, Request, TokenOutput
 from atma_jax.inference.sampling import RowSampling, Sampling
 from atma_jax.inference.saved_state import load_state, save_state
 from atma_jax.inference.text_stream import TextStream
+from atma_jax.inference.weights_identity import weights_identity
 from atma_jax.models import Atma
 from atma_jax.models.cache import PAGE_LIMIT, Cache
 from atma_jax.ops.core import dispatch
@@ -60,7 +61,8 @@ class Engine:
       prompts and takes more memory. None is `chunk`.
     decode_steps: tokens decoded before the host looks at them: more is faster, fewer stops and streams sooner.
     alternatives: number of likeliest tokens reported with every token.
-    prefixes: number of prompts whose states are kept, so that a prompt that continues one of them starts there.
+    prefixes: number of prompts whose states are kept, so that a prompt that continues one of them starts there. States can be
+      saved and loaded if it is not 0; what tells the weights of a state is then computed here, in one pass over the parameters.
     cache_dtype: dtype of keys and values, one of `cache.CACHE_DTYPES`; None is the model's activation dtype.
     max_buckets: most sizes of cache that decoding programs are compiled for, each twice the one before. There is only one if
       decoding reads every row up to its own length anyway.
@@ -127,6 +129,8 @@ class Engine:
       max_buckets = 1 if model.skips_unused_slots(abstract.cache) else max_buckets
     halvings = range(max_buckets)
     self.buckets = sorted({slots_for(max(slots >> i, min(BLOCK, slots))) for i in halvings}) if slots else [0]
+    with self._on_mesh():
+      self._weights = weights_identity(model) if prefixes else None
     graphdef, params = nnx.split(model.unstacked(fuse=one_device) if unrolled else model)
     self._params = cast_parameters(params, self.config)
     shardings = None if mesh is None else state_sharding(mesh, abstract)
@@ -134,7 +138,6 @@ class Engine:
                                   mesh=mesh, shardings=shardings)
     self._prefiller = Prefiller(self.programs, self._params, chunk=chunk, first_chunk=first_chunk, prefixes=prefixes,
                                 on_mesh=self._on_mesh)
-    self._keeps_prefixes = prefixes > 0
     with self._on_mesh():
       self.state = jax.jit(make_state, out_shardings=shardings)()
 
@@ -285,23 +288,30 @@ class Engine:
     self._prefiller.forget()
 
   def save(self, path: str | os.PathLike, prompt: Prompt) -> None:
-    """Writes the state after a prompt to a file that `load` of any engine of the same model and cache dtype reads."""
+    """Writes the state after a prompt to a file that `load` of any engine of the same model and cache dtype reads.
+
+    Raises:
+      UserError: the engine keeps no prefixes, the file cannot be written, or see `check`.
+    """
     tokens = self.check(prompt, Sampling(max_tokens=1))
-    save_state(path, tokens, self.prefill(tokens), self.config)
+    save_state(path, tokens, self.prefill(tokens), self.config, self._identity_of_weights())
 
   def load(self, path: str | os.PathLike) -> Int[np.ndarray, " T"]:
     """Keeps the state in a file as a prefix, and returns its tokens (T,), which later prompts may continue.
 
     Raises:
-      UserError: the engine keeps no prefixes, or the file holds no state of this model that fits.
+      UserError: the engine keeps no prefixes, or the file holds no state of these weights that fits.
     """
-    if not self._keeps_prefixes:
-      raise UserError("prefixes=0: must be at least 1 to keep a loaded state")
-    tokens, cache = load_state(path, self.config, self.capacity, self._cache_dtype)
+    tokens, cache = load_state(path, self.config, self.capacity, self._cache_dtype, self._identity_of_weights())
     if self._mesh is not None:
       cache = jax.device_put(cache, NamedSharding(self._mesh, PartitionSpec()))
     self._prefiller.keep(tokens, cache)
     return tokens
+
+  def _identity_of_weights(self) -> str:
+    if self._weights is None:
+      raise UserError("prefixes=0: must be at least 1 to save or load a state")
+    return self._weights
 
   # --- Prefilling -----------------------------------------------------------------------------------------------------
 
