@@ -1,4 +1,4 @@
-"""One server, and clients that mean it harm or are merely odd: every request is answered, nothing waits for ever, nothing ends it."""
+"""One server, and clients that mean it harm or are merely odd: all are answered, nothing waits for ever, nothing ends it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def client(tmp_path_factory) -> Iterator[Client]:
   keys.write_text(f"# keys\n\n{KEY}\nanother-key-of-the-tests\n")
   tokenizer = train_sentencepiece(["hello world, this is a small text. "] * 20, 290)
   assert tokenizer.vocab_size < MODEL.vocab_size
-  engine = Engine(lively_model(MODEL), tokenizer, rows=2, capacity=64, chunk=16, decode_steps=4, alternatives=2, prompt_logprobs=True)
+  engine = Engine(lively_model(MODEL), tokenizer, rows=2, capacity=64, chunk=16, decode_steps=4, alternatives=2,
+                  prompt_logprobs=True)
   client = Client(CompletionServer(engine, "lively", LIMITS, Access(str(keys))))
   assert client.post(prompt="a", max_tokens=2, echo=True, logprobs=1)[0] == 200  # compiles
   yield client
