@@ -70,9 +70,9 @@ def main() -> int:
   del model
   logging.info("step %d, %d rows of %d tokens; compiling", step, engine.rows, _CAPACITY.value)
   engine.warm_up()
-  name = _MODEL_NAME.value or config.name
-  logging.info("serving %s at http://%s:%d/v1", name, *listener.getsockname()[:2])
-  return CompletionServer(engine, name, limits, access).run(listener)
+  server = CompletionServer(engine, _MODEL_NAME.value or config.name, limits, access)
+  logging.info("serving %s at http://%s:%d/v1", server.model, *listener.getsockname()[:2])
+  return server.run(listener)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Access:
 
   def __post_init__(self) -> None:
     for host in self.allowed_hosts:
-      if not re.fullmatch(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]*::?[0-9a-f:.]*", host.lower()):
+      if not re.fullmatch(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", host.lower()) and not _is_address(host):
         raise UserError(f"allowed_hosts={host!r}: must be names or addresses without port, such as a.org, *.b.org or 127.0.0.1")
     self.read_keys()  # what is wrong with the file is said at once
 
@@ -86,6 +86,14 @@ def _host_name(value: str) -> str | None:
   except ValueError:
     return None
   return parts.hostname if parts.netloc == value and parts.username is None else None
+
+
+def _is_address(value: str) -> bool:
+  try:
+    ipaddress.ip_address(value)
+  except ValueError:
+    return False
+  return True
 
 
 def _digest(key: bytes) -> bytes:

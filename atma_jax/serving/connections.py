@@ -25,7 +25,8 @@ from atma_jax.errors import UserError
 from atma_jax.serving.limits import Limits
 from atma_jax.serving.protocol import ProtocolError, dumps
 
-BACKLOG = 64  # connections that are accepted at once, before any of them is looked at
+BACKLOG = 16  # connections that are accepted at once
+UNSEEN = 4 * BACKLOG  # connections that may have been accepted before the first of them is looked at, or closed and not yet gone
 RESERVE = 16  # connections beyond the limit, which may ask how the server is
 SPARE_FILES = 16  # descriptors for everything else
 LEAST_CONNECTIONS = 8
@@ -56,7 +57,7 @@ class Connections:
 
   def __init__(self, limits: Limits):
     self.limits = limits
-    room = _free_descriptors() - BACKLOG - RESERVE - SPARE_FILES
+    room = _free_descriptors() - UNSEEN - RESERVE - SPARE_FILES
     if room < LEAST_CONNECTIONS:
       raise UserError(f"ulimit -n: leaves {max(room, 0)} connections; {LEAST_CONNECTIONS - room} more open files must be allowed")
     self.most = min(limits.connections, room)

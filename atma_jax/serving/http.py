@@ -63,7 +63,7 @@ def listen(host: str, port: int) -> socket.socket:
   try:
     listener.bind((host, port))
     listener.listen(WAITING_CONNECTIONS)
-  except (OSError, ValueError) as error:  # a name that cannot be encoded is a ValueError
+  except (OSError, ValueError, TypeError) as error:  # a name that cannot be encoded is one of the latter two
     listener.close()
     raise UserError(f"--host={host} --port={port}: {getattr(error, 'strerror', None) or error}") from error
   return listener
