@@ -22,24 +22,24 @@ from atma_jax.serving.access import Access, warn_of_strangers
 from atma_jax.serving.limits import Limits
 from atma_jax.sharding import make_mesh
 
-_MOST = {"upper_bound": 2**31 - 1}
+_MOST = 2**31 - 1
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or its checkpoints folder.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
 _EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of them.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one, which the log names.", lower_bound=0, upper_bound=65535)
 _MODEL_NAME = flags.DEFINE_string("model_name", None, "Name that clients ask for; default is the recipe's.")
-_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Most tokens of a prompt and its text.", lower_bound=2, **_MOST)
-_ROWS = flags.DEFINE_integer("rows", 8, "Sequences decoded at once, split over the devices.", lower_bound=1, **_MOST)
+_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Most tokens of a prompt and its text.", lower_bound=2, upper_bound=_MOST)
+_ROWS = flags.DEFINE_integer("rows", 8, "Sequences decoded at once, split over the devices.", lower_bound=1, upper_bound=_MOST)
 _CACHE_GIB = flags.DEFINE_float("cache_gib", None, "Memory of a device for caches, in GiB; it replaces --rows, but see --page.")
-_PAGE = flags.DEFINE_integer("page", None, "Tokens of a page, 8 to 256; --rows share as many as --cache_gib holds.", **_MOST)
+_PAGE = flags.DEFINE_integer("page", None, "Tokens of a page, 8 to 256; --rows share as many as --cache_gib holds.")
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Type of keys and values; default is the model's.")
-_CHUNK = flags.DEFINE_integer("chunk", 512, "Most prompt tokens in one forward pass, a power of two.", **_MOST)
-_FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first pass of a prompt; default is --chunk.", **_MOST)
-_DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Tokens decoded before the text is looked at.", lower_bound=1, **_MOST)
+_CHUNK = flags.DEFINE_integer("chunk", 512, "Most prompt tokens in one forward pass, a power of two.", upper_bound=_MOST)
+_FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for its first pass; default is --chunk.", upper_bound=_MOST)
+_DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Tokens decoded before text is looked at.", lower_bound=1, upper_bound=_MOST)
 flags.DEFINE_alias("stride", "decode_steps")  # its earlier name
-_PREFIXES = flags.DEFINE_integer("prefixes", 4, "Prompts whose states are kept for what continues them.", lower_bound=0, **_MOST)
-_LOGPROBS = flags.DEFINE_integer("max_logprobs", 5, "Most likeliest tokens that a request may ask for.", lower_bound=0, **_MOST)
+_PREFIXES = flags.DEFINE_integer("prefixes", 4, "Prompts whose states are kept for later ones.", lower_bound=0, upper_bound=_MOST)
+_LOGPROBS = flags.DEFINE_integer("max_logprobs", 5, "Most likeliest tokens that a request may ask for.", lower_bound=0)
 _PROMPT_LOGPROBS = flags.DEFINE_boolean("prompt_logprobs", True, "Serve echo with logprobs, for which prompts are scored.")
 _OVERRIDES = cli.define_override_flags()
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share a copy of the model; the others split the rows.", lower_bound=1)

@@ -249,7 +249,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, member: _Member, digest: A
   if info.file_size != member.size:
     raise ValueError(f"{name}: not an array of shape {member.shape} and dtype {member.dtype}")
   array = np.empty(member.shape, member.dtype)
-  view = memoryview(array.reshape(-1).view(np.uint8))
+  view = array.reshape(-1).view(np.uint8).data
   with archive.open(info) as file:
     if file.read(len(member.head)) != member.head:
       raise ValueError(f"{name}: not an array of shape {member.shape} and dtype {member.dtype}")

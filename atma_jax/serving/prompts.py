@@ -33,7 +33,7 @@ def raw_prompts(value: Any) -> list[str | list[Any]]:
     return [value or ""]
   if not isinstance(value, list) or not value:
     raise ProtocolError(400, f"{_LEGAL}, and not empty", param="prompt")
-  prompts = [value] if all(map(is_token, value)) else value
+  prompts: list[Any] = [value] if all(map(is_token, value)) else value
   if not all(isinstance(prompt, str | list) for prompt in prompts):
     raise ProtocolError(400, _LEGAL, param="prompt")
   return prompts

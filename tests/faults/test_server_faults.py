@@ -295,6 +295,26 @@ def test_bodies_share_a_room(client):
     assert all(b"429" in answer or b"408" in answer for answer in answered)
 
 
+LINES = st.lists(st.binary(max_size=20) | st.sampled_from([
+  b"GET /health HTTP/1.1", b"POST /v1/completions HTTP/1.0", b"Host: a", b"Content-Length: 9" * 2, b"Transfer-Encoding: chunked",
+  b"Content-Length: -1", b"Expect: 100-continue", b"5;x", b"{}", b"Connection: upgrade", b"Upgrade: websocket", b"X" * 70_000]),
+  max_size=6)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(lines=LINES, end=st.sampled_from([b"\r\n\r\n", b"\r\n", b""]))
+def test_what_is_no_request_ends_in_time(client, lines, end):
+  """Bytes that are not HTTP, or not all of a request, are answered or not, and the connection is closed in either case."""
+  with client.connect() as connection:
+    with contextlib.suppress(OSError):
+      connection.sendall(b"\r\n".join(lines) + end)
+      connection.shutdown(socket.SHUT_WR)
+    answer = read_all(connection)
+  assert answer == b"" or answer.startswith(b"HTTP/1.1 ")
+  assert b" 500 " not in answer.partition(b"\r\n")[0]
+  assert client.is_well()
+
+
 def test_no_redirect(client):
   """A path that is nearly one of the server's leads nowhere, least of all to the name in the Host header."""
   status, text = client.request("GET", "/health/", Host="evil.example")
