@@ -61,8 +61,7 @@ class Engine:
       prompts and takes more memory. None is `chunk`.
     decode_steps: tokens decoded before the host looks at them: more is faster, fewer stops and streams sooner.
     alternatives: number of likeliest tokens reported with every token.
-    prefixes: number of prompts whose states are kept, so that a prompt that continues one of them starts there. States can be
-      saved and loaded if it is not 0; what tells the weights of a state is then computed here, in one pass over the parameters.
+    prefixes: number of prompts whose states are kept, so that a prompt that continues one of them starts there.
     cache_dtype: dtype of keys and values, one of `cache.CACHE_DTYPES`; None is the model's activation dtype.
     max_buckets: most sizes of cache that decoding programs are compiled for, each twice the one before. There is only one if
       decoding reads every row up to its own length anyway.
@@ -70,6 +69,8 @@ class Engine:
     pages: number of pages of keys and values that all rows share. A request holds the pages it may need and waits while too few
       are free. None gives every row room for `capacity`.
     page: tokens of a page, a power of two.
+    saved_states: whether `save` and `load` can be called, if prefixes are kept. It costs one pass over the parameters now, see
+      `atma_jax.inference.weights_identity`.
 
   Attributes:
     config: of the model.
@@ -84,7 +85,7 @@ class Engine:
   def __init__(self, model: Atma, tokenizer: Tokenizer, *, rows: int = 8, capacity: int = 2048, chunk: int = 512,
                first_chunk: int | None = None, decode_steps: int = 8, alternatives: int = 0, prefixes: int = 0,
                cache_dtype: str | None = None, max_buckets: int = 8, prompt_logprobs: bool = False,
-               pages: int | None = None, page: int = PAGE_LIMIT):
+               pages: int | None = None, page: int = PAGE_LIMIT, saved_states: bool = True):
     first_chunk = chunk if first_chunk is None else first_chunk
     for name, value, least in (("chunk", chunk, SMALLEST_PASS), ("first_chunk", first_chunk, chunk)):
       if value < least or value & (value - 1):
@@ -129,8 +130,7 @@ class Engine:
       max_buckets = 1 if model.skips_unused_slots(abstract.cache) else max_buckets
     halvings = range(max_buckets)
     self.buckets = sorted({slots_for(max(slots >> i, min(BLOCK, slots))) for i in halvings}) if slots else [0]
-    with self._on_mesh():
-      self._weights = weights_identity(model) if prefixes else None
+    self._weights = weights_identity(model) if prefixes and saved_states else None
     graphdef, params = nnx.split(model.unstacked(fuse=one_device) if unrolled else model)
     self._params = cast_parameters(params, self.config)
     shardings = None if mesh is None else state_sharding(mesh, abstract)
@@ -310,7 +310,8 @@ class Engine:
 
   def _identity_of_weights(self) -> str:
     if self._weights is None:
-      raise UserError("prefixes=0: must be at least 1 to save or load a state")
+      raise UserError("prefixes=0: must be at least 1 to save or load a state, with saved_states=True and all parameters on one "
+                      "host")
     return self._weights
 
   # --- Prefilling -----------------------------------------------------------------------------------------------------

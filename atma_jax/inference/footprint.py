@@ -162,6 +162,7 @@ def needed_bytes(config: ModelConfig, sizes: Mapping[str, Any], *, shards: int =
     page = sizes["page"] if sizes["pages"] is not None else 1
     return jax.eval_shape(lambda: Cache.create(config, rows, sizes["capacity"], sizes["cache_dtype"], page=page, pages=pages))
 
+  sizes = {name: min(size, 2**62) if isinstance(size, int) else size for name, size in sizes.items()}  # a float holds no more
   rows, vocab, itemsize = sizes["rows"] / shards, config.vocab_size, jnp.dtype(config.activation_dtype).itemsize
   logits = 3 * 4 * vocab  # in float32, as probabilities, and sorted
   tokens = max(sizes["chunk"], sizes["first_chunk"] or 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 from atma_jax.errors import UserError
 
+MOST = 2**31 - 1  # of anything that is counted in int32
 _DAY = 86400.0
 
 
