@@ -23,6 +23,7 @@ from atma_jax.serving.access import Access
 from atma_jax.serving.connections import LINGER_S, RESERVE
 from atma_jax.serving.http import CompletionServer, listen
 from atma_jax.serving.limits import Limits
+from atma_jax.serving.protocol import Choice
 from tests.small_model import SMALL, lively_model
 
 KEY = "a-key-of-the-tests-0123456789"
@@ -140,6 +141,23 @@ def test_ids_without_text_are_shown(client):
   assert choice["logprobs"]["tokens"][:2] == [f"token_id:{last}"] * 2 and choice["logprobs"]["text_offset"][:3] == [0, 1, 2]
   status, text = client.post(prompt=[last], max_tokens=2, echo=True, stream=True)
   assert status == 200 and "\\ufffd" in text and text.endswith("data: [DONE]\n\n")
+
+
+def test_a_stream_counts_by_its_end(client, monkeypatch):
+  """Its header has said 200 long before its time is up, or it fails; the counter knows better, and so does the client."""
+  body = json.dumps({"prompt": "a", "max_tokens": 60, "stream": True, "ignore_end": True}).encode()
+  with monkeypatch.context() as patched:
+    patched.setattr(client.server, "limits", dataclasses.replace(LIMITS, request_timeout_s=0.001))
+    before = client.metric(r'atma_requests_total\{status="504"\}')
+    status, text = client.request("POST", "/v1/completions", body)
+  assert status == 200 and '"code":"timeout"' in text and text.endswith("data: [DONE]\n\n")
+  assert client.metric(r'atma_requests_total\{status="504"\}') == before + 1
+  with monkeypatch.context() as patched:
+    patched.setattr(Choice, "add", lambda self, outputs: 1 // 0)
+    before = client.metric(r'atma_requests_total\{status="500"\}')
+    status, text = client.request("POST", "/v1/completions", body)
+  assert status == 200 and "internal error" in text and text.endswith("data: [DONE]\n\n")
+  assert client.metric(r'atma_requests_total\{status="500"\}') == before + 1
 
 
 def test_an_engine_that_refuses_a_request_goes_on(client, monkeypatch):
