@@ -59,6 +59,7 @@ def main() -> None:
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
   tokens = len(before) + max(len(tokenizer.encode(p)) for p in prompts) + sampling.max_tokens
   engine = engine_for(model, tokenizer, tokens, min(_ROWS.value, len(prompts)), chunk=_CHUNK.value, prefixes=1,
+                      saved_states=bool(_LOAD_STATE.value or _SAVE_STATE.value),
                       first_chunk=_FIRST_CHUNK.value, decode_steps=_DECODE_STEPS.value, cache_dtype=_CACHE_DTYPE.value)
   if _LOAD_STATE.value:
     engine.load(_LOAD_STATE.value)

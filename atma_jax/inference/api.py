@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import inspect
+import math
 import os
 from typing import Any, overload
 
@@ -10,9 +12,12 @@ import jax
 
 from atma_jax.checkpoints.load import load_model
 from atma_jax.data.tokenizers import Tokenizer
-from atma_jax.inference.engine import Engine
+from atma_jax.errors import UserError
+from atma_jax.inference.engine import Engine, mesh_of
+from atma_jax.inference.footprint import check_memory
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
+from atma_jax.sharding import LOGICAL_AXES
 
 
 @overload
@@ -73,7 +78,7 @@ def generate(model: Atma | str | os.PathLike[str], prompt: str | Sequence[str], 
 
 
 def engine_for(model: Atma, tokenizer: Tokenizer, tokens: int, rows: int, **options: Any) -> Engine:
-  """Makes an engine that is just large enough.
+  """Makes an engine that is just large enough for ``max_tokens`` after a prompt.
 
   Args:
     model: the model.
@@ -84,4 +89,31 @@ def engine_for(model: Atma, tokenizer: Tokenizer, tokens: int, rows: int, **opti
     **options: further arguments of `Engine`.
   """
   devices = jax.device_count()
-  return Engine(model, tokenizer, rows=-(-rows // devices) * devices, capacity=1 << tokens.bit_length(), **options)
+  given = {"capacity": f"max_tokens: {tokens} tokens of a prompt and its text"}
+  return fitting_engine(model, tokenizer, given, rows=-(-rows // devices) * devices, capacity=1 << tokens.bit_length(), **options)
+
+
+def fitting_engine(model: Atma, tokenizer: Tokenizer, given: Mapping[str, str] | None = None, **options: Any) -> Engine:
+  """Makes an engine, unless the device has too little memory for it.
+
+  Args:
+    model: the model.
+    tokenizer: its tokenizer.
+    given: for arguments of `Engine` that the user has given in another form, what that was, such as "cache_gib=8" for "capacity".
+    **options: further arguments of `Engine`.
+
+  Raises:
+    UserError: an argument is not legal or needs more memory than is free, or the tokenizer is only a name.
+  """
+  tokenizer.encode("")  # of a tokenizer that is only a name this says so
+  given = given or {}
+  bound = inspect.signature(Engine).bind(model, tokenizer, **options)
+  bound.apply_defaults()
+  sizes = bound.arguments
+  if not 0 <= sizes["alternatives"] <= model.config.vocab_size:
+    raise UserError(f"{given.get('alternatives', 'alternatives={}'.format(sizes['alternatives']))}: must be from 0 to "
+                    f"{model.config.vocab_size}, the size of the model's vocabulary")
+  mesh = mesh_of(model)
+  shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
+  check_memory(model.config, sizes, given=given, shards=shards)
+  return Engine(model, tokenizer, **options)

@@ -35,6 +35,7 @@ from atma_jax.inference.requests import Completion, Request, TokenOutput
 from atma_jax.inference.sampling import RowSampling, Sampling
 from atma_jax.inference.saved_state import load_state, save_state
 from atma_jax.inference.text_stream import TextStream
+from atma_jax.inference.weights_identity import weights_identity
 from atma_jax.models import Atma
 from atma_jax.models.cache import PAGE_LIMIT, Cache
 from atma_jax.ops.core import dispatch
@@ -68,6 +69,8 @@ class Engine:
     pages: number of pages of keys and values that all rows share. A request holds the pages it may need and waits while too few
       are free. None gives every row room for `capacity`.
     page: tokens of a page, a power of two.
+    saved_states: whether `save` and `load` can be called, if prefixes are kept. It costs one pass over the parameters now, see
+      `atma_jax.inference.weights_identity`.
 
   Attributes:
     config: of the model.
@@ -82,12 +85,12 @@ class Engine:
   def __init__(self, model: Atma, tokenizer: Tokenizer, *, rows: int = 8, capacity: int = 2048, chunk: int = 512,
                first_chunk: int | None = None, decode_steps: int = 8, alternatives: int = 0, prefixes: int = 0,
                cache_dtype: str | None = None, max_buckets: int = 8, prompt_logprobs: bool = False,
-               pages: int | None = None, page: int = PAGE_LIMIT):
+               pages: int | None = None, page: int = PAGE_LIMIT, saved_states: bool = True):
     first_chunk = chunk if first_chunk is None else first_chunk
     for name, value, least in (("chunk", chunk, SMALLEST_PASS), ("first_chunk", first_chunk, chunk)):
       if value < least or value & (value - 1):
         raise UserError(f"{name}={value}: must be a power of two of at least {least}")
-    mesh = _mesh_of(model)
+    mesh = mesh_of(model)
     one_device = mesh is None or mesh.size == 1
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
     for name, value, least in (("rows", rows, 1), ("capacity", capacity, 2), ("decode_steps", decode_steps, 1),
@@ -127,6 +130,7 @@ class Engine:
       max_buckets = 1 if model.skips_unused_slots(abstract.cache) else max_buckets
     halvings = range(max_buckets)
     self.buckets = sorted({slots_for(max(slots >> i, min(BLOCK, slots))) for i in halvings}) if slots else [0]
+    self._weights = weights_identity(model) if prefixes and saved_states else None
     graphdef, params = nnx.split(model.unstacked(fuse=one_device) if unrolled else model)
     self._params = cast_parameters(params, self.config)
     shardings = None if mesh is None else state_sharding(mesh, abstract)
@@ -134,7 +138,6 @@ class Engine:
                                   mesh=mesh, shardings=shardings)
     self._prefiller = Prefiller(self.programs, self._params, chunk=chunk, first_chunk=first_chunk, prefixes=prefixes,
                                 on_mesh=self._on_mesh)
-    self._keeps_prefixes = prefixes > 0
     with self._on_mesh():
       self.state = jax.jit(make_state, out_shardings=shardings)()
 
@@ -170,7 +173,8 @@ class Engine:
     tokens = np.asarray(tokens, np.int64) if len(tokens) else np.array([self.tokenizer.eot_id])
     if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
       raise UserError(f"prompt: token ids must be from 0 to {self.config.vocab_size - 1}")
-    if len(tokens) + sampling.max_tokens > self.capacity and self.config.window is None:
+    window = self.config.window
+    if len(tokens) + sampling.max_tokens > self.capacity and (window is None or 0 < self._slots < window):
       raise UserError(f"max_tokens={sampling.max_tokens}: with a prompt of {len(tokens)} tokens more than the "
                       f"{self.capacity} that fit; legal: at most {max(self.capacity - len(tokens), 0)}")
     return tokens.astype(np.int32)
@@ -284,23 +288,31 @@ class Engine:
     self._prefiller.forget()
 
   def save(self, path: str | os.PathLike, prompt: Prompt) -> None:
-    """Writes the state after a prompt to a file that `load` of any engine of the same model and cache dtype reads."""
+    """Writes the state after a prompt to a file that `load` of any engine of the same model and cache dtype reads.
+
+    Raises:
+      UserError: the engine keeps no prefixes, the file cannot be written, or see `check`.
+    """
     tokens = self.check(prompt, Sampling(max_tokens=1))
-    save_state(path, tokens, self.prefill(tokens), self.config)
+    save_state(path, tokens, self.prefill(tokens), self.config, self._identity_of_weights())
 
   def load(self, path: str | os.PathLike) -> Int[np.ndarray, " T"]:
     """Keeps the state in a file as a prefix, and returns its tokens (T,), which later prompts may continue.
 
     Raises:
-      UserError: the engine keeps no prefixes, or the file holds no state of this model that fits.
+      UserError: the engine keeps no prefixes, or the file holds no state of these weights that fits.
     """
-    if not self._keeps_prefixes:
-      raise UserError("prefixes=0: must be at least 1 to keep a loaded state")
-    tokens, cache = load_state(path, self.config, self.capacity, self._cache_dtype)
+    tokens, cache = load_state(path, self.config, self.capacity, self._cache_dtype, self._identity_of_weights())
     if self._mesh is not None:
       cache = jax.device_put(cache, NamedSharding(self._mesh, PartitionSpec()))
     self._prefiller.keep(tokens, cache)
     return tokens
+
+  def _identity_of_weights(self) -> str:
+    if self._weights is None:
+      raise UserError("prefixes=0: must be at least 1 to save or load a state, with saved_states=True and all parameters on one "
+                      "host")
+    return self._weights
 
   # --- Prefilling -----------------------------------------------------------------------------------------------------
 
@@ -404,7 +416,7 @@ class Engine:
     return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
-def _mesh_of(model: Atma) -> Mesh | None:
+def mesh_of(model: Atma) -> Mesh | None:
   """Returns the mesh that the parameters are spread over; None if they simply lie on the default device."""
   sharding = jax.tree.leaves(nnx.state(model, nnx.Param))[0].sharding
   return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None

@@ -1,8 +1,15 @@
-"""Memory of the cache: how many rows or pages fit into so many GiB, and which request holds which pages."""
+"""Memory of an engine: how many rows or pages fit into so many GiB, which request holds which pages, and whether all fits."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+import math
+import os
+import pathlib
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Int
 import numpy as np
 
@@ -69,6 +76,7 @@ def rows_within(config: ModelConfig, memory_gib: float, *, capacity: int, prefix
   Raises:
     UserError: not even one row fits.
   """
+  _check_gib(memory_gib)
   row = nbytes(jax.eval_shape(lambda: Cache.create(config, 1, capacity, cache_dtype)))
   rows = int(memory_gib * 2**30 / row) - prefixes - SPARE_ROWS
   if rows < 1:
@@ -94,6 +102,8 @@ def pages_within(config: ModelConfig, memory_gib: float, *, rows: int, page: int
   Raises:
     UserError: not even one request of full capacity fits, or the model has no keys and values.
   """
+  _check_gib(memory_gib)
+
   def create(rows: int, pages: int | None) -> Cache:
     return jax.eval_shape(lambda: Cache.create(config, rows, capacity, cache_dtype, page=page, pages=pages))
 
@@ -134,6 +144,91 @@ def sizes_within(config: ModelConfig, memory_gib: float | None, *, rows: int, pa
     raise UserError(f"page={page}: needs cache_gib, the memory that holds the pages")
   check_page(page)
   return {"rows": rows, "page": page, "pages": pages_within(config, memory_gib, rows=rows, page=page, **states)}
+
+
+def needed_bytes(config: ModelConfig, sizes: Mapping[str, Any], *, shards: int = 1) -> dict[str, float]:
+  """Estimates the memory that an engine needs on every device beside the parameters; what it really needs is a little more.
+
+  Args:
+    config: of the model.
+    sizes: every argument of `atma_jax.inference.engine.Engine` beside model and tokenizer, by name.
+    shards: number of parts that the devices split the rows into.
+
+  Returns:
+    Bytes by the argument that most of them are due to: "capacity" (the states of all rows), "prefixes" (those kept, and those of
+    prompts on their way), "decode_steps" (what a decoding program returns) and "chunk" (what a pass over a prompt computes).
+  """
+  def create(rows: int, pages: int | None) -> Cache:
+    page = sizes["page"] if sizes["pages"] is not None else 1
+    return jax.eval_shape(lambda: Cache.create(config, rows, sizes["capacity"], sizes["cache_dtype"], page=page, pages=pages))
+
+  sizes = {name: min(size, 2**62) if isinstance(size, int) else size for name, size in sizes.items()}  # a float holds no more
+  rows, vocab, itemsize = sizes["rows"] / shards, config.vocab_size, jnp.dtype(config.activation_dtype).itemsize
+  logits = 3 * 4 * vocab  # in float32, as probabilities, and sorted
+  tokens = max(sizes["chunk"], sizes["first_chunk"] or 0)
+  scored = sizes["chunk"] * logits if sizes["prompt_logprobs"] else 0
+  return {
+    "capacity": nbytes(create(sizes["rows"], sizes["pages"])) / shards + rows * (vocab + logits),
+    "prefixes": float((sizes["prefixes"] + SPARE_ROWS) * nbytes(create(1, None))),
+    "decode_steps": sizes["decode_steps"] * rows * 4 * (2 + 2 * sizes["alternatives"]),
+    "chunk": float(tokens * (4 * config.width + 3 * config.mlp_width) * itemsize + scored)}
+
+
+def check_memory(config: ModelConfig, sizes: Mapping[str, Any], *, given: Mapping[str, str], shards: int = 1) -> None:
+  """Refuses an engine that does not fit into what is free on a device, before anything of it is built.
+
+  Args:
+    config: of the model.
+    sizes: see `needed_bytes`.
+    given: for arguments that the user has given in another form, what that was, such as "cache_gib=8" for "capacity".
+    shards: see `needed_bytes`.
+
+  Raises:
+    UserError: the engine does not fit; it names the argument that takes most, and a value of it that would fit.
+  """
+  def total(changes: Mapping[str, Any]) -> float:
+    return sum(needed_bytes(config, {**sizes, **changes}, shards=shards).values())
+
+  free, needed = free_bytes(), needed_bytes(config, sizes, shards=shards)
+  if free is None or sum(needed.values()) <= free:
+    return
+  guilty = max(needed, key=lambda name: needed[name])
+  if guilty in ("capacity", "prefixes"):  # both are states, whose size the capacity decides
+    fewest = {"prefixes": 0, "rows": shards}
+    guilty = next((name for name, least in fewest.items() if total({name: least}) <= free), "capacity")
+  fitting = (value for i in range(1, 32) if (value := sizes[guilty] >> i) and total({guilty: value}) <= free)
+  unit = guilty if guilty in ("rows", "prefixes") else "tokens"
+  legal = f"{fit} {unit} would fit" if (fit := next(fitting, None)) else "other sizes must be smaller, too"
+  states = f" for {sizes['rows']} rows of {sizes['capacity']} tokens" if guilty in ("capacity", "rows") else ""
+  cause = given.get(guilty, f"{guilty}={sizes[guilty]}")
+  raise UserError(f"{cause}: needs about {sum(needed.values()) / 2**30:.4g} GiB{states}, and {free / 2**30:.4g} GiB of the "
+                  f"device's memory are free; {legal}")
+
+
+def free_bytes() -> float | None:
+  """Returns the memory that is free on each device of this process, or None where that is unknown; CPUs share the host's."""
+  devices = jax.local_devices()
+  stats = [device.memory_stats() for device in devices]
+  if all(stats):
+    return float(min(s["bytes_limit"] - s["bytes_in_use"] for s in stats if s))
+  if devices[0].platform != "cpu":
+    return None
+  host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  try:
+    lines = dict(line.split(":", 1) for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+    host = int(lines["MemAvailable"].split()[0]) * 1024  # with the caches that the kernel gives back
+    group = pathlib.Path("/sys/fs/cgroup")
+    limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+    host = host if limit == "max" else min(host, int(limit) - int(used) + int(cached))
+  except (OSError, KeyError, ValueError):  # another system, or no container
+    pass
+  return host / len(devices)
+
+
+def _check_gib(memory_gib: float) -> None:
+  if not 0 < memory_gib < math.inf:
+    raise UserError(f"cache_gib={memory_gib}: must be a finite number of GiB above 0")
 
 
 def check_page(page: int) -> None:

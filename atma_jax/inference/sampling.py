@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class Sampling:
       if not field.metadata["is_legal"](value):
         raise UserError(f"{field.name}={value!r}: must be {field.metadata['legal']}")
 
-  def spread(self, count: int) -> list[Sampling]:
+  def spread(self, count: int) -> list[Self]:
     """Returns the options of `count` prompts that are drawn independently: prompt i has the seed `seed` + i, modulo 2^32."""
     return [dataclasses.replace(self, seed=(self.seed + i) % 2**32) for i in range(count)]
 

@@ -10,6 +10,18 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _PATIENCE = 64  # tokens that do not complete a character, after which they are emitted as they are
 
 
+def decode_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+  """Returns the text of token ids; each id that the tokenizer does not have, but a model may, becomes U+FFFD."""
+  text, known = "", []
+  for token in ids:
+    if 0 <= token < tokenizer.vocab_size:
+      known.append(token)
+      continue
+    text += tokenizer.decode(known) if known else ""
+    text, known = text + _INCOMPLETE, []
+  return text + tokenizer.decode(known) if known or not ids else text
+
+
 class TextStream:
   """The text of one request, emitted in pieces as its tokens arrive.
 
@@ -35,7 +47,7 @@ class TextStream:
     """Takes the next token and returns the text that is now certain, which may be empty."""
     self._pending.append(token)
     text = self._new_text()
-    if text.endswith(_INCOMPLETE) and len(self._pending) < _PATIENCE:
+    if text.endswith(_INCOMPLETE) and token < self._tokenizer.vocab_size and len(self._pending) < _PATIENCE:
       return ""
     self._context, self._pending = self._pending, []
     return self._release(text)
@@ -47,8 +59,8 @@ class TextStream:
     return text + rest
 
   def _new_text(self) -> str:
-    known = self._tokenizer.decode(self._context)
-    return self._tokenizer.decode(self._context + self._pending)[len(known):]
+    known = decode_ids(self._tokenizer, self._context)
+    return decode_ids(self._tokenizer, self._context + self._pending)[len(known):]
 
   def _release(self, text: str) -> str:
     """Emits `text` after what was held back: up to a stop string, or all but what may be the start of one."""

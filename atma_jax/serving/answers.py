@@ -18,6 +18,7 @@ from atma_jax.serving.prometheus import ServerMetrics
 from atma_jax.serving.protocol import Call, Choice, ProtocolError, dumps, usage
 
 READ_GRACE_S = 30.0  # time that a client has to read a stream after its deadline
+OUTCOME = "atma_jax.outcome"  # where a request's scope holds the status of a stream that did not end well
 
 
 class Answer:
@@ -35,6 +36,7 @@ class Answer:
   Attributes:
     call: as given.
     deadline: by `time.monotonic`.
+    outcome: the status that a stream ended with, whose header said 200 long before; None until it ends.
   """
 
   def __init__(self, call: Call, *, model: str, thread: EngineThread, metrics: ServerMetrics, arrival: float, timeout_s: float,
@@ -43,6 +45,7 @@ class Answer:
     self._thread, self._metrics, self._arrival, self._timeout_s = thread, metrics, arrival, timeout_s
     self._on_close, self._closed = on_close, False
     self._queue: OutputQueue = asyncio.Queue()
+    self.outcome: int | None = None
     self._choices = [Choice(call, i, thread.engine.tokenizer) for i in range(len(call.samplings))]
     self._frame = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
                    "model": model}
@@ -78,8 +81,15 @@ class Answer:
           yield b"data: " + dumps(self._frame | {"choices": [choice]} | extra) + b"\n\n"
       if self.call.include_usage:
         yield b"data: " + dumps(self._frame | {"choices": [], "usage": usage(self.call, self._choices)}) + b"\n\n"
+      status = 200
     except ProtocolError as error:
+      status = error.status
       yield b"data: " + dumps(error.to_dict()) + b"\n\n"
+    except Exception:  # logged, and told to the client
+      logging.exception("a stream failed")
+      status = 500
+      yield b"data: " + dumps(ProtocolError(500, "internal error").to_dict()) + b"\n\n"
+    self.outcome = status
     yield b"data: [DONE]\n\n"
 
   def close(self) -> None:
@@ -122,6 +132,8 @@ class Answer:
         raise ProtocolError(504, f"not finished within {self._timeout_s:g} s", code="timeout") from error
       if outputs is None:
         raise ProtocolError(500, "the engine failed", code="engine_failed")
+      if isinstance(outputs, Exception):
+        raise ProtocolError(400, f"the engine refused the request: {outputs}") from outputs
       if first and any(output.token is not None for output in outputs):
         self._metrics.first_token.observe(time.monotonic() - self._arrival)
         first = False
@@ -147,6 +159,7 @@ class EventStream(StreamingResponse):
     except TimeoutError:
       logging.info("a client did not read its answer in time")
     finally:
+      scope[OUTCOME] = 499 if self._answer.outcome is None else self._answer.outcome
       self._answer.close()
 
 

@@ -17,7 +17,7 @@ from atma_jax.inference.engine import Engine
 from atma_jax.inference.requests import TokenOutput
 from atma_jax.inference.sampling import Sampling
 
-OutputQueue = asyncio.Queue[tuple[int, Sequence[TokenOutput] | None]]
+OutputQueue = asyncio.Queue[tuple[int, Sequence[TokenOutput] | Exception | None]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,7 +26,7 @@ class Ticket:
 
   Attributes:
     index: identifies the request in its queue.
-    queue: receives (index, outputs), or (index, None) if the engine fails.
+    queue: receives (index, outputs), (index, error) if the engine refuses the request, or (index, None) if it fails.
     prompt: (T,) int32.
     sampling: its options.
     scored: whether log-probabilities of the prompt are wanted.
@@ -50,13 +50,13 @@ class EngineThread:
   Attributes:
     engine: as given.
     outstanding: tickets whose last output has not arrived.
-    failure: what the engine raised, after which it serves no more; None before.
+    failure: what the engine raised, after which it serves no more; None before. No request makes it fail.
   """
 
   def __init__(self, engine: Engine):
     self.engine = engine
     self.outstanding: set[Ticket] = set()
-    self.failure: Exception | None = None
+    self.failure: BaseException | None = None
     self._inbox: deque[tuple[str, Ticket]] = deque()
     self._wake, self._closing = threading.Condition(), False
     self._loop: asyncio.AbstractEventLoop | None = None
@@ -96,7 +96,7 @@ class EngineThread:
     try:
       while self._receive(tickets):
         self._deliver(tickets, self.engine.step())
-    except Exception as error:  # reported to every client and by /health, and ends the server
+    except BaseException as error:  # reported to every client and by /health, and ends the server
       logging.exception("the engine failed")
       self._call_in_loop(self._fail, error)
 
@@ -111,7 +111,12 @@ class EngineThread:
     outputs = []
     for what, ticket in arrived:
       if what == "submit":
-        ticket.name = self.engine.submit(ticket.prompt, ticket.sampling, scored=ticket.scored)
+        try:
+          ticket.name = self.engine.submit(ticket.prompt, ticket.sampling, scored=ticket.scored)
+        except Exception as error:  # the request's own fault, so it concerns nobody else
+          logging.exception("the engine refused a request")
+          self._call_in_loop(self._refuse, ticket, error)
+          continue
         tickets[ticket.name] = ticket
       elif ticket.name is not None and (output := self.engine.cancel(ticket.name)) is not None:
         outputs.append(output)
@@ -141,7 +146,11 @@ class EngineThread:
         self.outstanding.discard(ticket)
       ticket.queue.put_nowait((ticket.index, outputs))
 
-  def _fail(self, error: Exception) -> None:
+  def _refuse(self, ticket: Ticket, error: Exception) -> None:
+    self.outstanding.discard(ticket)
+    ticket.queue.put_nowait((ticket.index, error))
+
+  def _fail(self, error: BaseException) -> None:
     self.failure = error
     for ticket in self.outstanding:
       ticket.queue.put_nowait((ticket.index, None))

@@ -10,6 +10,7 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from atma_jax.serving.connections import Connections
 from atma_jax.serving.engine_thread import EngineThread
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -36,16 +37,16 @@ class ServerMetrics(Collector):
   """The metrics of one server, in a registry of their own.
 
   Attributes:
-    requests: completion requests answered, by status.
+    requests: completion requests answered, by status; a stream counts by how it ended.
     prompt_tokens: tokens of accepted prompts.
     completion_tokens: tokens of answers.
     first_token: histogram of the seconds from a request's arrival to its first token.
     whole_answer: histogram of the seconds from a request's arrival to the end of its answer.
   """
 
-  def __init__(self, thread: EngineThread):
+  def __init__(self, thread: EngineThread, connections: Connections):
     self._registry = registry = prometheus_client.CollectorRegistry()
-    self._thread = thread
+    self._thread, self._connections = thread, connections
     self.requests = prometheus_client.Counter("requests", "Completion requests answered, by status; 499 left.", ["status"],
                                               namespace="atma", registry=registry)
     self.prompt_tokens = prometheus_client.Counter("prompt_tokens", "Tokens of accepted prompts.", namespace="atma",
@@ -70,6 +71,11 @@ class ServerMetrics(Collector):
       yield GaugeMetricFamily("atma_pages", "Pages of keys and values.", engine.pages.total)
       yield GaugeMetricFamily("atma_free_pages", "Pages that no request holds.", engine.pages.free)
     yield GaugeMetricFamily("atma_outstanding", "Sequences not answered yet.", len(self._thread.outstanding))
+    yield GaugeMetricFamily("atma_connections", "Open connections.", len(self._connections.open))
+    refused = CounterMetricFamily("atma_ended_connections", "Connections ended by the server, by reason.", labels=["reason"])
+    for reason, count in sorted(self._connections.refused.items()):
+      refused.add_metric([reason], count)
+    yield refused
     yield CounterMetricFamily("atma_prefilled_tokens", "Prompt tokens computed, not taken from a kept prefix.", engine.prefilled)
     yield CounterMetricFamily("atma_compilations", "Programs compiled; serving compiles none.", compilations())
 

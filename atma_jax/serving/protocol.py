@@ -7,7 +7,7 @@ prompt is drawn with seed + i.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import json
 import math
@@ -22,7 +22,9 @@ from atma_jax.errors import UserError, unknown_name
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.requests import Alternatives, TokenOutput, TokenScore
 from atma_jax.inference.sampling import Sampling
-from atma_jax.inference.text_stream import TextStream
+from atma_jax.inference.text_stream import TextStream, decode_ids
+from atma_jax.serving.prompts import is_text, is_token, raw_prompts, tokenise
+from atma_jax.serving.refusal import ProtocolError
 
 DEFAULT_MAX_TOKENS = 16
 MOST_STOPS = 16
@@ -31,27 +33,6 @@ LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 SAMPLING_FIELDS = {field.name: field for field in dataclasses.fields(Sampling)}
 FIELDS = {"model", "prompt", "n", "stream", "stream_options", "logprobs", "echo", "user", "suffix", "presence_penalty",
           "frequency_penalty", "best_of", "logit_bias", *SAMPLING_FIELDS}
-
-
-class ProtocolError(Exception):
-  """A refused request.
-
-  Attributes:
-    status: of the HTTP answer.
-    message: one line that says what is wrong and what is legal.
-    param: the field of the body at fault, if it is one.
-    code: what clients can test for, if there is such a code.
-  """
-
-  def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
-    super().__init__(message)
-    self.status, self.message, self.param, self.code = status, message, param, code
-
-  def to_dict(self) -> dict[str, Any]:
-    """Returns the body of the answer, the protocol's error object."""
-    kinds = {429: "rate_limit_error", 404: "invalid_request_error"}
-    kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-    return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +84,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
   return values
 
 
-def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices: int, longest: int) -> Call:
-  """Checks every field of a request.
+def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices: int, longest: int,
+               admit: Callable[[int], None] | None = None) -> Call:
+  """Checks every field of a request, and then, one after the other, turns its prompts into tokens.
 
   Args:
     values: the body.
@@ -112,6 +94,7 @@ def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices:
     model: the name that the model is served under.
     most_choices: legal number of choices of all prompts together.
     longest: legal number of tokens of a prompt and its text.
+    admit: called with the number of choices before anything is tokenised; it raises what keeps them out.
 
   Raises:
     ProtocolError: names the first wrong field and what is legal.
@@ -124,19 +107,15 @@ def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices:
     raise ProtocolError(404, f"model {named[:60]!r} does not exist; legal: {model!r}", param="model", code="model_not_found")
   _refuse_unserved(values)
   n = _integer(values, "n", 1, 1, most_choices)
-  prompts = _prompts(values.get("prompt"), engine)
-  if len(prompts) * n > most_choices:
-    raise ProtocolError(400, f"{len(prompts)} prompts of n={n} choices: at most {most_choices} choices at a time", param="prompt")
+  raw = raw_prompts(values.get("prompt"))
+  if len(raw) * n > most_choices:
+    raise ProtocolError(400, f"{len(raw)} prompts of n={n} choices: at most {most_choices} choices at a time", param="prompt")
   echo = _typed(values, "echo", bool, False, "true or false")
   logprobs = None
   if values.get("logprobs") is not None:
     logprobs = _integer(values, "logprobs", 0, 0, engine.alternatives)
   max_tokens = _integer(values, "max_tokens", DEFAULT_MAX_TOKENS, 0, 2**31 - 1)
   sampling = _sampling(values, max(max_tokens, 1))
-  for prompt in prompts:
-    if len(prompt) + sampling.max_tokens > longest:
-      raise ProtocolError(400, f"max_tokens={max_tokens}: with a prompt of {len(prompt)} tokens more than this model's context "
-                          f"of {longest} tokens", param="max_tokens", code="context_length_exceeded")
   stream = _typed(values, "stream", bool, False, "true or false")
   options = _typed(values, "stream_options", dict, {}, "an object")
   if options and not stream:
@@ -144,6 +123,9 @@ def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices:
   for name in options:
     if name not in ("include_usage", "include_obfuscation"):
       raise ProtocolError(400, unknown_name("stream_options field", name[:60], ("include_usage",)), param="stream_options")
+  if admit is not None:
+    admit(len(raw) * n)
+  prompts = [_fitting(prompt, engine, sampling.max_tokens, longest) for prompt in raw]
   samplings = [own for _ in prompts for own in sampling.spread(n)]
   return Call(prompts, samplings, n, echo, logprobs, stream, _typed(options, "include_usage", bool, False, "true or false"),
               max_tokens == 0)
@@ -165,7 +147,7 @@ def _sampling(values: dict[str, Any], max_tokens: int) -> Sampling:
   stop = values.get("stop")
   stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
   if not isinstance(stop, list | tuple) or len(stop) > MOST_STOPS or not all(
-      isinstance(s, str) and 0 < len(s) <= LONGEST_STOP and _is_text(s) for s in stop):
+      isinstance(s, str) and 0 < len(s) <= LONGEST_STOP and is_text(s) for s in stop):
     raise ProtocolError(400, f"stop: must be a string of 1 to {LONGEST_STOP} characters, or up to {MOST_STOPS} of them",
                         param="stop")
   seed = secrets.randbits(32) if values.get("seed") is None else _integer(values, "seed", 0, -2**63, 2**63 - 1) % 2**32
@@ -187,42 +169,17 @@ def _option(values: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
   return _number(values, field.name, field.default)
 
 
-def _prompts(value: Any, engine: Engine) -> list[Int[np.ndarray, " T"]]:
-  """Token ids of every prompt. A missing prompt stands for the start of a document."""
-  legal = "prompt: must be a string, a list of strings, a list of token ids or a list of lists of token ids"
-  if value is None or isinstance(value, str):
-    value = [value or ""]
-  if not isinstance(value, list) or not value:
-    raise ProtocolError(400, f"{legal}, and not empty", param="prompt")
-  if all(map(_is_token, value)):
-    value = [value]
-  prompts = []
-  for prompt in value:
-    if isinstance(prompt, str):
-      if not _is_text(prompt):
-        raise ProtocolError(400, "prompt: holds half of a surrogate pair, which is no text", param="prompt")
-      ids = engine.tokenizer.encode(prompt)
-    elif isinstance(prompt, list) and all(map(_is_token, prompt)):
-      if not all(0 <= i < engine.config.vocab_size for i in prompt):
-        raise ProtocolError(400, f"prompt: token ids must be from 0 to {engine.config.vocab_size - 1}", param="prompt")
-      ids = prompt
-    else:
-      raise ProtocolError(400, legal, param="prompt")
-    tokens = np.asarray(ids, np.int32)
-    prompts.append(tokens if len(tokens) else np.array([engine.tokenizer.eot_id], np.int32))
-  return prompts
+def _fitting(prompt: str | list[Any], engine: Engine, max_tokens: int, longest: int) -> Int[np.ndarray, " T"]:
+  """The tokens of a prompt that leave room for its text, (T,) int32; what cannot fit is refused before it is looked at."""
+  def refuse_beyond(count: int) -> None:
+    if count + max_tokens > longest:
+      raise ProtocolError(400, f"max_tokens={max_tokens}: with a prompt of {count} tokens more than this model's context "
+                          f"of {longest} tokens", param="max_tokens", code="context_length_exceeded")
 
-
-def _is_token(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_text(value: str) -> bool:
-  try:
-    value.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
+  refuse_beyond(1 if isinstance(prompt, str) else len(prompt))
+  tokens = tokenise(prompt, engine.tokenizer, engine.config.vocab_size, longest)
+  refuse_beyond(len(tokens))
+  return tokens
 
 
 def _typed(values: dict[str, Any], name: str, kind: type, default: Any, legal: str) -> Any:
@@ -238,7 +195,7 @@ def _integer(values: dict[str, Any], name: str, default: int, low: int, high: in
   value = values.get(name)
   if value is None:
     return default
-  if not _is_token(value) or not low <= value <= high:
+  if not is_token(value) or not low <= value <= high:
     raise ProtocolError(400, f"{name}={_short(value)}: must be a whole number from {low} to {high}", param=name)
   return value
 
@@ -312,7 +269,7 @@ class Choice:
     scores: list[tuple[float | None, Alternatives]] = [(None, ()), *self._scores]
     for token, (logprob, alternatives) in zip(self._prompt.tolist(), scores):
       self._add_token(logprobs, token, logprob, alternatives)
-    return self._tokenizer.decode(self._prompt)
+    return decode_ids(self._tokenizer, self._prompt.tolist())
 
   def _add_token(self, logprobs: dict[str, list[Any]], token: int, logprob: float | None, alternatives: Alternatives) -> None:
     """Appends a token to the four lists of the protocol's logprobs object, if log-probabilities are wanted."""
@@ -337,7 +294,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
   """Returns a token as the protocol shows it: its text, or ``token_id:ID`` if it is not text by itself."""
   if token == tokenizer.eot_id:
     return END_OF_TEXT
-  text = tokenizer.decode([token]) if token < tokenizer.vocab_size else ""
+  text = decode_ids(tokenizer, [token])
   return text if text and "\N{REPLACEMENT CHARACTER}" not in text else f"token_id:{token}"
 
 
