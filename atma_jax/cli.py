@@ -184,7 +184,8 @@ def bad_input(error: Exception | str) -> typing.NoReturn:
 
 
 def _end(error: Exception | str, code: int) -> typing.NoReturn:
-  print("error:", " ".join(str(error).split()), file=sys.stderr)
+  line = " ".join(str(error).split())  # without what would control the terminal: parts may be out of a file
+  print("error:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
   sys.exit(code)
 
 
