@@ -95,12 +95,11 @@ def _digits(bound: float) -> str:
 
 
 INT32 = (1 << 31) - 1  # the most that a length, a step or a dimension of an array may be
-COUNT = within(1, INT32)
-INDEX = within(0, INT32)
+AT_LEAST_1 = within(1, INT32)
 RATE = within(0, 1000.0, above_low=True)
 DECAY = within(0, 1000.0)
-POSITIVE = Rule("greater than 0", lambda value: value > 0)
-NOT_NEGATIVE = Rule("at least 0", lambda value: value >= 0)
+POSITIVE = FINITE_POSITIVE = within(0, INT32, above_low=True)
+NOT_NEGATIVE = within(0, INT32)
 FRACTION = within(0, 1)
 FRACTION_BELOW_1 = within(0, 1, below_high=True)
 PROPER_FRACTION = within(0, 1, above_low=True, below_high=True)
@@ -149,11 +148,11 @@ class ModelConfig:
   block_pattern: tuple[str, ...] = option(("local", "local", "global", "local"), "Kinds of mixer, repeated over the depth.",
                                           NOT_EMPTY)
   attention: str = option("polar", "Core of the attention in global blocks.", one_of(*ATTENTIONS))
-  window: int | None = option(None, "Keys that each query may see; None is full causal attention.", COUNT)
+  window: int | None = option(None, "Keys that each query may see; None is full causal attention.", AT_LEAST_1)
   null_length: int | None = option(None, "Visible keys at which polar attention's null logit stops growing; None is never, as "
-                                   "published.", COUNT)
+                                   "published.", AT_LEAST_1)
   count_length: int | None = option(None, "Visible keys past which polar attention's null and magnitude are told the count "
-                                    "relative to it; None is never.", COUNT)
+                                    "relative to it; None is never.", AT_LEAST_1)
   direction_scale: float = option(1.0, "Length of polar attention's direction; 1 as published, sqrt(head_dim) gives it unit mean "
                                   "square.", within(0, 1e6, above_low=True))
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
@@ -189,14 +188,14 @@ class DataConfig:
   tokenizer: str = option("sentencepiece", "A path to a .model or tokenizer.json; or sentencepiece, which trains one, or bytes.")
   tokenizer_vocab_size: int = option(8192, "Vocabulary of a tokenizer trained here.", within(1, 1 << 24))
   tokenizer_train_mib: int = option(32, "MiB of text sampled to train the tokenizer.", within(1, 1 << 20))
-  max_mib: int | None = option(None, "MiB of text taken from each text source; None takes all of it.", COUNT)
+  max_mib: int | None = option(None, "MiB of text taken from each text source; None takes all of it.", AT_LEAST_1)
   recall_max_mib: int = option(32, "MiB of text that recall material is written over; it grows to about five times the tokens.",
-                               COUNT)
-  validation_documents: int = option(64, "Documents of the validation stream.", INDEX)
-  heldout_documents: int = option(24, "Longest documents kept whole for evaluation past the training length.", INDEX)
-  shard_tokens: int = option(16_777_216, "Tokens in a shard.", COUNT)
-  sequence_length: int = option(2048, "Tokens of a training sequence, T.", COUNT)
-  batch_size: int = option(256, "Sequences in a step, over all devices and microbatches.", COUNT)
+                               AT_LEAST_1)
+  validation_documents: int = option(64, "Documents of the validation stream.", NOT_NEGATIVE)
+  heldout_documents: int = option(24, "Longest documents kept whole for evaluation past the training length.", NOT_NEGATIVE)
+  shard_tokens: int = option(16_777_216, "Tokens in a shard.", AT_LEAST_1)
+  sequence_length: int = option(2048, "Tokens of a training sequence, T.", AT_LEAST_1)
+  batch_size: int = option(256, "Sequences in a step, over all devices and microbatches.", AT_LEAST_1)
   shuffle_seed: int = option(0, "Seed of the order of the sequences.", within(0, (1 << 63) - 1))
   prefetch: int = option(16, "Batches that threads read ahead.", within(0, 1 << 16))
 
@@ -222,7 +221,7 @@ class OptimizerConfig:
   adam_b1: float = option(0.8, "Decay of Adam's first moment.", FRACTION_BELOW_1)
   adam_b2: float = option(0.95, "Decay of Adam's second moment.", FRACTION_BELOW_1)
   adam_eps: float = option(1e-10, "Added to Adam's denominator.", within(0, 1, above_low=True))
-  warmup_steps: int = option(0, "Steps of linear warmup.", INDEX)
+  warmup_steps: int = option(0, "Steps of linear warmup.", NOT_NEGATIVE)
   decay_fraction: float = option(0.7, "Last share of the steps, over which schedule linear falls to zero.", FRACTION)
   clip_norm: float | None = option(1.0, "Largest global norm of the gradient; None does not clip.",
                                    within(0, 1e30, above_low=True))
@@ -237,7 +236,7 @@ class AuxiliaryConfig:
   regularizer: str = option("baseline", "Regulariser of every block's output; baseline is none.", one_of(*REGULARIZERS))
   regularizer_weight: float = option(0.01, "Weight a of the regulariser.", FRACTION)
   sketch: int = option(64, "Random directions that a regulariser looks at.", within(1, 1 << 20))
-  distractors: int = option(0, "Random keys R that a query should not find; 0 is off, the sequence length is published.", INDEX)
+  distractors: int = option(0, "Random keys R that a query should not find; 0 is off, the sequence length is published.", NOT_NEGATIVE)
   distractor_weight: float = option(0.01, "Weight d of the distractor loss.", DECAY)
 
 
@@ -245,29 +244,29 @@ class AuxiliaryConfig:
 class TrainConfig:
   """The training loop."""
 
-  steps: int = option(18_722, "Optimizer steps.", COUNT)
+  steps: int = option(18_722, "Optimizer steps.", AT_LEAST_1)
   seed: int = option(0, "Seed of the initial parameters and of the auxiliary objectives.",
                      within(0, (1 << 32) - 1, why=", because the generator has 32 bits"))
-  accumulation: int = option(1, "Microbatches in a step.", COUNT)
+  accumulation: int = option(1, "Microbatches in a step.", AT_LEAST_1)
   z_loss: float = option(0.0, "Weight of the squared log-partition function in the loss.", DECAY)
   auxiliary: AuxiliaryConfig = dataclasses.field(default_factory=AuxiliaryConfig)
   foreign_keys: tuple[int, ...] = option(
     (0,), "Keys of other rows that attention sees before a row's own, in training only: each step draws one of these numbers.",
-    each(INDEX, empty=False))
+    each(NOT_NEGATIVE, empty=False))
   ema_decay: float | None = option(None, "Decay of the moving average of the parameters; None keeps none.", PROPER_FRACTION)
-  loss_chunk: int = option(512, "Time steps of a sequence whose logits exist at once.", COUNT)
-  max_bad_steps: int = option(20, "Consecutive non-finite steps after which the run stops.", COUNT)
-  log_every: int = option(10, "Steps between two records of the metrics.", COUNT)
-  checkpoint_every: int = option(500, "Steps between two checkpoints.", COUNT)
-  checkpoint_keep: int = option(3, "Checkpoints that are kept, the newest ones.", COUNT)
-  validate_every: int = option(500, "Steps between two validations; 0 is never.", INDEX)
-  validation_batches: int = option(8, "Batches of the validation stream in a validation.", COUNT)
+  loss_chunk: int = option(512, "Time steps of a sequence whose logits exist at once.", AT_LEAST_1)
+  max_bad_steps: int = option(20, "Consecutive non-finite steps after which the run stops.", AT_LEAST_1)
+  log_every: int = option(10, "Steps between two records of the metrics.", AT_LEAST_1)
+  checkpoint_every: int = option(500, "Steps between two checkpoints.", AT_LEAST_1)
+  checkpoint_keep: int = option(3, "Checkpoints that are kept, the newest ones.", AT_LEAST_1)
+  validate_every: int = option(500, "Steps between two validations; 0 is never.", NOT_NEGATIVE)
+  validation_batches: int = option(8, "Batches of the validation stream in a validation.", AT_LEAST_1)
   validation_lengths: tuple[int, ...] = option((1, 2, 4, 8), "Lengths at which held-out documents are validated, multiples of "
                                                "the training length.", each(within(1, 1 << 20), empty=True))
   peak_tflops: float | None = option(None, "Peak TFLOP/s of a device, for MFU; None looks the device up.",
                                      within(0, 1e9, above_low=True))
-  profile_start: int | None = option(None, "Steps after the first one at which a profile starts; None takes none.", INDEX)
-  profile_steps: int = option(5, "Steps in a profile.", COUNT)
+  profile_start: int | None = option(None, "Steps after the first one at which a profile starts; None takes none.", NOT_NEGATIVE)
+  profile_steps: int = option(5, "Steps in a profile.", AT_LEAST_1)
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ import os
 import pathlib
 from typing import Any, BinaryIO
 
+from atma_jax import json_input
 from atma_jax.errors import UserError
 
 
@@ -47,12 +48,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def read_json(path: pathlib.Path) -> Any:
   """Reads a JSON file. Raises a `UserError` that names the file if it cannot be read or parsed."""
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-  except ValueError as error:
-    raise UserError(f"{path} is not valid JSON: {error}") from error
+  return json_input.read_json(path)
 
 
 @contextlib.contextmanager
