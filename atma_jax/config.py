@@ -236,7 +236,8 @@ class AuxiliaryConfig:
   regularizer: str = option("baseline", "Regulariser of every block's output; baseline is none.", one_of(*REGULARIZERS))
   regularizer_weight: float = option(0.01, "Weight a of the regulariser.", FRACTION)
   sketch: int = option(64, "Random directions that a regulariser looks at.", within(1, 1 << 20))
-  distractors: int = option(0, "Random keys R that a query should not find; 0 is off, the sequence length is published.", NOT_NEGATIVE)
+  distractors: int = option(0, "Random keys R that a query should not find; 0 is off, the sequence length is published.",
+                            NOT_NEGATIVE)
   distractor_weight: float = option(0.01, "Weight d of the distractor loss.", DECAY)
 
 
