@@ -479,6 +479,8 @@ def _matches(value: Any, annotation: Any) -> bool:
 
 def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
   hints = typing.get_type_hints(cls)
+  if not isinstance(values, Mapping):
+    raise UserError(f"{path}={shown(values)}: must be an object of fields")
   for name in values:
     if name not in hints:
       raise UserError(unknown_name(f"{path} field", name, hints))
@@ -489,7 +491,7 @@ def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
     value = values[name]
     if dataclasses.is_dataclass(hint):
       value = _from_dict(typing.cast(type, hint), value, f"{path}.{name}")
-    elif typing.get_origin(hint) is tuple:
+    elif typing.get_origin(hint) is tuple and isinstance(value, list):  # as JSON gives it back
       value = tuple(value)
     arguments[name] = value
   return cls(**arguments)

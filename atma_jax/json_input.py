@@ -27,7 +27,8 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number"
           list: "a list", types.NoneType: "null"}
 
 # A type, a union of types; [schema]: a list of such values; {"name": schema}: an object with these fields, where a name that
-# ends in "?" may be missing. `float` takes whole numbers too, `int` takes no booleans; fields without a schema are ignored.
+# ends in "?" may be missing; (schema, ...): any of these, None being null; an `atma_jax.config.Range`: numbers in it, whole
+# ones if its bounds are. `float` takes whole numbers too, `int` takes no booleans; fields without a schema are ignored.
 Schema = Any
 
 
@@ -172,6 +173,16 @@ def mismatch(value: Any, schema: Schema, name: str = "") -> str | None:
     if not isinstance(value, list):
       return f"{where} must be a list, not {_kind(value)}"
     return next((found for i, item in enumerate(value) if (found := mismatch(item, schema[0], f"{where}[{i}]"))), None)
+  if isinstance(schema, tuple):
+    found = [mismatch(value, choice, name) for choice in schema]
+    return None if None in found else found[0]
+  if hasattr(schema, "allows"):
+    whole = isinstance(schema.low, int) and isinstance(schema.high, int)
+    if not _is_a(value, int if whole else float) or not schema.allows(value):
+      return f"{where} must be {'a whole number' if whole else 'a number'} {schema.legal}, not {_kind(value)}"
+    return None
+  if schema is None:
+    schema = types.NoneType
   choices = typing.get_args(schema) if isinstance(schema, types.UnionType) else (schema,)
   if any(_is_a(value, choice) for choice in choices):
     return None

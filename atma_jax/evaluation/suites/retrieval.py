@@ -126,4 +126,5 @@ SUITE = Suite(
   settings={"task": str, "haystack": str, "depth": lambda depth: f"depth {100 * depth:g} %"},
   sections={"Retrieval: length by depth": grid_section},
   order=40,
+  schema={"settings": {"task": str, "haystack": str, "depth": float}},
 )
