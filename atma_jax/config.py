@@ -188,14 +188,14 @@ class DataConfig:
   tokenizer: str = option("sentencepiece", "A path to a .model or tokenizer.json; or sentencepiece, which trains one, or bytes.")
   tokenizer_vocab_size: int = option(8192, "Vocabulary of a tokenizer trained here.", within(1, 1 << 24))
   tokenizer_train_mib: int = option(32, "MiB of text sampled to train the tokenizer.", within(1, 1 << 20))
-  max_mib: int | None = option(None, "MiB of text taken from each text source; None takes all of it.", AT_LEAST_1)
+  max_mib: int | None = option(None, "MiB of text taken from each text source; None takes all of it.", POSITIVE)
   recall_max_mib: int = option(32, "MiB of text that recall material is written over; it grows to about five times the tokens.",
-                               AT_LEAST_1)
+                               POSITIVE)
   validation_documents: int = option(64, "Documents of the validation stream.", NOT_NEGATIVE)
   heldout_documents: int = option(24, "Longest documents kept whole for evaluation past the training length.", NOT_NEGATIVE)
-  shard_tokens: int = option(16_777_216, "Tokens in a shard.", AT_LEAST_1)
-  sequence_length: int = option(2048, "Tokens of a training sequence, T.", AT_LEAST_1)
-  batch_size: int = option(256, "Sequences in a step, over all devices and microbatches.", AT_LEAST_1)
+  shard_tokens: int = option(16_777_216, "Tokens in a shard.", POSITIVE)
+  sequence_length: int = option(2048, "Tokens of a training sequence, T.", POSITIVE)
+  batch_size: int = option(256, "Sequences in a step, over all devices and microbatches.", POSITIVE)
   shuffle_seed: int = option(0, "Seed of the order of the sequences.", within(0, (1 << 63) - 1))
   prefetch: int = option(16, "Batches that threads read ahead.", within(0, 1 << 16))
 
@@ -245,29 +245,29 @@ class AuxiliaryConfig:
 class TrainConfig:
   """The training loop."""
 
-  steps: int = option(18_722, "Optimizer steps.", AT_LEAST_1)
+  steps: int = option(18_722, "Optimizer steps.", POSITIVE)
   seed: int = option(0, "Seed of the initial parameters and of the auxiliary objectives.",
                      within(0, (1 << 32) - 1, why=", because the generator has 32 bits"))
-  accumulation: int = option(1, "Microbatches in a step.", AT_LEAST_1)
+  accumulation: int = option(1, "Microbatches in a step.", POSITIVE)
   z_loss: float = option(0.0, "Weight of the squared log-partition function in the loss.", DECAY)
   auxiliary: AuxiliaryConfig = dataclasses.field(default_factory=AuxiliaryConfig)
   foreign_keys: tuple[int, ...] = option(
     (0,), "Keys of other rows that attention sees before a row's own, in training only: each step draws one of these numbers.",
     each(NOT_NEGATIVE, empty=False))
   ema_decay: float | None = option(None, "Decay of the moving average of the parameters; None keeps none.", PROPER_FRACTION)
-  loss_chunk: int = option(512, "Time steps of a sequence whose logits exist at once.", AT_LEAST_1)
-  max_bad_steps: int = option(20, "Consecutive non-finite steps after which the run stops.", AT_LEAST_1)
-  log_every: int = option(10, "Steps between two records of the metrics.", AT_LEAST_1)
-  checkpoint_every: int = option(500, "Steps between two checkpoints.", AT_LEAST_1)
-  checkpoint_keep: int = option(3, "Checkpoints that are kept, the newest ones.", AT_LEAST_1)
+  loss_chunk: int = option(512, "Time steps of a sequence whose logits exist at once.", POSITIVE)
+  max_bad_steps: int = option(20, "Consecutive non-finite steps after which the run stops.", POSITIVE)
+  log_every: int = option(10, "Steps between two records of the metrics.", POSITIVE)
+  checkpoint_every: int = option(500, "Steps between two checkpoints.", POSITIVE)
+  checkpoint_keep: int = option(3, "Checkpoints that are kept, the newest ones.", POSITIVE)
   validate_every: int = option(500, "Steps between two validations; 0 is never.", NOT_NEGATIVE)
-  validation_batches: int = option(8, "Batches of the validation stream in a validation.", AT_LEAST_1)
+  validation_batches: int = option(8, "Batches of the validation stream in a validation.", POSITIVE)
   validation_lengths: tuple[int, ...] = option((1, 2, 4, 8), "Lengths at which held-out documents are validated, multiples of "
                                                "the training length.", each(within(1, 1 << 20), empty=True))
   peak_tflops: float | None = option(None, "Peak TFLOP/s of a device, for MFU; None looks the device up.",
                                      within(0, 1e9, above_low=True))
   profile_start: int | None = option(None, "Steps after the first one at which a profile starts; None takes none.", NOT_NEGATIVE)
-  profile_steps: int = option(5, "Steps in a profile.", AT_LEAST_1)
+  profile_steps: int = option(5, "Steps in a profile.", POSITIVE)
 
 
 @dataclasses.dataclass

@@ -163,6 +163,14 @@ def check_training_fits(config: Config) -> None:
          "lower it, config.data.batch_size or config.data.sequence_length")
 
 
+def check_model_fits(model: ModelConfig, tokens: int = 0) -> None:
+  """Holds the parameters of a model, and the residual stream of a forward pass, against one device; see `check_training_fits`."""
+  available, name = device_bytes()
+  needs = Needs({"parameters": generation_needs(model, 0, 0).parts["parameters"],
+                 f"{tokens} tokens": float(tokens * model.width * _BYTES[model.activation_dtype])})
+  _check("config.model", needs, available, name, "lower its sizes, or the number of tokens")
+
+
 def check_generation_fits(model: ModelConfig, rows: int, capacity: int, cache_dtype: str | None = None) -> None:
   """Holds a model and its cache against one device, as `check_training_fits` does; arguments are those of `generation_needs`."""
   available, name = device_bytes()

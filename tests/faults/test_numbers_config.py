@@ -37,7 +37,7 @@ def out_of_range(leaf: Leaf) -> st.SearchStrategy:
   """Numbers that a field refuses: past a bound, by little or by much, and what is no number at all."""
   rule, kind = leaf.rule, number_type(leaf.hint)
   if kind is int:
-    past = st.integers(max_value=math.ceil(rule.low) - 1) | st.integers(min_value=math.floor(rule.high) + 1)
+    past = st.integers(max_value=math.ceil(rule.low) - (not rule.above_low)) | st.integers(min_value=math.floor(rule.high) + 1)
     past |= st.sampled_from([2**63, 2**64, -(2**63), 10**400, -(10**5000)])
   else:
     past = st.floats(max_value=rule.low, exclude_max=not rule.above_low)
