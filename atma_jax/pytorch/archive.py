@@ -145,6 +145,7 @@ def open_safetensors(paths: Sequence[pathlib.Path]) -> dict[str, StoredTensor]:
   dtypes = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
   tensors: dict[str, StoredTensor] = {}
   for path in paths:
+    check_regular(path)
     try:
       file = safetensors.safe_open(path, "numpy")
       views = {name: file.get_slice(name) for name in list(file.keys())}

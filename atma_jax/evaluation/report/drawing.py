@@ -48,8 +48,8 @@ def save(figure: Figure, kind: str) -> bytes:
     assert isinstance(text, Text)
     text.set_parse_math(False)
     text.set_text(_printable(text.get_text()))
-  content = io.BytesIO()
-  figure.savefig(content, format=kind, **({"metadata": {"Date": None, "Creator": None}} if kind == "svg" else {}))
+  content, metadata = io.BytesIO(), {"Date": None, "Creator": None} if kind == "svg" else None
+  figure.savefig(content, format=kind, metadata=metadata)
   return content.getvalue()
 
 
