@@ -12,12 +12,10 @@ import io
 import json
 from typing import Any
 
-from absl import logging
 import pyarrow as pa
 from pyarrow import csv, parquet
 
 from atma_jax.ablation.sweep import CellFolder
-from atma_jax.errors import UserError
 
 Row = dict[str, Any]
 COLUMNS = ("measure", "length", "multiple", "value", "n", "standard_error", "low", "high")
@@ -26,28 +24,8 @@ SEED = "seed"
 
 
 def gather(cells: Sequence[CellFolder]) -> tuple[list[str], list[Row], list[dict[str, Any]]]:
-  """Names of the axes, rows of the table, and contents of ``result.json``, of the cells that are done.
-
-  Malformed results are left out and counted in the log.
-
-  Raises:
-    UserError: all of them are malformed.
-  """
-  results, problems = [], []
-  for cell in cells:
-    try:
-      if cell.done:
-        result = cell.read_result()
-        if clash := {"cell", *COLUMNS} & result["labels"].keys():
-          raise UserError(f"{cell.path / 'result.json'}: an axis is called {min(clash)!r}")
-        results.append(result)
-    except UserError as error:
-      problems.append(str(error))
-  if problems:
-    line = f"{len(problems)} of {len(results) + len(problems)} results are malformed and left out: {problems[0]}"
-    if not results:
-      raise UserError(line)
-    logging.warning("%s", line)
+  """Names of the axes, rows of the table, and contents of ``result.json``, of the cells that are done."""
+  results = [result for cell in cells if (result := cell.result())]
   axes = list(dict.fromkeys(name for result in results for name in result["labels"]))
   rows = []
   for result in results:
