@@ -33,7 +33,7 @@ Schema = Any
 
 
 class MalformedJSON(ValueError):
-  """The text is not the JSON that is wanted; the message is the reason, in one line."""
+  """The text is not valid JSON, or not within the bounds; the message is the reason, in one line."""
 
 
 def check_regular(path: str | os.PathLike[str], problem: Callable[[str], Exception] = UserError) -> None:
@@ -91,7 +91,7 @@ def parse_json(content: bytes | str, *, most_values: int = MOST_VALUES, most_dep
   try:
     value = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_constant)
   except json.JSONDecodeError as error:
-    raise MalformedJSON(f"not JSON: {error.msg}, character {error.pos + 1}") from error
+    raise MalformedJSON(f"{error.msg}, character {error.pos + 1}") from error
   except RecursionError as error:
     raise MalformedJSON(f"lists and objects are more than {most_depth} deep") from error
   _check_depth_and_text(value, most_depth)
@@ -114,7 +114,7 @@ def read_json(path: str | os.PathLike[str], schema: Schema = None, *, most_bytes
   except OSError as error:
     raise UserError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from error
   except MalformedJSON as error:
-    raise UserError(f"{os.fspath(path)}: {error}") from error
+    raise UserError(f"{os.fspath(path)} is not valid JSON: {error}") from error
   if schema is not None and (problem := mismatch(value, schema)):
     raise UserError(f"{os.fspath(path)}: {problem}")
   return value
@@ -138,7 +138,7 @@ def parse_lines(content: bytes, problem: Callable[[Any], str | None]) -> tuple[l
       value = parse_json(line)
       wrong = problem(value)
     except MalformedJSON as error:
-      wrong = str(error)
+      wrong = f"not valid JSON: {error}"
     if wrong is None:
       values.append(value)
     else:
@@ -218,7 +218,7 @@ def _number(text: str) -> float:
 
 
 def _constant(text: str) -> float:
-  raise MalformedJSON(f"{text} is not JSON")
+  raise MalformedJSON(f"{text} is no number of JSON")
 
 
 def _check_depth_and_text(value: Any, most_depth: int) -> None:

@@ -52,13 +52,13 @@ def test_damaged_json(value, data):
   (b"1" * 10_000, "10000 digits"),
   (b"[18446744073709551616]", "64 bits"),
   (b"1e400", "too large"),
-  (b"[NaN]", "NaN is not JSON"),
-  (b"-Infinity", "is not JSON"),
+  (b"[NaN]", "NaN is no number"),
+  (b"-Infinity", "is no number"),
   ('"\N{LATIN SMALL LETTER E WITH ACUTE}"'.encode("latin-1"), "not UTF-8 at byte 1"),
   ("[1]".encode("utf-16"), "not UTF-8"),
   (b'"\\ud800"', "surrogate"),
   (b"[" + b"1," * 4_000_001 + b"1]", "values"),
-  (b"", "not JSON"),
+  (b"", "Expecting value, character 1"),
 ], ids=lambda value: value[:12] if isinstance(value, str) else None)
 def test_malformed(content, reason):
   """Each kind of malformed text is named."""

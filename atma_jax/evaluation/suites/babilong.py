@@ -127,7 +127,7 @@ def load_examples(folder: str, task: str, length: str, tokenizer: Tokenizer, cou
   except OSError as error:
     raise UserError(f"{path}: {error.strerror or error}") from error
   except MalformedJSON as error:
-    raise UserError(f"{path}: {error}") from error
+    raise UserError(f"{path}: not JSON: {error}") from error
   examples = []
   for number, item in enumerate(items[:count], 1):
     if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("input", "question", "target")):
