@@ -24,7 +24,9 @@ from atma_jax.benchmarks.block_sizes import tune
 from atma_jax.benchmarks.generation_speed import Options, generation_table
 from atma_jax.benchmarks.model_speed import forward_table, step_table
 from atma_jax.benchmarks.op_speed import ops_table
+from atma_jax.config import AT_LEAST_1, INT32
 from atma_jax.errors import UserError
+from atma_jax.memory_needs import check_model_fits
 from atma_jax.models.cache import CACHE_DTYPES
 
 TABLES = ("ops", "step", "forward", "generation", "tune")
@@ -32,17 +34,18 @@ TABLES = ("ops", "step", "forward", "generation", "tune")
 _CONFIG = cli.define_config_flag("configs/atma_378m.py")
 _TABLE = flags.DEFINE_list("table", list(TABLES[:-1]), f"Tables to print: {', '.join(TABLES)}.")
 _SHAPES = flags.DEFINE_list("shapes", ["8x2048", "2x8192", "1x32768"], "Shapes BxT, batch and length, of the table of ops.")
-_STEP_TOKENS = flags.DEFINE_integer("step_tokens", 65_536, "Tokens in a microbatch.", lower_bound=1)
+_STEP_TOKENS = flags.DEFINE_integer("step_tokens", 65_536, "Tokens in a microbatch.", lower_bound=1, upper_bound=INT32)
 _FORWARD_LENGTHS = flags.DEFINE_list("forward_lengths", ["65536", "262144"], "Sequence lengths of the table of forward passes.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["2048", "131072"], "Prompt lengths for the generation of one sequence.")
 _BATCHES = flags.DEFINE_list("batches", ["64", "256"], "Numbers of sequences that are decoded together.")
-_BATCH_CONTEXT = flags.DEFINE_integer("batch_context", Options.batch_context, "Their prompt length.", lower_bound=1)
+_BATCH_CONTEXT = flags.DEFINE_integer("batch_context", Options.batch_context, "Their prompt length.", lower_bound=1,
+                                     upper_bound=INT32)
 _CHUNK = flags.DEFINE_integer("chunk", Options.chunk, "Prompt tokens in one forward pass, a power of two.")
 _DECODE_STEPS = flags.DEFINE_integer("decode_steps", Options.decode_steps, "Tokens decoded per program.", lower_bound=1)
 flags.DEFINE_alias("stride", "decode_steps")  # its earlier name
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Dtype of keys and values. Default: the model's.")
-_REPEATS = flags.DEFINE_integer("repeats", 10, "Calls of each function that are timed.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of inputs and parameters.", lower_bound=0)
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Calls of each function that are timed.", lower_bound=1, upper_bound=INT32)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of inputs and parameters.", lower_bound=0, upper_bound=(1 << 32) - 1)
 
 
 def main() -> None:
@@ -52,14 +55,12 @@ def main() -> None:
     raise UserError(f"--table={','.join(_TABLE.value)}: must be among {', '.join(TABLES)}")
   try:
     shapes = [(int(rows), int(length)) for rows, _, length in (shape.partition("x") for shape in _SHAPES.value)]
-    lengths, contexts, batches = ([int(n) for n in flag.value] for flag in (_FORWARD_LENGTHS, _CONTEXTS, _BATCHES))
-  except ValueError as error:
-    names = "--shapes, --forward_lengths, --contexts and --batches"
-    raise UserError(f"{names}: {error}; write 8x2048,1x32768 and 65536,262144") from error
-  if min(contexts + batches, default=1) < 1:
-    raise UserError("--contexts and --batches: must be at least 1")
-  if min((min(shape) for shape in shapes), default=0) < 1:
+  except ValueError:
+    shapes = []
+  if not shapes or not all(AT_LEAST_1.allows(n) for shape in shapes for n in shape):
     raise UserError(f"--shapes={','.join(_SHAPES.value)}: must be BxT pairs such as 8x2048,1x32768")
+  lengths, contexts, batches = (cli.whole_numbers(f.name, f.value) for f in (_FORWARD_LENGTHS, _CONTEXTS, _BATCHES))
+  check_model_fits(_CONFIG.value.model, max(lengths) if "forward" in _TABLE.value else 0)
   if "tune" in _TABLE.value:
     tune(_CONFIG.value, shapes, _REPEATS.value, _SEED.value)
   if "ops" in _TABLE.value:
@@ -67,9 +68,9 @@ def main() -> None:
   if "step" in _TABLE.value:
     step_table(_CONFIG.value, _STEP_TOKENS.value, _REPEATS.value, _SEED.value)
   if "forward" in _TABLE.value:
-    forward_table(_CONFIG.value, lengths, _SEED.value)
+    forward_table(_CONFIG.value, list(lengths), _SEED.value)
   if "generation" in _TABLE.value:
-    options = Options(tuple(contexts), tuple(batches), batch_context=_BATCH_CONTEXT.value, chunk=_CHUNK.value,
+    options = Options(contexts, batches, batch_context=_BATCH_CONTEXT.value, chunk=_CHUNK.value,
                       decode_steps=_DECODE_STEPS.value, cache_dtype=_CACHE_DTYPE.value)
     generation_table(_CONFIG.value, options, _SEED.value)
 

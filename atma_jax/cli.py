@@ -23,9 +23,10 @@ from typing import Any
 from absl import app, flags, logging
 
 from atma_jax.checkpoints.overrides import OVERRIDES, RETENTION_HEADS_HELP, Override, SwitchOverride
-from atma_jax.config import Config, RetentionCap, leaves
+from atma_jax.config import AT_LEAST_1, Config, RetentionCap, leaves, within
 from atma_jax.dataclass_flags import FieldParser, define_field
 from atma_jax.errors import RunError, UserError, unknown_name
+from atma_jax.json_input import check_regular
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -107,8 +108,9 @@ def load_recipe(path: str) -> Config:
   """The `Config` that ``get_config()`` of the Python file `path` returns.
 
   Raises:
-    UserError: no such file, it does not run, or it returns something else.
+    UserError: no such file, it does not run, or it returns something else; what a recipe raises is named with its line.
   """
+  check_regular(path, lambda problem: UserError(f"--config={problem}"))
   if not pathlib.Path(path).is_file():
     near = ", ".join(sorted(str(file) for file in pathlib.Path(path).parent.glob("*.py")))
     raise UserError(f"--config={path}: no such file" + (f"; recipes there: {near}" if near else ""))
@@ -119,11 +121,36 @@ def load_recipe(path: str) -> Config:
   try:
     loader.exec_module(recipe)
     config = recipe.get_config()
-  except (SyntaxError, NameError, AttributeError, TypeError, ImportError) as error:
-    raise UserError(f"--config={path}: {error}") from error
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # a recipe is code of the user's and may raise anything, SystemExit too
+    raise UserError(f"--config={path}: {_place_in(path, error)}{_reason(error)}") from error
   if not isinstance(config, Config):
     raise UserError(f"--config={path}: get_config() must return an atma_jax.config.Config")
   return config
+
+
+def _place_in(path: str, error: BaseException) -> str:
+  """The last line of a recipe that led to an error, such as "line 12: "; "" if there is none."""
+  if isinstance(error, SyntaxError):
+    return f"line {error.lineno}: " if error.lineno else ""
+  place, trace = "", error.__traceback__
+  while trace is not None:  # not `traceback.extract_tb`, which reads every source file
+    if trace.tb_frame.f_code.co_filename == path:
+      place = f"line {trace.tb_lineno}: "
+    trace = trace.tb_next
+  return place
+
+
+def _reason(error: BaseException) -> str:
+  """The kind of an error and what it says, shortened."""
+  if isinstance(error, (UserError, SyntaxError)):
+    return str(error.msg if isinstance(error, SyntaxError) else error)
+  try:
+    text = " ".join(str(error).split())
+  except Exception:  # an error of the recipe's own
+    text = ""
+  return type(error).__name__ + (f": {text[:300]}" if text else "")
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -185,7 +212,8 @@ def bad_input(error: Exception | str) -> typing.NoReturn:
 
 
 def _end(error: Exception | str, code: int) -> typing.NoReturn:
-  print("error:", " ".join(str(error).split()), file=sys.stderr)
+  line = " ".join(str(error).split())  # without what would control the terminal: parts may be out of a file
+  print("error:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
   sys.exit(code)
 
 
@@ -224,8 +252,17 @@ def parse_field(field: str, text: str) -> Any:
 
 
 def whole_numbers(flag: str, texts: Sequence[str]) -> tuple[int, ...]:
-  """The whole numbers in the texts of a list flag; anything else raises `UserError`, which names the flag."""
+  """The whole numbers in the texts of a list flag, from 1 to the most that a dimension may be, or from 0 for seeds.
+
+  Raises:
+    UserError: there are none, or something else is among them; the message names the flag.
+  """
+  legal = within(0, (1 << 32) - 1) if flag == "seeds" else AT_LEAST_1
+  shown = f"--{flag}={','.join(texts)[:200]}"
   try:
-    return tuple(int(text) for text in texts)
+    numbers = tuple(int(text) for text in texts)
   except ValueError as error:
-    raise UserError(f"--{flag}={','.join(texts)}: must be whole numbers such as 1,2,4,8") from error
+    raise UserError(f"{shown}: must be whole numbers such as 1,2,4,8") from error
+  if not numbers or not all(map(legal.allows, numbers)):
+    raise UserError(f"{shown}: must be one or more whole numbers, each {legal.legal}")
+  return numbers

@@ -51,15 +51,63 @@ def one_of(*names: str) -> Rule:
   return Rule("one of " + ", ".join(names), lambda value: value in names)
 
 
-POSITIVE = Rule("greater than 0", lambda value: value > 0)
-FINITE_POSITIVE = Rule("greater than 0", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = Rule("at least 0", lambda value: value >= 0)
-AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
-FRACTION = Rule("in [0, 1]", lambda value: 0 <= value <= 1)
-FRACTION_BELOW_1 = Rule("in [0, 1)", lambda value: 0 <= value < 1)
-PROPER_FRACTION = Rule("in (0, 1)", lambda value: 0 < value < 1)
+@dataclasses.dataclass(frozen=True)
+class Range(Rule):
+  """The rule of a field that takes numbers between two finite bounds, or a tuple of such numbers.
+
+  Attributes:
+    low, high: the bounds.
+    above_low, below_high: whether the bound itself is not legal.
+  """
+
+  low: float
+  high: float
+  above_low: bool = False
+  below_high: bool = False
+
+
+def within(low: float, high: float, *, above_low: bool = False, below_high: bool = False, why: str = "") -> Range:
+  """The rule of numbers from `low` to `high`; `why`, if given, ends the message. See `Range`."""
+  def allows(value: Any) -> bool:
+    return ((value > low) if above_low else (value >= low)) and ((value < high) if below_high else (value <= high))
+
+  legal = f"{'greater than' if above_low else 'at least'} {_digits(low)} and {'less than' if below_high else 'at most'} "
+  return Range(legal + _digits(high) + why, allows, low, high, above_low, below_high)
+
+
+def each(of: Range, *, empty: bool) -> Range:
+  """The rule of a tuple whose numbers must each be in a range; `empty` allows none."""
+  legal = f"{'numbers' if empty else 'a non-empty tuple of numbers'}, each {of.legal}"
+  return dataclasses.replace(of, legal=legal, allows=lambda value: (empty or len(value) > 0) and all(map(of.allows, value)))
+
+
+def shown(value: Any) -> str:
+  """A value as messages show it, shortened if need be; Python refuses to spell a whole number of more than 4300 digits."""
+  try:
+    text = repr(value)
+  except (ValueError, RecursionError):
+    return "(a value too long to show)"
+  return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _digits(bound: float) -> str:
+  return f"{bound:_}" if isinstance(bound, int) else f"{bound:g}"
+
+
+INT32 = (1 << 31) - 1  # the most that a length, a step or a dimension of an array may be
+AT_LEAST_1 = within(1, INT32)
+RATE = within(0, 1000.0, above_low=True)
+DECAY = within(0, 1000.0)
+POSITIVE = FINITE_POSITIVE = within(0, INT32, above_low=True)
+NOT_NEGATIVE = within(0, INT32)
+FRACTION = within(0, 1)
+FRACTION_BELOW_1 = within(0, 1, below_high=True)
+PROPER_FRACTION = within(0, 1, above_low=True, below_high=True)
 NOT_EMPTY = Rule("a non-empty tuple", lambda value: len(value) > 0)
-MESH_SIZE = Rule("-1 (what is left) or at least 1", lambda value: value == -1 or value >= 1)
+MOST_DEVICES = 1 << 20
+MOST_TAPS = 64  # every tap is an operation of its own in the compiled program
+MESH_SIZE = Range(f"-1 (what is left), or at least 1 and at most {MOST_DEVICES:_}",
+                  lambda value: value == -1 or 1 <= value <= MOST_DEVICES, -1, MOST_DEVICES)
 
 
 def option(default: Any, help: str, rule: Rule | None = None) -> Any:
@@ -72,31 +120,31 @@ class MemoryConfig:
   """The gated-delta memory that attention and Raven mixers may have beside them."""
 
   enabled: bool = option(True, "Give the mixers that can have one a memory.")
-  gamma_bias: float = option(3.9, "Added to the logit of the decay gate.")
-  beta_bias: float = option(0.0, "Added to the logit of the write gate.")
+  gamma_bias: float = option(3.9, "Added to the logit of the decay gate.", within(-1000.0, 1000.0))
+  beta_bias: float = option(0.0, "Added to the logit of the write gate.", within(-1000.0, 1000.0))
   max_half_life: float | None = option(None, "Tokens that no head's half-life can exceed, in training too; None is no bound.",
-                                       FINITE_POSITIVE)
+                                       within(0, 1e15, above_low=True))
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RavenConfig:
   """The slots of a Raven mixer; heads, head size and memory are those of the model."""
 
-  slots: int = option(256, "Slots per head.", POSITIVE)
-  top_k: int = option(32, "Slots that a token writes to.", POSITIVE)
+  slots: int = option(256, "Slots per head.", within(1, 1 << 20))
+  top_k: int = option(32, "Slots that a token writes to.", within(1, 1 << 20))
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
   """The network. Defaults are those of the published 378M model."""
 
-  vocab_size: int = option(50304, "Tokens that the embedding and the head know, V.", POSITIVE)
-  num_layers: int = option(16, "Blocks.", POSITIVE)
-  width: int = option(1024, "Width of the residual stream, C.", POSITIVE)
-  num_heads: int = option(8, "Query heads, H.", POSITIVE)
-  num_kv_heads: int = option(2, "Key/value heads, K; a divisor of num_heads.", POSITIVE)
-  head_dim: int = option(128, "Size of a head, D.", POSITIVE)
-  mlp_width: int = option(4096, "Hidden units of the gated MLP; 4 C as published.", POSITIVE)
+  vocab_size: int = option(50304, "Tokens that the embedding and the head know, V.", within(1, 1 << 28))
+  num_layers: int = option(16, "Blocks.", within(1, 1 << 14))
+  width: int = option(1024, "Width of the residual stream, C.", within(1, 1 << 20))
+  num_heads: int = option(8, "Query heads, H.", within(1, 1 << 16))
+  num_kv_heads: int = option(2, "Key/value heads, K; a divisor of num_heads.", within(1, 1 << 16))
+  head_dim: int = option(128, "Size of a head, D.", within(1, 1 << 14))
+  mlp_width: int = option(4096, "Hidden units of the gated MLP; 4 C as published.", within(1, 1 << 24))
   block_pattern: tuple[str, ...] = option(("local", "local", "global", "local"), "Kinds of mixer, repeated over the depth.",
                                           NOT_EMPTY)
   attention: str = option("polar", "Core of the attention in global blocks.", one_of(*ATTENTIONS))
@@ -106,16 +154,16 @@ class ModelConfig:
   count_length: int | None = option(None, "Visible keys past which polar attention's null and magnitude are told the count "
                                     "relative to it; None is never.", AT_LEAST_1)
   direction_scale: float = option(1.0, "Length of polar attention's direction; 1 as published, sqrt(head_dim) gives it unit mean "
-                                  "square.", FINITE_POSITIVE)
+                                  "square.", within(0, 1e6, above_low=True))
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
   memory_reset: int | None = option(None, "Tokens after which the memory begins again from zero: at positions 0, N, 2 N, ...; "
                                     "None is never.", AT_LEAST_1)
   memory_off: bool = option(False, "Leave out what is read from the memory; its parameters stay.")
   raven: RavenConfig = dataclasses.field(default_factory=RavenConfig)
-  conv_taps: int = option(3, "Taps of the gated short convolution.", POSITIVE)
-  canon_taps: int = option(4, "Taps of the convolutions on q, k and v of the polar and nope cores.", POSITIVE)
-  logit_cap: float = option(15.0, "Bound c on the logits: z becomes c z / sqrt(z^2 + c^2).", POSITIVE)
-  norm_eps: float = option(1e-6, "Added to the mean square in every RMS norm.", POSITIVE)
+  conv_taps: int = option(3, "Taps of the gated short convolution.", within(1, MOST_TAPS))
+  canon_taps: int = option(4, "Taps of the convolutions on q, k and v of the polar and nope cores.", within(1, MOST_TAPS))
+  logit_cap: float = option(15.0, "Bound c on the logits: z becomes c z / sqrt(z^2 + c^2).", within(0, 1e6, above_low=True))
+  norm_eps: float = option(1e-6, "Added to the mean square in every RMS norm.", within(0, 1, above_low=True))
   init: str = option("default", "Distribution of the initial parameters.", one_of(*INITS))
   activation_dtype: str = option("bfloat16", "Dtype of activations and matrix products.", one_of(*DTYPES))
   param_dtype: str = option("float32", "Dtype of the parameters.", one_of(*DTYPES))
@@ -138,11 +186,11 @@ class DataConfig:
   directory: str = option("", "Directory of the prepared shards; empty is WORKDIR/data.")
   sources: tuple[str, ...] = option(
     ("python-source",), "Sources of text and tokens, such as text:GLOB; atma_jax/data/sources has a file for each.", NOT_EMPTY)
-  weights: tuple[float, ...] = option((1.0,), "Share of the sequences that each source gives.", Rule(
-    "positive numbers", lambda value: all(w > 0 and math.isfinite(w) for w in value)))
+  weights: tuple[float, ...] = option((1.0,), "Share of the sequences that each source gives.",
+                                      each(within(0, 1e9, above_low=True), empty=True))
   tokenizer: str = option("sentencepiece", "A path to a .model or tokenizer.json; or sentencepiece, which trains one, or bytes.")
-  tokenizer_vocab_size: int = option(8192, "Vocabulary of a tokenizer trained here.", POSITIVE)
-  tokenizer_train_mib: int = option(32, "MiB of text sampled to train the tokenizer.", POSITIVE)
+  tokenizer_vocab_size: int = option(8192, "Vocabulary of a tokenizer trained here.", within(1, 1 << 24))
+  tokenizer_train_mib: int = option(32, "MiB of text sampled to train the tokenizer.", within(1, 1 << 20))
   max_mib: int | None = option(None, "MiB of text taken from each text source; None takes all of it.", POSITIVE)
   recall_max_mib: int = option(32, "MiB of text that recall material is written over; it grows to about five times the tokens.",
                                POSITIVE)
@@ -151,8 +199,8 @@ class DataConfig:
   shard_tokens: int = option(16_777_216, "Tokens in a shard.", POSITIVE)
   sequence_length: int = option(2048, "Tokens of a training sequence, T.", POSITIVE)
   batch_size: int = option(256, "Sequences in a step, over all devices and microbatches.", POSITIVE)
-  shuffle_seed: int = option(0, "Seed of the order of the sequences.")
-  prefetch: int = option(16, "Batches that threads read ahead.", NOT_NEGATIVE)
+  shuffle_seed: int = option(0, "Seed of the order of the sequences.", within(0, (1 << 63) - 1))
+  prefetch: int = option(16, "Batches that threads read ahead.", within(0, 1 << 16))
 
 
 @dataclasses.dataclass
@@ -160,25 +208,26 @@ class OptimizerConfig:
   """Muon for matrices inside blocks and AdamW for the rest, or AdamW for everything."""
 
   kind: str = option("muon", "Muon and AdamW (muon), or AdamW with one rate and decay for all (adamw).", one_of(*OPTIMIZERS))
-  adamw_learning_rate: float = option(3e-4, "Learning rate of kind adamw.", POSITIVE)
-  adamw_weight_decay: float = option(0.1, "Weight decay of kind adamw, times the learning rate.", NOT_NEGATIVE)
+  adamw_learning_rate: float = option(3e-4, "Learning rate of kind adamw.", RATE)
+  adamw_weight_decay: float = option(0.1, "Weight decay of kind adamw, times the learning rate.", DECAY)
   schedule: str = option("linear", "Constant, then linear to zero (linear); or a cosine from the end of warmup to cosine_floor.",
                          one_of(*SCHEDULES))
   cosine_floor: float = option(0.1, "Share of the learning rate at the end of schedule cosine.", FRACTION)
-  muon_learning_rate: float = option(0.02, "Learning rate of Muon.", POSITIVE)
-  muon_weight_decay: float = option(0.01, "Weight decay of Muon, times the learning rate.", NOT_NEGATIVE)
+  muon_learning_rate: float = option(0.02, "Learning rate of Muon.", RATE)
+  muon_weight_decay: float = option(0.01, "Weight decay of Muon, times the learning rate.", DECAY)
   muon_momentum: float = option(0.95, "Nesterov momentum of Muon.", FRACTION_BELOW_1)
   muon_variant: str = option("published", "Newton-Schulz iteration: 12 steps that converge (published), or the usual 5 fast ones "
                              "(quintic5).", one_of(*MUON_VARIANTS))
-  embedding_learning_rate: float = option(0.3, "Learning rate of the embedding (AdamW).", POSITIVE)
-  head_learning_rate: float = option(1 / 320, "Learning rate of the head (AdamW).", POSITIVE)
-  vector_learning_rate: float = option(0.01, "Learning rate of everything one-dimensional (AdamW).", POSITIVE)
+  embedding_learning_rate: float = option(0.3, "Learning rate of the embedding (AdamW).", RATE)
+  head_learning_rate: float = option(1 / 320, "Learning rate of the head (AdamW).", RATE)
+  vector_learning_rate: float = option(0.01, "Learning rate of everything one-dimensional (AdamW).", RATE)
   adam_b1: float = option(0.8, "Decay of Adam's first moment.", FRACTION_BELOW_1)
   adam_b2: float = option(0.95, "Decay of Adam's second moment.", FRACTION_BELOW_1)
-  adam_eps: float = option(1e-10, "Added to Adam's denominator.", POSITIVE)
+  adam_eps: float = option(1e-10, "Added to Adam's denominator.", within(0, 1, above_low=True))
   warmup_steps: int = option(0, "Steps of linear warmup.", NOT_NEGATIVE)
   decay_fraction: float = option(0.7, "Last share of the steps, over which schedule linear falls to zero.", FRACTION)
-  clip_norm: float | None = option(1.0, "Largest global norm of the gradient; None does not clip.", POSITIVE)
+  clip_norm: float | None = option(1.0, "Largest global norm of the gradient; None does not clip.",
+                                   within(0, 1e30, above_low=True))
   clip_basis: str = option("sum", "Gradient whose norm is clipped: of the summed token loss (sum, as published) or of its mean.",
                            one_of(*CLIP_BASES))
 
@@ -189,10 +238,10 @@ class AuxiliaryConfig:
 
   regularizer: str = option("baseline", "Regulariser of every block's output; baseline is none.", one_of(*REGULARIZERS))
   regularizer_weight: float = option(0.01, "Weight a of the regulariser.", FRACTION)
-  sketch: int = option(64, "Random directions that a regulariser looks at.", POSITIVE)
+  sketch: int = option(64, "Random directions that a regulariser looks at.", within(1, 1 << 20))
   distractors: int = option(0, "Random keys R that a query should not find; 0 is off, the sequence length is published.",
                             NOT_NEGATIVE)
-  distractor_weight: float = option(0.01, "Weight d of the distractor loss.", NOT_NEGATIVE)
+  distractor_weight: float = option(0.01, "Weight d of the distractor loss.", DECAY)
 
 
 @dataclasses.dataclass
@@ -200,24 +249,26 @@ class TrainConfig:
   """The training loop."""
 
   steps: int = option(18_722, "Optimizer steps.", POSITIVE)
-  seed: int = option(0, "Seed of the initial parameters and of the auxiliary objectives.")
+  seed: int = option(0, "Seed of the initial parameters and of the auxiliary objectives.",
+                     within(0, (1 << 32) - 1, why=", because the generator has 32 bits"))
   accumulation: int = option(1, "Microbatches in a step.", POSITIVE)
-  z_loss: float = option(0.0, "Weight of the squared log-partition function in the loss.", NOT_NEGATIVE)
+  z_loss: float = option(0.0, "Weight of the squared log-partition function in the loss.", DECAY)
   auxiliary: AuxiliaryConfig = dataclasses.field(default_factory=AuxiliaryConfig)
   foreign_keys: tuple[int, ...] = option(
     (0,), "Keys of other rows that attention sees before a row's own, in training only: each step draws one of these numbers.",
-    Rule("a non-empty tuple of numbers of at least 0", lambda value: len(value) > 0 and min(value) >= 0))
+    each(NOT_NEGATIVE, empty=False))
   ema_decay: float | None = option(None, "Decay of the moving average of the parameters; None keeps none.", PROPER_FRACTION)
   loss_chunk: int = option(512, "Time steps of a sequence whose logits exist at once.", POSITIVE)
   max_bad_steps: int = option(20, "Consecutive non-finite steps after which the run stops.", POSITIVE)
   log_every: int = option(10, "Steps between two records of the metrics.", POSITIVE)
   checkpoint_every: int = option(500, "Steps between two checkpoints.", POSITIVE)
   checkpoint_keep: int = option(3, "Checkpoints that are kept, the newest ones.", POSITIVE)
-  validate_every: int = option(500, "Steps between two validations; 0 is never.")
+  validate_every: int = option(500, "Steps between two validations; 0 is never.", NOT_NEGATIVE)
   validation_batches: int = option(8, "Batches of the validation stream in a validation.", POSITIVE)
-  validation_lengths: tuple[int, ...] = option((1, 2, 4, 8), "Lengths at which held-out documents are validated.", Rule(
-    "multiples of the training length, each at least 1", lambda value: all(n >= 1 for n in value)))
-  peak_tflops: float | None = option(None, "Peak TFLOP/s of a device, for MFU; None looks the device up.")
+  validation_lengths: tuple[int, ...] = option((1, 2, 4, 8), "Lengths at which held-out documents are validated, multiples of "
+                                               "the training length.", each(within(1, 1 << 20), empty=True))
+  peak_tflops: float | None = option(None, "Peak TFLOP/s of a device, for MFU; None looks the device up.",
+                                     within(0, 1e9, above_low=True))
   profile_start: int | None = option(None, "Steps after the first one at which a profile starts; None takes none.", NOT_NEGATIVE)
   profile_steps: int = option(5, "Steps in a profile.", POSITIVE)
 
@@ -316,10 +367,10 @@ class Leaf:
     """Raises `UserError` for a value of the wrong type, or one that the rule does not allow."""
     if not _matches(self.value, self.hint):
       kind = self.hint.__name__ if isinstance(self.hint, type) and not typing.get_args(self.hint) else str(self.hint)
-      raise UserError(f"{self.name}={self.value!r}: must be of type {kind}")
+      raise UserError(f"{self.name}={shown(self.value)}: must be of type {kind}")
     if self.rule is not None and self.value is not None and not self.rule.allows(self.value):
       optional = "None or " if isinstance(self.hint, types.UnionType) else ""
-      raise UserError(f"{self.name}={self.value!r}: must be {optional}{self.rule.legal}")
+      raise UserError(f"{self.name}={shown(self.value)}: must be {optional}{self.rule.legal}")
 
 
 def leaves(owner: Any, path: str = "config") -> Iterator[Leaf]:
@@ -431,6 +482,8 @@ def _matches(value: Any, annotation: Any) -> bool:
 
 def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
   hints = typing.get_type_hints(cls)
+  if not isinstance(values, Mapping):
+    raise UserError(f"{path}={shown(values)}: must be an object of fields")
   for name in values:
     if name not in hints:
       raise UserError(unknown_name(f"{path} field", name, hints))
@@ -441,7 +494,7 @@ def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
     value = values[name]
     if dataclasses.is_dataclass(hint):
       value = _from_dict(typing.cast(type, hint), value, f"{path}.{name}")
-    elif typing.get_origin(hint) is tuple:
+    elif typing.get_origin(hint) is tuple and isinstance(value, list):  # as JSON gives it back
       value = tuple(value)
     arguments[name] = value
   return cls(**arguments)

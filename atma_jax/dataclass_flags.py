@@ -51,7 +51,7 @@ class FieldParser(flags.ArgumentParser):
       return argument
     try:
       return parse_as(argument, self._hint)
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
       raise ValueError(f"must be {self.flag_type()}") from error
 
   def flag_type(self) -> str:

@@ -18,6 +18,8 @@ def main() -> None:
   """Runs the harness's command line with the model `atma_jax` registered; exit code 2 for bad input or a missing harness."""
   if importlib.util.find_spec("lm_eval") is None:
     bad_input("the lm-evaluation-harness is not installed: pip install 'atma_jax[eval]'")
+  if len(sys.argv) == 1:
+    bad_input("--model_args checkpoint=DIR and --tasks NAME,... are required (see --help)")
   from lm_eval._cli import HarnessCLI
   from lm_eval.utils import setup_logging
 
@@ -33,9 +35,9 @@ def main() -> None:
   except UserError as error:
     bad_input(error)
   except ValueError as error:
-    if not str(error).startswith("Tasks not found"):
+    if not str(error).startswith(("Tasks not found", "No tasks specified")):
       raise
-    bad_input(f"--tasks: {error}; `ls tasks` lists those of the harness, --include_path=DIR adds your own")
+    bad_input(f"--tasks: {error} `ls tasks` lists those of the harness, --include_path=DIR adds your own")
 
 
 if __name__ == "__main__":

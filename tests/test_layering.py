@@ -17,8 +17,8 @@ MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generat
          "serve", "train")
 ORDER = (  # a unit, that is a folder or module right under atma_jax, imports only from lines above its own, and from itself
   ("__init__", "errors"),
-  ("config",),
-  ("compilation_cache", "dataclass_flags", "distributed", "ops", "progress", "sharding"),
+  ("config", "json_input"),
+  ("compilation_cache", "dataclass_flags", "distributed", "memory_needs", "ops", "progress", "sharding"),
   ("data", "models"),
   ("pytorch",),
   ("checkpoints",),
@@ -30,7 +30,7 @@ ORDER = (  # a unit, that is a folder or module right under atma_jax, imports on
   MAINS,
 )
 LAYERS = {unit: layer for layer, units in enumerate(ORDER) for unit in units}
-STANDARD_LIBRARY_ONLY = ("__init__", "config", "errors")
+STANDARD_LIBRARY_ONLY = ("__init__", "config", "errors", "json_input")
 OPS_THIRD_PARTY = {"jax", "jaxlib", "jaxtyping", "numpy"}
 MAIN_LINES = 80
 FILE_LINES = 600

@@ -19,6 +19,7 @@ from atma_jax.config import Config, ModelConfig
 from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
+from atma_jax.memory_needs import check_generation_fits
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache, nbytes
 
@@ -72,6 +73,9 @@ def generation_table(config: Config, options: Options, seed: int) -> None:
 
   The predicted time of a decoding step is the bytes that it must move over the bandwidth of a copy measured here.
   """
+  sizes = [(1, context) for context in options.contexts] + [(rows, options.batch_context) for rows in options.batches]
+  for rows, context in sizes:
+    check_generation_fits(config.model, rows, options.capacity(context), options.cache_dtype)
   bandwidth = copy_bandwidth()
   model = nnx.jit(lambda: Atma(config.model, rngs=nnx.Rngs(seed)))()
   weights = weight_bytes(model)

@@ -20,10 +20,12 @@ import pyarrow.parquet
 import zstandard
 
 from atma_jax.errors import UserError
+from atma_jax.json_input import check_regular
 
 LEGAL_FILES = "UTF-8 text files, and .jsonl or .parquet rows with a string in field 'text'"
 _TEXT_FIELD = "text"
 _PARQUET_ROWS = 256  # decoded at a time
+_MOST_BYTES = 2 << 30  # of a document or a row: a compressed file of a megabyte may hold a terabyte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,11 @@ def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Ite
 
   Yields:
     The documents. One that cannot be read has a `problem` and no text; after damage to the file itself it is the last.
+
+  Raises:
+    UserError: the file is a FIFO, a socket or a device.
   """
+  check_regular(file.path)
   suffixes = pathlib.PurePath(file.path).suffixes
   compression = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
   readers = {".jsonl": _json_rows, ".parquet": _parquet_rows}
@@ -100,8 +106,15 @@ def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Ite
     for row, parse in enumerate(read(file, compression)):
       if wanted is None or row in wanted:
         yield parse(row)
-  except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+  except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, _TooLarge) as error:
     yield Document(file.name, row + 1, None, " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+class _TooLarge(Exception):
+  """A document has more than `_MOST_BYTES`."""
+
+  def __str__(self) -> str:
+    return f"more than {_MOST_BYTES >> 20} MiB without an end"
 
 
 # The readers below yield one function per row, so that rows which nobody wants are never parsed.
@@ -109,13 +122,17 @@ def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Ite
 
 def _whole_text(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
   with _open(file.path, compression) as stream:
-    content = stream.read()
+    content = stream.read(_MOST_BYTES + 1)
+  if len(content) > _MOST_BYTES:
+    raise _TooLarge
   yield lambda row: _text_document(file.name, row, content)
 
 
 def _json_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
   with _open(file.path, compression) as stream:
-    for line in stream:
+    while line := stream.readline(_MOST_BYTES + 1):
+      if len(line) > _MOST_BYTES:
+        raise _TooLarge
       yield lambda row, line=line: _json_document(f"{file.name}:{row + 1}", row, line)
 
 
@@ -125,8 +142,8 @@ def _parquet_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int]
     if _TEXT_FIELD not in table.schema_arrow.names:
       raise UserError(f"{file.path} has no column {_TEXT_FIELD!r}; its columns: {', '.join(table.schema_arrow.names)}")
     for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[_TEXT_FIELD]):
-      for value in batch.column(0).to_pylist():
-        yield lambda row, value=value: _checked(f"{file.name}:{row + 1}", row, value)
+      for value in batch.column(0):
+        yield lambda row, value=value: _parquet_document(f"{file.name}:{row + 1}", row, value)
 
 
 def _open(path: str, compression: str) -> io.BufferedIOBase:
@@ -145,6 +162,13 @@ def _text_document(name: str, row: int, content: bytes) -> Document:
     return Document(name, row, None, f"not UTF-8 at byte {error.start}")
 
 
+def _parquet_document(name: str, row: int, value: pyarrow.Scalar) -> Document:
+  try:
+    return _checked(name, row, value.as_py())
+  except UnicodeDecodeError as error:
+    return Document(name, row, None, f"not UTF-8 at byte {error.start} of field {_TEXT_FIELD!r}")
+
+
 def _json_document(name: str, row: int, line: bytes) -> Document:
   if line.isspace():
     return Document(name, row, "")
@@ -154,8 +178,12 @@ def _json_document(name: str, row: int, line: bytes) -> Document:
     return Document(name, row, None, f"not UTF-8 at byte {error.start} of the line")
   except json.JSONDecodeError as error:
     return Document(name, row, None, f"not JSON: {error.msg}, character {error.pos + 1}")
+  except RecursionError:
+    return Document(name, row, None, "not JSON that can be read: lists and objects too deep inside each other")
+  except ValueError:
+    return Document(name, row, None, "not JSON that can be read: a whole number of thousands of digits")
   if not isinstance(value, dict) or _TEXT_FIELD not in value:
-    found = "fields: " + ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}, not an object"
+    found = "fields: " + ", ".join(value)[:200] if isinstance(value, dict) else f"a {type(value).__name__}, not an object"
     return Document(name, row, None, f"no field {_TEXT_FIELD!r} ({found})")
   return _checked(name, row, value[_TEXT_FIELD])
 

@@ -11,6 +11,7 @@ import pathlib
 from typing import Any, BinaryIO
 
 from atma_jax.errors import UserError
+from atma_jax.json_input import parse_json, read_bytes
 
 
 def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
@@ -48,7 +49,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def read_json(path: pathlib.Path) -> Any:
   """Reads a JSON file. Raises a `UserError` that names the file if it cannot be read or parsed."""
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(read_bytes(path))
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror or error}") from error
   except ValueError as error:

@@ -18,6 +18,7 @@ import numpy as np
 
 from atma_jax.data.files import write_atomically
 from atma_jax.errors import UserError
+from atma_jax.json_input import check_regular
 
 MAGIC = 20240520
 VERSION = 1
@@ -78,6 +79,7 @@ def write_shard(path: pathlib.Path, tokens: Sequence[np.ndarray] | np.ndarray, d
 
 def open_shard(path: str | os.PathLike) -> Shard:
   """Checks a shard's header and size. Raises `UserError` for a file that is missing, truncated or of another format."""
+  check_regular(path)
   try:
     with open(path, "rb") as file:
       head, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size

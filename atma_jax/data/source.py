@@ -23,6 +23,7 @@ from typing import ClassVar
 from atma_jax.config import DataConfig
 from atma_jax.data.documents import Document, Entry, SourceFile, read_documents
 from atma_jax.errors import UserError
+from atma_jax.json_input import check_regular
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,9 @@ class Source:
     paths = sorted(os.path.abspath(path) for path in glob.glob(os.path.expanduser(self.argument), recursive=True))
     if not paths:
       raise UserError(f"config.data.sources: {self.entry!r} matches no file or folder (looked in {os.getcwd()})")
+    for path in paths:
+      if not os.path.isdir(path):
+        check_regular(path, lambda problem: UserError(f"config.data.sources: {self.entry!r}: {problem}"))
     return paths
 
 

@@ -8,24 +8,27 @@ every digit a piece of its own, and encodes unknown characters as their UTF-8 by
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import hashlib
 import io
-import json
 import pathlib
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Int
 import numpy as np
 import sentencepiece
 import tokenizers
 
-from atma_jax.config import ModelConfig
+from atma_jax.config import ModelConfig, shown
 from atma_jax.errors import UserError
+from atma_jax.json_input import MalformedJSON, parse_json, read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _KNOWN_VOCABULARIES = {"gpt2": (50_257, 50_256)}  # size and end-of-text id
+_MOST_BYTES = 256 << 20  # of a tokenizer's file
+_MOST_IDS = 1 << 28  # as many as a model may have
+_T = TypeVar("_T")
 _SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
 
 
@@ -97,12 +100,19 @@ class SentencePieceTokenizer(Tokenizer):
 
   def __init__(self, model: bytes, name: str = "SentencePiece model"):
     self._model = model
+    if not model:
+      raise UserError(f"{name} is not a SentencePiece model: it is empty")
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
+      self.vocab_size = self._processor.vocab_size()
+    except (RuntimeError, ValueError) as error:
       raise UserError(f"{name} is not a SentencePiece model") from error
-    self.vocab_size = self._processor.vocab_size()
-    self.eot_id = self._end_of_text(name)
+    if not 0 < self.vocab_size <= _MOST_IDS:
+      raise UserError(f"{name} has a vocabulary of {self.vocab_size} pieces; legal: 1 to {_MOST_IDS}")
+    try:
+      self.eot_id = self._end_of_text(name)
+    except (IndexError, RuntimeError, ValueError) as error:
+      raise UserError(f"{name} is not a SentencePiece model that can be used: {error}") from error
     marks = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
     self._space_mark_ids = marks if all(map(self._processor.is_byte, marks)) else None
 
@@ -145,14 +155,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def __init__(self, text: str, name: str = "tokenizer.json"):
     self._text = text
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception for a file it cannot parse
-      raise UserError(f"{name} is not a Hugging Face tokenizer: {error}") from error
+    self._name = name
+    self._tokenizer = self._guarded("is not a Hugging Face tokenizer", lambda: tokenizers.Tokenizer.from_str(text))
     self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
-    self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not 0 < self.vocab_size <= _MOST_IDS:
+      found = f"an id of {self.vocab_size - 1}" if self.vocab_size else "an empty vocabulary"
+      raise UserError(f"{name} has {found}; legal: ids from 0 to {_MOST_IDS - 1}")
     named = {token: self._tokenizer.token_to_id(token) for token in _END_OF_TEXT_NAMES}
     found = {token: eot_id for token, eot_id in named.items() if eot_id is not None}
     if not found:
@@ -160,10 +171,20 @@ class HuggingFaceTokenizer(Tokenizer):
     self.end_of_text, self.eot_id = next(iter(found.items()))
 
   def encode(self, text: str) -> Int[np.ndarray, " T"]:
-    return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    ids = self._guarded("cannot encode a text", lambda: self._tokenizer.encode(text, add_special_tokens=False).ids)
+    return np.asarray(ids, np.int32)
 
   def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:
     return self._tokenizer.decode([int(i) for i in ids if i != self.eot_id], skip_special_tokens=False)
+
+  def _guarded(self, problem: str, call: Callable[[], _T]) -> _T:
+    """The result of a call of the library; what it raises for a bad file, a bare Exception or a panic, becomes a `UserError`."""
+    try:
+      return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+      raise
+    except BaseException as error:  # panics are no Exception
+      raise UserError(f"{self._name} {problem}: {str(error)[:300]}") from error
 
   def to_bytes(self) -> bytes:
     return self._text.encode()
@@ -216,19 +237,20 @@ def load_tokenizer(spec: str) -> Tokenizer:
   if spec == ByteTokenizer.kind:
     return ByteTokenizer()
   path = pathlib.Path(spec).expanduser()
+  legal = "'sentencepiece' (train one), 'bytes', a SentencePiece .model file or a Hugging Face tokenizer.json"
   try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise UserError(f"config.data.tokenizer={spec!r}: {error.strerror or error}; legal: 'sentencepiece' (train one), "
-                    "'bytes', a SentencePiece .model file or a Hugging Face tokenizer.json") from error
+    content = read_bytes(path, most_bytes=_MOST_BYTES)
+  except (OSError, ValueError) as error:
+    reason = error.strerror if isinstance(error, OSError) else None
+    raise UserError(f"config.data.tokenizer={spec!r}: {reason or error}; legal: {legal}") from error
   if path.suffix != ".json":
     return SentencePieceTokenizer(content, spec)
   try:
-    values = json.loads(content)
-  except ValueError as error:
+    values = parse_json(content)
+  except MalformedJSON as error:
     raise UserError(f"{spec} is not valid JSON: {error}") from error
   if isinstance(values, dict) and "tokenizer_name" in values:
-    raise UserError(f"{spec} only names the tokenizer {values['tokenizer_name']!r} and holds no vocabulary: give a "
+    raise UserError(f"{spec} only names the tokenizer {shown(values['tokenizer_name'])} and holds no vocabulary: give a "
                     "full Hugging Face tokenizer.json of that name (the one with a 'model' section) instead")
   if isinstance(values, dict) and "kind" in values:
     return tokenizer_from_dict(values, spec)
@@ -246,19 +268,22 @@ def tokenizer_from_dict(values: dict[str, Any], name: str = "stored tokenizer") 
     UserError: the values describe no tokenizer.
   """
   try:
-    content = base64.b64decode(values["base64"])
+    kind, content = values["kind"], base64.b64decode(values["base64"])
   except (KeyError, TypeError, ValueError) as error:
-    raise UserError(f"{name}: no tokenizer: base64 is missing or malformed") from error
-  match values["kind"]:
-    case ByteTokenizer.kind:
-      return ByteTokenizer()
-    case SentencePieceTokenizer.kind:
-      return SentencePieceTokenizer(content, name)
-    case HuggingFaceTokenizer.kind:
-      return HuggingFaceTokenizer(content.decode(), name)
-    case NamedTokenizer.kind:
-      return NamedTokenizer(content.decode())
-  raise UserError(f"{name}: tokenizer kind {values['kind']!r} does not exist; legal: bytes, huggingface, named, "
+    raise UserError(f"{name}: no tokenizer: kind or base64 is missing or malformed") from error
+  try:
+    match kind:
+      case ByteTokenizer.kind:
+        return ByteTokenizer()
+      case SentencePieceTokenizer.kind:
+        return SentencePieceTokenizer(content, name)
+      case HuggingFaceTokenizer.kind:
+        return HuggingFaceTokenizer(content.decode(), name)
+      case NamedTokenizer.kind:
+        return NamedTokenizer(content.decode())
+  except UnicodeDecodeError as error:
+    raise UserError(f"{name}: no tokenizer: its base64 is not UTF-8 at byte {error.start}") from error
+  raise UserError(f"{name}: tokenizer kind {shown(kind)} does not exist; legal: bytes, huggingface, named, "
                   "sentencepiece")
 
 
@@ -272,7 +297,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
         remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True, byte_fallback=True,
         character_coverage=0.9995, unk_id=0, bos_id=-1, eos_id=1, pad_id=-1, eos_piece=END_OF_TEXT,
         max_sentence_length=1 << 20, shuffle_input_sentence=False, minloglevel=2)
-  except RuntimeError as error:
+  except (RuntimeError, ValueError) as error:
     reason = str(error).rpartition("] ")[2]
     raise UserError(f"config.data.tokenizer_vocab_size={vocab_size}: {reason} (256 bytes, 2 marks and the text's "
                     "characters must fit)") from error

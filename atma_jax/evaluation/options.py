@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 from typing import Any, TypeVar
 
-from atma_jax.config import NOT_NEGATIVE, POSITIVE, RetentionCap, Rule, option
+from atma_jax.config import NOT_NEGATIVE, POSITIVE, RetentionCap, each, option, within
 from atma_jax.errors import UserError, unknown_name
 from atma_jax.evaluation.suites import all_suites, check_names
 
@@ -41,7 +41,7 @@ class Options(CheckedOptions):
 
   suite: tuple[str, ...] = option(("loss", "needle"), "Suites to run.")
   multiples: tuple[int, ...] = option((1, 2, 4, 8), "Context lengths, in multiples of the training length.",
-                                      Rule("whole numbers, each at least 1", lambda value: bool(value) and min(value) >= 1))
+                                      each(within(1, 1 << 20), empty=False))
   step: int | None = option(None, "Checkpoint step; default is the newest good one.")
   ema: bool = option(False, "Evaluate the moving average of the weights (config.train.ema_decay).")
   data: str = option("", "Prepared data; default is what the checkpoint was trained on.")

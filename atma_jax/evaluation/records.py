@@ -7,7 +7,7 @@ read, so its cell counts as not done. This module imports no JAX.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import math
@@ -18,13 +18,27 @@ from typing import Any
 from absl import logging
 
 from atma_jax.checkpoints.overrides import RECORDED
+from atma_jax.config import INT32, within
 from atma_jax.errors import UserError
+from atma_jax.json_input import left_out, mismatch, parse_lines
 
 SCHEMA = 1
 # Fields that only the records of modified models have; a record without one was measured without the modification.
 VARIANT_FIELDS = ("ema", *RECORDED)
 
 Record = dict[str, Any]
+
+_NUMBER, _COUNT = within(-1e30, 1e30), within(0, INT32)  # larger numbers than these are none that an evaluation measures
+_SCALAR = (bool, str, _NUMBER, None)
+_MEASURED = {
+  "measure": str, "length": _COUNT, "value": (_NUMBER, None), "n?": within(0, 1 << 62), "standard_error?": (_NUMBER, None),
+  "interval?": ([_NUMBER], None), "bins?": ([dict], None), "layer?": (_COUNT, None), "head?": (_COUNT, None),
+  "outlier?": (bool, None), "chance?": (_NUMBER, None), "status?": str, "reason?": str, "seconds?": _NUMBER,
+  "program_gib?": _NUMBER, "code?": str, "settings?": dict, **{f"{name}?": _SCALAR for name in VARIANT_FIELDS}}
+COMPLETE = {  # what a report needs besides: whose the number is, and on what it was measured
+  "checkpoint": str, "step": _COUNT, "name": str, "suite": str, "settings": dict, "n": within(0, 1 << 62), "hardware": str,
+  "jax": str, "training_length": within(1, INT32),
+  "config": {"model": {"attention": str, "num_layers": _COUNT, "width": _COUNT, "memory": {"enabled": bool}}}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +76,41 @@ def is_ok(record: Record) -> bool:
   return record.get("status", "ok") == "ok"
 
 
-def parse_records(content: bytes, path: pathlib.Path) -> list[Record]:
-  """The records of this schema in the content of the file `path`; damaged lines are logged and skipped."""
-  records = []
-  for number, line in enumerate(content.splitlines(), 1):
-    try:
-      record = json.loads(line) if line.strip() else None
-    except ValueError:
-      logging.warning("%s:%d is cut off or damaged: skipped", path, number)
-      continue
-    if isinstance(record, dict) and record.get("schema") == SCHEMA:
-      records.append(record)
-  return records
+def parse_records(content: bytes, path: pathlib.Path,
+                  problem: Callable[[Record], str | None] = lambda record: None) -> tuple[list[Record], str]:
+  """The records of this schema in the content of the file `path`.
+
+  Args:
+    content: of the file.
+    path: of the file, for the log.
+    problem: what else may keep a record from being used.
+
+  Returns:
+    The good records, and a line that counts the malformed ones, which is logged; "" if there are none.
+  """
+  def wrong(record: Any) -> str | None:
+    if isinstance(record, dict) and isinstance(record.get("schema"), int) and record["schema"] != SCHEMA:
+      return None  # of another version: not malformed, and left out below
+    return problem_of(record) or problem(record)
+
+  records, notes = parse_lines(content, wrong)
+  line = left_out(path, records, notes)
+  if line:
+    logging.warning("%s", line)
+  return [record for record in records if record.get("schema") == SCHEMA], line
+
+
+def problem_of(record: Any) -> str | None:
+  """What keeps a record from being one, such as a field of another type; None if nothing does."""
+  if problem := mismatch(record, _MEASURED):
+    return problem
+  interval = record.get("interval")
+  if interval is not None and len(interval) != 2:
+    return f"field 'interval' has {len(interval)} bounds, must have 2"
+  for name, value in record.get("settings", {}).items():
+    if mismatch(value, (*_SCALAR, [_SCALAR], dict)):
+      return f"field 'settings'.{name} is no plain value"
+  return None
 
 
 class ResultsFile:
@@ -101,7 +138,7 @@ class ResultsFile:
     except OSError as error:
       raise UserError(f"--output: cannot write {path}: {error.strerror or error}") from error
     self._ends_in_newline = content.endswith(b"\n") or not content
-    self.records = parse_records(content, path)
+    self.records, _ = parse_records(content, path)
 
   def find(self, identity: dict[str, Any], measure: str, length: int, layer: int | None = None,
            head: int | None = None) -> Record | None:

@@ -95,6 +95,8 @@ class Suite:
     table: ``table(records of the suite) -> text`` for what does not fit into columns.
     plots: ``plots(records of the suite without failures, title, training length) -> {file name: PNG}``.
     sections: ``{heading: section(runs) -> HTML, or "" for none}`` of the report.
+    schema: of its records, as `atma_jax.json_input.mismatch` takes it: the fields that its tables and figures rely on, beyond
+      those of every record. Records that do not match are left out of reports.
     order: suites are shown in ascending order, ties by name.
   """
 
@@ -106,6 +108,7 @@ class Suite:
   table: Callable[[Sequence[Record]], str] | None = None
   plots: Callable[[Sequence[Record], str, int], dict[str, bytes]] | None = None
   sections: Mapping[str, Callable[[Sequence[Run]], str]] = dataclasses.field(default_factory=dict)
+  schema: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   order: int = 1000
 
 

@@ -1,16 +1,17 @@
 """Reads and writes files of named tensors: ``weights.pt``, from ``torch.save({"model": state_dict})``, and safetensors.
 
 A tensor is read when `numpy.asarray` is called on it, and tensors are written one at a time, so that neither direction holds a
-second copy of the model. The pickle inside ``weights.pt`` goes through an unpickler that knows tensors and plain values only. It
-refuses every other name, so a hostile file cannot run code.
+second copy of the model. The pickle inside ``weights.pt`` goes through a reader that knows tensors and plain values only
+(`atma_jax.pytorch.pickle_reader`), so a hostile file cannot run code. Sizes are checked against the archive before anything is
+allocated: no tensor is larger than what is stored for it, and all storages together are not larger than the file.
 """
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import io
 import json
 import math
 import pathlib
@@ -24,12 +25,18 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from atma_jax.errors import UserError
+from atma_jax.json_input import MalformedJSON, check_regular, parse_json, read_bytes
+from atma_jax.pytorch.pickle_reader import MOST_BYTES, MalformedPickle, Reconstructor, read_pickle
 
 STORAGE_DTYPES = {"FloatStorage": np.dtype(np.float32), "DoubleStorage": np.dtype(np.float64),
                   "HalfStorage": np.dtype(np.float16), "BFloat16Storage": np.dtype(ml_dtypes.bfloat16)}
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 _SAFETENSORS_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64", np.dtype(np.float16): "F16",
                       np.dtype(ml_dtypes.bfloat16): "BF16"}
+_MOST_DIRECTORY_BYTES = 8 << 20  # of the archive's list of members, each of which takes at least 46
+_MOST_AXES = 8
+_MOST_SHARED = 4  # tied weights are stored once and read as often as they have names
+_ENCRYPTED = 1  # flag of a member
 _ALIGNMENT = 64  # bytes; where tensors start inside weights.pt
 
 TensorSpec = tuple[str, tuple[int, ...], np.dtype]  # name, shape and dtype
@@ -83,10 +90,10 @@ def read_json(path: pathlib.Path, what: str, hint: str) -> Any:
     UserError: it is missing or malformed.
   """
   try:
-    return json.loads(path.read_text())
+    return parse_json(read_bytes(path))
   except FileNotFoundError as error:
     raise UserError(f"{path}: no such file; {hint}") from error
-  except (OSError, ValueError, RecursionError) as error:
+  except (OSError, MalformedJSON) as error:
     raise UserError(f"{path}: not {what}: {error}") from error
 
 
@@ -96,25 +103,33 @@ def open_state_dict(path: pathlib.Path) -> dict[str, StoredTensor]:
   Raises:
     UserError: the file does not exist, or is not a ``{"model": state_dict}`` of floating-point tensors.
   """
+  check_regular(path)
   try:
-    archive = zipfile.ZipFile(path)
-    root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
-    content = _TensorUnpickler(archive, root).load()
+    content = _Archive(path).load()
   except FileNotFoundError as error:
     raise UserError(f"{path}: no such file") from error
-  except Exception as error:  # whatever a damaged or hostile file makes the readers of zip and pickle raise
+  except Exception as error:  # whatever a damaged or hostile file makes the reader of zip files raise
     raise UserError(f"{path}: not a PyTorch checkpoint of tensors: {error or type(error).__name__}") from error
   if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
     raise UserError(f"{path}: must hold {{'model': state_dict}}")
   for name, tensor in content["model"].items():
     if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
-      raise UserError(f"{path}: entry {name!r} of 'model' is {type(tensor).__name__}, not a tensor")
+      shown = repr(name[:200]) if isinstance(name, str) else name
+      raise UserError(f"{path}: entry {shown} of 'model' is {type(tensor).__name__}, not a tensor")
   return {name.removeprefix("_orig_mod."): _reporting_damage(tensor, path, name) for name, tensor in content["model"].items()}
 
 
 def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads all tensors of ``weights.pt``, by name; raises what `open_state_dict` does."""
-  return {name: np.asarray(tensor) for name, tensor in open_state_dict(path).items()}
+  """Reads all tensors of ``weights.pt``, by name; raises what `open_state_dict` does.
+
+  Raises:
+    UserError: also if tensors share storages so much that they are several times as large as the file.
+  """
+  tensors = open_state_dict(path)
+  total, most = sum(tensor.size * tensor.dtype.itemsize for tensor in tensors.values()), _MOST_SHARED * path.stat().st_size
+  if total > most:
+    raise UserError(f"{path}: its tensors share storages and take {total / 2**30:.2f} GiB, over {_MOST_SHARED} times the file")
+  return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
 
 def open_safetensors(paths: Sequence[pathlib.Path]) -> dict[str, StoredTensor]:
@@ -130,6 +145,7 @@ def open_safetensors(paths: Sequence[pathlib.Path]) -> dict[str, StoredTensor]:
   dtypes = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
   tensors: dict[str, StoredTensor] = {}
   for path in paths:
+    check_regular(path)
     try:
       file = safetensors.safe_open(path, "numpy")
       views = {name: file.get_slice(name) for name in list(file.keys())}
@@ -224,32 +240,76 @@ def _pickle(specs: Sequence[TensorSpec]) -> bytes:
   return b"".join([*parts, pickle.SETITEMS, pickle.SETITEM, pickle.STOP])
 
 
-class _TensorUnpickler(pickle.Unpickler):
-  """Unpickles tensors, dicts and plain values; raises UnpicklingError for everything else."""
+class _LimitedFile(io.FileIO):
+  """A file of which no single read is larger than `most`, if that is set: the reader of zip files reads the whole directory."""
 
-  def __init__(self, archive: zipfile.ZipFile, root: str):
-    super().__init__(archive.open(root + "data.pkl"))
-    self._archive, self._root = archive, root
+  most: int | None = None
 
-  def find_class(self, module: str, name: str) -> Any:
-    """Resolves the few globals that a state dict needs."""
-    if (module, name) == ("collections", "OrderedDict"):
-      return collections.OrderedDict
-    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-      return _RebuildTensor()
-    if module == "torch" and name in STORAGE_DTYPES:
-      return STORAGE_DTYPES[name]
-    raise pickle.UnpicklingError(f"refused global {module}.{name}")
+  def read(self, size: int | None = -1, /) -> bytes:
+    size = -1 if size is None else size
+    if self.most is None:
+      return super().read(size)
+    content = super().read(min(size, self.most + 1) if size >= 0 else self.most + 1)
+    if len(content) > self.most:
+      raise zipfile.BadZipFile(f"its list of members is larger than {self.most >> 20} MiB")
+    return content
 
-  def persistent_load(self, pid: Any) -> _Storage:
-    """Resolves a reference to a storage: a member of the archive that holds as many uncompressed numbers as it says."""
-    kind, dtype, key, _, size = pid
-    if kind != "storage":
-      raise pickle.UnpicklingError(f"refused persistent id of kind {kind!r}")
-    member = self._archive.getinfo(f"{self._root}data/{key}")
-    if member.compress_type != zipfile.ZIP_STORED or member.file_size != size * dtype.itemsize:
-      raise pickle.UnpicklingError(f"{member.filename} is not {size} stored numbers of type {dtype}")
-    return _Storage(self._archive, member, dtype, size)
+
+class _Archive:
+  """The zip file of ``weights.pt``."""
+
+  def __init__(self, path: pathlib.Path):
+    self._file = _LimitedFile(path)
+    self._file.most = _MOST_DIRECTORY_BYTES
+    self._zip = zipfile.ZipFile(self._file)
+    self._file.most = None
+    self._bytes = path.stat().st_size
+    self._root = next((name.removesuffix("data.pkl") for name in self._zip.namelist() if name.endswith("/data.pkl")), None)
+    self._storages: dict[str, _Storage] = {}
+    self._stored = 0  # bytes of all of them
+
+  def load(self) -> Any:
+    """The object in ``data.pkl``, its tensors not read yet."""
+    if self._root is None:
+      raise zipfile.BadZipFile("it has no member data.pkl")
+    order = self._root + "byteorder"
+    if order in self._zip.namelist() and self._content(order, 16) != b"little":
+      raise zipfile.BadZipFile("its numbers are not little-endian")
+    return read_pickle(self._content(self._root + "data.pkl", MOST_BYTES), _find_global, self._storage)
+
+  def _content(self, name: str, most: int) -> bytes:
+    """A whole member, which has no more than `most` bytes."""
+    member = self._member(name)
+    if member.file_size > most:
+      raise zipfile.BadZipFile(f"{name} has {member.file_size} bytes, more than {most}")
+    return self._zip.read(member)
+
+  def _member(self, name: str) -> zipfile.ZipInfo:
+    """A member that is neither encrypted nor compressed in an unusual way; its own header must say so, too."""
+    member = self._zip.getinfo(name)
+    self._file.seek(member.header_offset)
+    header = self._file.read(8).ljust(8, b"\0")
+    if (member.flag_bits | header[6]) & _ENCRYPTED:
+      raise zipfile.BadZipFile(f"{name} is encrypted")
+    return member
+
+  def _storage(self, pid: Any) -> _Storage:
+    """The storage that a persistent id names: a member of the archive that holds as many uncompressed numbers as it says."""
+    if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+      raise MalformedPickle("refused persistent id of what is no storage")
+    _, dtype, key, _, size = pid
+    if not isinstance(dtype, np.dtype) or not isinstance(key, str) or type(size) is not int or len(key) > 64:
+      raise MalformedPickle("a storage is described wrongly")
+    if key not in self._storages:
+      member = self._member(f"{self._root}data/{key}")
+      self._stored += member.file_size
+      if member.compress_type != zipfile.ZIP_STORED or self._stored > self._bytes:
+        raise MalformedPickle(f"{member.filename} is compressed, or larger than the file")
+      self._storages[key] = _Storage(self._zip, member, dtype, member.file_size // dtype.itemsize)
+    storage = self._storages[key]
+    if storage.dtype != dtype or storage.member.file_size != size * dtype.itemsize:
+      raise MalformedPickle(f"{storage.member.filename} is not {size} stored numbers of type {dtype}")
+    return storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,23 +326,45 @@ class _Storage:
     return np.frombuffer(self.archive.read(self.member), self.dtype)
 
 
-class _RebuildTensor:
-  """Stands for ``torch._utils._rebuild_tensor_v2``; it has no attributes that a pickle could set."""
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *unused: Any) -> StoredTensor:
+  """The view of a storage that the arguments of ``torch._utils._rebuild_tensor_v2`` describe."""
+  del unused  # requires_grad and backward hooks
+  if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+    raise MalformedPickle("a tensor is described wrongly")
+  if len(shape) != len(strides) or len(shape) > _MOST_AXES or any(type(n) is not int for n in (offset, *shape, *strides)):
+    raise MalformedPickle("a tensor is described wrongly")
+  if min((offset, *strides, *shape)) < 0 or math.prod(shape) > storage.size:
+    raise MalformedPickle("a tensor is larger than its storage")
+  last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else offset
+  if last >= max(storage.size, 1):
+    raise MalformedPickle("a tensor reaches outside its storage")
+  steps = [stride * storage.dtype.itemsize for stride in strides] if all(shape) else [0] * len(shape)
 
-  __slots__ = ()
+  def read() -> np.ndarray:
+    return np.lib.stride_tricks.as_strided(storage.read()[offset:], shape, steps)
 
-  def __call__(self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...],
-               *unused: Any) -> StoredTensor:
-    """Returns the view of a storage that the arguments describe."""
-    del unused  # requires_grad and backward hooks
-    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else offset
-    if min((offset, *strides, *shape)) < 0 or last >= max(storage.size, 1):
-      raise pickle.UnpicklingError("tensor reaches outside its storage")
+  return StoredTensor(shape, storage.dtype, read)
 
-    def read() -> np.ndarray:
-      return np.lib.stride_tricks.as_strided(storage.read()[offset:], shape, [s * storage.dtype.itemsize for s in strides])
 
-    return StoredTensor(tuple(shape), storage.dtype, read)
+def _empty_dict(*arguments: Any) -> dict[str, Any]:
+  """An ordered dict, to which the pickle adds its items."""
+  if arguments:
+    raise MalformedPickle("an OrderedDict with arguments")
+  return {}
+
+
+_GLOBALS: dict[tuple[str, str], Any] = {
+  ("collections", "OrderedDict"): Reconstructor(_empty_dict),
+  ("torch._utils", "_rebuild_tensor_v2"): Reconstructor(_rebuild_tensor),
+  **{("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()},
+}
+
+
+def _find_global(module: str, name: str) -> Any:
+  """The few globals that a state dict needs."""
+  if (module, name) not in _GLOBALS:
+    raise MalformedPickle(f"refused global {f'{module[:100]}.{name[:100]}'!r}")
+  return _GLOBALS[module, name]
 
 
 def _reporting_damage(tensor: StoredTensor, path: pathlib.Path, name: str) -> StoredTensor:
@@ -291,7 +373,7 @@ def _reporting_damage(tensor: StoredTensor, path: pathlib.Path, name: str) -> St
   def read() -> np.ndarray:
     try:
       return tensor.read()
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
       raise UserError(f"{path}: tensor {name!r} is damaged: {error}") from error
 
   return dataclasses.replace(tensor, read=read)

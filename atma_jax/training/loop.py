@@ -23,6 +23,7 @@ from atma_jax.data.pipeline import TrainingData
 from atma_jax.data.prepare import prepare
 from atma_jax.data.tokenizers import check_vocabulary
 from atma_jax.errors import UserError
+from atma_jax.memory_needs import check_training_fits
 from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.models.operations import peak_flops, training_flops_per_token
 from atma_jax.sharding import make_mesh
@@ -55,6 +56,7 @@ def train(config: Config, workdir: str) -> str:
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
   check_divides(config, mesh)
+  check_training_fits(config)
   directory = data_directory(config, workdir)
   config.data.directory = str(directory)
   folder = make_workdir(workdir)

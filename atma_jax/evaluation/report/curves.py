@@ -7,14 +7,13 @@ from the lowest seed to the highest. (Intervals are in the tables; for two seeds
 from __future__ import annotations
 
 from collections.abc import Sequence
-import io
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
 from atma_jax.evaluation.report.comparisons import Setting
-from atma_jax.evaluation.report.drawing import GRAY, PALETTE, multiple_label, style_axes
+from atma_jax.evaluation.report.drawing import GRAY, PALETTE, multiple_label, plain, save, style_axes
 from atma_jax.evaluation.report.sweep_tables import MEASURES
 
 PANELS = ("document_loss", "stream_loss", "needle_exact", "needle_accuracy")  # the measures that have a length
@@ -32,17 +31,15 @@ def draw_curves(title: str, settings: Sequence[Setting]) -> bytes | None:
   styles = line_styles(settings)
   for axes, measure in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
     _draw_panel(axes, measure, settings, styles)
-  figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=GRAY)
-  handles, names = figure.axes[0].get_legend_handles_labels()
+  figure.suptitle(plain(title), x=0.01, ha="left", fontsize=9, color=GRAY)
+  handles, names = figure.axes[0].get_legend_handles_labels()  # the names are `plain`
   if len(names) > _MOST_NAMED:
     names = [name.split(" ")[0] for name in names]
   legend = dict(zip(names, handles, strict=True))
   columns = int(figure.get_figwidth() * _LETTERS_PER_INCH / (max(map(len, legend)) + 8))  # 8 for the line and the space between
   figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(max(columns, 1), 6), frameon=False,
                 fontsize=9)
-  content = io.BytesIO()
-  figure.savefig(content, format="png")
-  return content.getvalue()
+  return save(figure, "png")
 
 
 def line_styles(settings: Sequence[Setting]) -> dict[str, tuple[str, str, str]]:
@@ -63,7 +60,7 @@ def _draw_panel(axes: Axes, measure: str, settings: Sequence[Setting], styles: d
     mean = factor * np.array([s.mean for s in points])
     bars = np.abs(factor * np.array([(s.mean - s.least, s.most - s.mean) for s in points]).reshape(-1, 2)).T
     axes.errorbar([s.multiple for s in points], mean, yerr=bars if bars.any() else None, color=color, linestyle=line,
-                  marker=marker, markersize=5, linewidth=1.6, elinewidth=1.0, capsize=3, label=name)
+                  marker=marker, markersize=5, linewidth=1.6, elinewidth=1.0, capsize=3, label=plain(name))
   multiples = sorted({s.multiple for s in chosen})
   axes.set_xscale("log", base=2)
   axes.set_xticks(multiples, [multiple_label(m) for m in multiples])

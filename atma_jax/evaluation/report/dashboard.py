@@ -33,7 +33,8 @@ def render_dashboard(title: str, about: str, axes: Sequence[str], rows: Sequence
     measures: dict[str, list[dict[str, Any]]] = {}
     for row in own:
       measures.setdefault(row["measure"], []).append({key: row[key] for key in ("multiple", "value", "n", "low", "high")})
-    cells.append({"id": cell, "labels": {axis: own[0][axis] for axis in axes}, "measures": measures, "loss": _thin_out(curve)})
+    labels = {axis: own[0][axis] for axis in axes} if own else {}
+    cells.append({"id": cell, "labels": labels, "measures": measures, "loss": _thin_out(curve)})
   data = {"title": title, "about": about, "axes": list(axes), "cells": cells, "unfinished": unfinished,
           "contrasts": [dataclasses.asdict(c) for c in contrasts], "higher_is_better": higher_is_better}
   page = importlib.resources.files("atma_jax.evaluation.report").joinpath("dashboard.html").read_text(encoding="utf-8")

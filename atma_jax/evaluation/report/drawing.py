@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import io
 import math
 
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 import numpy as np
 
 from atma_jax.evaluation.records import Record
 
 BLUE, ORANGE, GREEN, GRAY = "#0b63a5", "#d95f02", "#1b8a5a", "#6b7280"
 PALETTE = (BLUE, ORANGE, GREEN, "#7b4fb3", "#b8860b", "#c2255c", "#0c8599", "#5c4033")
+
+
+_LONGEST_NAME = 80  # characters of a name in figures and tables
+
+
+def plain(name: str) -> str:
+  """A name as figures and tables show it: one line of at most 80 characters that print.
+
+  A legend would leave out a name that begins with an underscore, so that a space is put before it.
+  """
+  text = _printable(" ".join(name.split())) or "(no name)"
+  text = text if len(text) <= _LONGEST_NAME else text[:_LONGEST_NAME - 1] + "…"
+  return f" {text}" if text.startswith("_") else text
+
+
+def _printable(text: str) -> str:
+  """The text with what does not print, but for the ends of lines, replaced: an SVG must not hold it."""
+  return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def save(figure: Figure, kind: str) -> bytes:
+  """The figure as the content of a file, every text as it stands: a dollar in a name begins no formula.
+
+  Args:
+    figure: is finished.
+    kind: "png" or "svg".
+  """
+  for text in figure.findobj(Text):
+    assert isinstance(text, Text)
+    text.set_parse_math(False)
+    text.set_text(_printable(text.get_text()))
+  content, metadata = io.BytesIO(), {"Date": None, "Creator": None} if kind == "svg" else None
+  figure.savefig(content, format=kind, metadata=metadata)
+  return content.getvalue()
 
 
 def style_axes(axes: Axes) -> None:

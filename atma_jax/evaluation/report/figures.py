@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import io
 import math
 
 import matplotlib
@@ -17,6 +16,7 @@ from atma_jax.evaluation.report.drawing import (
   GRAY,
   PALETTE,
   draw_position_curve,
+  save,
   short_tokens,
   style_axes,
   values_and_errors,
@@ -187,6 +187,4 @@ def _add_legend(figure: Figure, axes: Axes) -> None:
 
 
 def _svg(figure: Figure) -> bytes:
-  content = io.BytesIO()
-  figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
-  return content.getvalue()
+  return save(figure, "svg")

@@ -14,41 +14,56 @@ import pathlib
 from absl import logging
 
 from atma_jax.errors import UserError
-from atma_jax.evaluation.records import Record, is_ok, parse_records
+from atma_jax.evaluation.records import COMPLETE, Record, is_ok, parse_records
 from atma_jax.evaluation.report.drawing import PALETTE
 from atma_jax.evaluation.report.markup import table, uncertainty
 from atma_jax.evaluation.report.runs import POSITION_FIELDS, Run, group_runs
 from atma_jax.evaluation.suite import Suite
 from atma_jax.evaluation.suites import all_suites
+from atma_jax.json_input import mismatch, read_bytes
 
-_REQUIRED = {"checkpoint": str, "step": int, "name": str, "suite": str, "settings": dict, "measure": str, "length": int, "n": int,
-             "config": dict, "hardware": str, "jax": str, "training_length": int}
+_MOST_BYTES = 1 << 30  # of a file of results
 
 
 def write_report(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
-  """Writes the report of all records of these ``results.jsonl`` files to `target`.
+  """Writes the report of all records of these ``results.jsonl`` files to `target`; malformed ones are left out and counted.
 
   Raises:
     UserError: a file cannot be read or holds no valid records, or the page cannot be written.
   """
-  records = []
+  records, suites = [], all_suites()
   for path in sources:
     try:
-      found = parse_records(path.read_bytes(), path)
+      found, malformed = parse_records(read_bytes(path, most_bytes=_MOST_BYTES), path, lambda record: _problem(record, suites))
     except OSError as error:
       raise UserError(f"--report: cannot read {path}: {error.strerror or error}") from error
     if not found:
-      raise UserError(f"--report: {path} holds no results")
-    for record in found:
-      wrong = [name for name, kind in _REQUIRED.items() if not isinstance(record.get(name), kind)]
-      if wrong or not isinstance(record.get("value", ""), int | float | None):
-        raise UserError(f"--report: {path}: a record of {record.get('measure')!r} has no legal {(wrong or ['value'])[0]}")
+      raise UserError(f"--report: {path} holds no results" + (f": {malformed}" if malformed else ""))
     records += found
   try:
     target.write_text(render_page(records), encoding="utf-8")
   except OSError as error:
     raise UserError(f"--report: cannot write {target}: {error.strerror or error}") from error
   logging.info("report: %s", target)
+
+
+def _problem(record: Record, suites: dict[str, Suite]) -> str | None:
+  """What keeps a record from being shown, by the schemas of all records and of its suite; None if nothing does."""
+  if problem := mismatch(record, COMPLETE):
+    return problem
+  suite = suites.get(record["suite"])
+  if suite is None:
+    return None
+  if problem := mismatch(record, suite.schema):
+    return problem
+  for name, text in suite.settings.items():
+    try:
+      if name in record["settings"]:
+        hash(record["settings"][name])
+        text(record["settings"][name])
+    except (TypeError, ValueError, LookupError, AttributeError):
+      return f"field 'settings'.{name} is of another type"
+  return None
 
 
 def render_page(records: Iterable[Record]) -> str:

@@ -6,14 +6,13 @@ The horizontal axis is logarithmic, in tokens and in multiples of the training l
 from __future__ import annotations
 
 from collections.abc import Sequence
-import io
 import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from atma_jax.evaluation.records import Record
-from atma_jax.evaluation.report.drawing import GRAY, multiple_label, short_tokens, style_axes, values_and_errors
+from atma_jax.evaluation.report.drawing import GRAY, multiple_label, plain, save, short_tokens, style_axes, values_and_errors
 
 
 def new_plot(title: str, heading: str) -> tuple[Figure, Axes]:
@@ -21,7 +20,7 @@ def new_plot(title: str, heading: str) -> tuple[Figure, Axes]:
   figure = Figure(figsize=(7.6, 4.8), dpi=160, layout="constrained")
   axes = figure.add_subplot()
   axes.set_title(heading, loc="left", fontsize=13, fontweight="bold", pad=22)
-  axes.text(0, 1.02, title, transform=axes.transAxes, fontsize=9, color=GRAY, va="bottom")
+  axes.text(0, 1.02, plain(title), transform=axes.transAxes, fontsize=9, color=GRAY, va="bottom")
   style_axes(axes)
   return figure, axes
 
@@ -54,6 +53,4 @@ def set_length_axis(axes: Axes, low: int, high: int, training_length: int, label
 def png(figure: Figure, axes: Axes) -> bytes:
   """The finished plot, with a legend, as the content of a PNG file."""
   axes.legend(frameon=False, fontsize=9, loc="best")
-  content = io.BytesIO()
-  figure.savefig(content, format="png")
-  return content.getvalue()
+  return save(figure, "png")

@@ -9,6 +9,7 @@ from typing import Any
 
 from atma_jax.checkpoints.overrides import OVERRIDES
 from atma_jax.evaluation.records import VARIANT_FIELDS, Record
+from atma_jax.evaluation.report.drawing import plain
 from atma_jax.evaluation.suite import Suite
 
 POSITION_FIELDS = ("layer", "head")
@@ -52,7 +53,7 @@ def group_runs(records: Iterable[Record], suites: dict[str, Suite]) -> list[Run]
     grouped[run][key] = record
   runs = []
   for (checkpoint, step, variant), latest in grouped.items():
-    label = f"{next(iter(latest.values()))['name']}, step {step}{variant}"
+    label = f"{plain(next(iter(latest.values()))['name'])}, step {step}{variant}"
     if any(run.label == label for run in runs):
       label += f" ({pathlib.PurePath(checkpoint).name} {len(runs) + 1})"
     runs.append(Run(label, list(latest.values())))

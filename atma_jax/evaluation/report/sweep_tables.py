@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import re
 
 from atma_jax.evaluation.report.comparisons import Contrast, Setting
 
@@ -11,6 +12,8 @@ MEASURES = {  # of the main tables: heading, factor, decimals
   "needle_exact": ("needle, all digits right (%)", 100, 0),
   "needle_accuracy": ("needle accuracy (%)", 100, 0), "train_loss": ("training loss (nats)", 1, 3),
 }
+_LATEX = {"->": "$\\to$", "±": "$\\pm$", "\\": "\\textbackslash{}", "~": "\\textasciitilde{}",
+          "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$"}
 Table = tuple[str, list[str], list[list[str]]]  # caption, heading, body
 
 
@@ -82,7 +85,13 @@ def _seeds_text(settings: Sequence[Setting]) -> str:
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-  return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+  return "| " + " | ".join(map(_markdown_text, cells)) + " |"
+
+
+def _markdown_text(text: str) -> str:
+  """Text that no Markdown reader takes for a mark, a cell's end, a formula or HTML."""
+  text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+  return re.sub(r"([\\`*|$\[\]])", r"\\\1", text)
 
 
 def _latex_row(cells: Sequence[str]) -> str:
@@ -90,6 +99,4 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 
 def _latex_text(text: str) -> str:
-  for character in "&%$#_{}":
-    text = text.replace(character, f"\\{character}")
-  return text.replace("->", "$\\to$").replace("±", "$\\pm$")
+  return re.sub(r"->|[&%$#_{}\\~^±<>]", lambda found: _LATEX.get(found[0], f"\\{found[0]}"), " ".join(text.split()))

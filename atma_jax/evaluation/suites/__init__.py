@@ -29,7 +29,9 @@ def suite_names() -> list[str]:
 
 
 def check_names(names: tuple[str, ...]) -> None:
-  """Raises `UserError` for the first of `names` that is not a suite; imports none."""
+  """Raises `UserError` if there are no names, or for the first that is not a suite; imports none."""
+  if not names:
+    raise UserError(f"--suite=: must be one or more of {', '.join(suite_names())}")
   for name in names:
     if name not in suite_names():
       raise UserError(unknown_name("--suite", name, suite_names()))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 from typing import Any
@@ -40,6 +39,7 @@ from atma_jax.evaluation.scoring import round_up_rows
 from atma_jax.evaluation.statistics import wilson_interval
 from atma_jax.evaluation.suite import Cell, Inputs, Progress, Suite, fingerprint
 from atma_jax.inference.sampling import Sampling
+from atma_jax.json_input import MalformedJSON, parse_json, read_bytes
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache, nbytes
 from atma_jax.sharding import named_sharding
@@ -121,10 +121,12 @@ def load_examples(folder: str, task: str, length: str, tokenizer: Tokenizer, cou
   if path is None:
     raise UserError(f"--suite=babilong: no file {paths[0]} or {paths[1].name}")
   try:
-    text = path.read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.strip()]
-    items = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
-  except (OSError, ValueError) as error:
+    content = read_bytes(path, most_bytes=1 << 30)
+    lines = [line for line in content.splitlines() if line.strip()]
+    items = parse_json(content) if content.lstrip().startswith(b"[") else [parse_json(line) for line in lines]
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror or error}") from error
+  except MalformedJSON as error:
     raise UserError(f"{path}: not JSON: {error}") from error
   examples = []
   for number, item in enumerate(items[:count], 1):
@@ -262,4 +264,5 @@ SUITE = Suite(
   settings={"task": str},
   sections={"BABILong after answer-only fine-tuning": babilong_section},
   order=50,
+  schema={"settings": {"task": str}},
 )

@@ -167,4 +167,5 @@ SUITE = Suite(
   table=diagnostics_table,
   sections={"Diagnostics": diagnostics_section},
   order=70,
+  schema={"layer": int},
 )

@@ -21,7 +21,7 @@ from typing import Any
 from jaxtyping import Float, Int
 import numpy as np
 
-from atma_jax.config import POSITIVE, option
+from atma_jax.config import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, option
 from atma_jax.errors import UserError
 from atma_jax.evaluation.options import CheckedOptions
 from atma_jax.evaluation.records import Measurement, Record
@@ -179,4 +179,5 @@ SUITE = Suite(
   plots=loss_plots,
   sections={"Loss against context length": length_section, "Loss by position, L(t)": position_section},
   order=10,
+  schema={"bins?": ([{"start": NOT_NEGATIVE, "stop": AT_LEAST_1, "value": float | None, "standard_error": float | None}], None)},
 )

@@ -148,4 +148,5 @@ SUITE = Suite(
   table=retention_table,
   sections={"Retention of the memory": retention_section},
   order=60,
+  schema={"layer": int, "head": int, "bins?": ([{"quantile": float, "value": float | None}], None)},
 )

@@ -130,4 +130,5 @@ SUITE = Suite(
   table=retrieval_table,
   sections={"Retrieval: length by depth": grid_section},
   order=40,
+  schema={"settings": {"task": str, "haystack": str, "depth": float}},
 )
