@@ -3,7 +3,7 @@
     DIR/data/HASH/               prepared data, shared by all cells with equal data options
     DIR/cells/ID/cell.json       labels, configuration and evaluation; written once, never changed
     DIR/cells/ID/recipe.py       the configuration as a recipe: python -m atma_jax.train --config=recipe.py --workdir=ELSEWHERE
-    DIR/cells/ID/claim.N         the process that runs the cell (see `atma_jax.ablation.claims`)
+    DIR/cells/ID/claim.N         the process that runs the cell (see `atma_jax.claims`)
     DIR/cells/ID/log.txt         output of the cell's process
     DIR/cells/ID/checkpoints, metrics.jsonl, evaluation/    output of training and evaluation
     DIR/cells/ID/result.json     written last; the cell is done

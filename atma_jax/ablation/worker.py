@@ -18,7 +18,7 @@ import time
 
 from absl import logging
 
-from atma_jax.ablation.claims import Claim, Claims
+from atma_jax.claims import Claim, Claims
 from atma_jax.ablation.sweep import CellFolder
 
 FINISHED, FAILED, PREEMPTED = "finished", "failed", "preempted"  # all done; all done or failed; told to end
