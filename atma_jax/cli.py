@@ -4,7 +4,7 @@
 (``--config.model.attention=nope``) that overrides the recipe.
 
 Exit codes: 0 done, 1 something outside the program failed, 2 bad input (both say so in one line, without a traceback), 75
-pre-empted after saving.
+pre-empted after saving, 130 interrupted (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from atma_jax.errors import RunError, UserError, unknown_name
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
 
 flags.disclaim_key_flags()  # --help lists --config among the flags of the main that defines it
 
@@ -140,6 +141,8 @@ def run(main: Callable[[], int | None]) -> None:
       bad_input(error)
     except RunError as error:
       _end(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+      _end("interrupted (Ctrl-C)", EXIT_INTERRUPTED)
     else:
       sys.exit(code)
 

@@ -3,15 +3,19 @@
     python -m atma_jax.prepare_data --config=configs/quickstart.py --directory=DIR
 
 Works in parallel processes and shows progress bars. If it is killed at any moment and started again, it continues after the last
-whole shard and ends with the same bytes. A finished directory is only described.
+whole shard and ends with the same bytes. A finished directory is only described; ``--verify`` compares it with the digests in its
+manifest.
 """
 
 from __future__ import annotations
 
+import pathlib
+import time
+
 from absl import flags
 
 from atma_jax import cli
-from atma_jax.data.manifest import Manifest
+from atma_jax.data.manifest import Manifest, load_manifest, verify
 from atma_jax.data.prepare import prepare
 from atma_jax.data.process_pool import MOST_WORKERS
 from atma_jax.errors import UserError
@@ -21,6 +25,8 @@ _DIRECTORY = flags.DEFINE_string("directory", None, "Folder to write; default is
 _WORKERS = flags.DEFINE_integer("workers", None, f"Processes; default is one per core, at most {MOST_WORKERS}.",
                                 lower_bound=1)
 
+_VERIFY = flags.DEFINE_bool("verify", False, "Only read what the directory holds and compare it with the digests in its manifest.")
+
 
 def main() -> None:
   """Writes the tokenizer and the shards, or continues where it was stopped. Raises `UserError` on bad flags and sources."""
@@ -28,8 +34,20 @@ def main() -> None:
   directory = _DIRECTORY.value or config.data.directory
   if not directory:
     raise UserError("--directory is missing (and config.data.directory is empty): name the folder to write")
+  if _VERIFY.value:
+    print(verification(pathlib.Path(directory)))
+    return
   print(describe(prepare(config.data, directory, workers=_WORKERS.value)))
   print(f"prepared: {directory}")
+
+
+def verification(directory: pathlib.Path) -> str:
+  """Verifies a prepared directory and says how much was read. Raises `UserError` for anything missing or damaged."""
+  began = time.perf_counter()
+  shards, size, bare = verify(directory, load_manifest(directory))
+  seconds = time.perf_counter() - began
+  unchecked = f"; {bare} shards have no digest, because an older version wrote them: only their size was checked" if bare else ""
+  return f"verified: {shards} shards in {directory}, {size / 1e6:,.1f} MB in {seconds:.1f} s ({size / seconds / 1e6:,.0f} MB/s){unchecked}"
 
 
 def describe(manifest: Manifest) -> str:

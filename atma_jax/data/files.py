@@ -51,7 +51,7 @@ def read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -84,7 +84,7 @@ class TrainingData:
     self._config = config
     self._parts, self._part_count = _coarsest(parts, part_count)
     self._sequences = _mixed_sequences(config, directory, self.manifest.train, self.tokenizer.vocab_size)
-    self._fingerprint = self.manifest.fingerprint
+    self._fingerprint, self._fingerprints = self.manifest.fingerprint, self.manifest.fingerprints
     self._next_sequence = 0
     self._batches: grain.DatasetIterator | None = None
 
@@ -109,7 +109,7 @@ class TrainingData:
     Raises:
       UserError: the state belongs to other prepared data.
     """
-    if state["manifest"] != self._fingerprint:
+    if state["manifest"] not in self._fingerprints:
       raise UserError("config.data.directory: the checkpoint was trained on other prepared data than it now holds; "
                       "name the directory it was trained on")
     self.close()
@@ -131,6 +131,14 @@ class TrainingData:
       batches = grain.experimental.ZipMapDataset([split[part:end:count] for part in self._parts]).map(np.concatenate)
     threads = min(_READ_THREADS, self._config.prefetch)
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, self._config.prefetch)))
+
+
+def check_state(state: dict[str, Any]) -> None:
+  """Raises ValueError for anything that `TrainingData.get_state` does not return."""
+  following, manifest = state.get("next_sequence"), state.get("manifest")
+  whole = isinstance(following, int) and not isinstance(following, bool) and 0 <= following < 2**62 and isinstance(manifest, str)
+  if not whole or state.keys() != {"next_sequence", "manifest"}:
+    raise ValueError(f"{str(state)[:80]} is no position in the data")
 
 
 def _coarsest(parts: Sequence[int], count: int) -> tuple[list[int], int]:
