@@ -15,7 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import errno
+import logging as std_logging
 import os
+import resource
 import shutil
 import time
 from typing import Any
@@ -38,7 +41,7 @@ WRITE_SECONDS = 1200  # a step that not all processes have written within this t
 FINAL_PAUSES = (0, 2, 5)  # seconds before each attempt to write the last step
 _EXECUTION_FIELDS = ("remat", "scan", "implementation")  # of the model: how it is computed, which a resumed run may change
 _STATE_FIELDS = ("kind", "clip_basis", "clip_norm", "ema_decay")  # of optimizer and train: they decide which arrays a state has
-_ROOM_PER_ARRAY, _ROOM_BESIDES = 8 << 10, 64 << 10  # bytes of indices and metadata, at most
+_ROOM_PER_ARRAY, _ROOM_BESIDES = 5 << 10, 64 << 10  # bytes of indices and metadata, at most
 
 
 @dataclasses.dataclass
@@ -70,11 +73,13 @@ class Checkpointer:
     Raises:
       UserError: the directory cannot be made.
     """
+    logging.get_absl_logger().addFilter(_without_traceback)  # once; `write_failed` says in one line what went wrong
     self.directory = absolute(workdir) / FOLDER
     self.failed_saves = self.failed_in_a_row = 0
     self._keep = keep
     self._writing: int | None = None
     self._reason = ""
+    self._room = 0  # bytes that a step takes, once `check_room` knows
     try:
       with distributed.agreed():
         if jax.process_index() == 0:
@@ -179,30 +184,39 @@ class Checkpointer:
       target: a state of `jax.ShapeDtypeStruct`.
 
     Raises:
-      UserError: there is less room than one more step takes.
+      UserError: there is less room than one more step takes, or this process may not write files of that size.
     """
     leaves = jax.tree.leaves(_as_dict(target))
-    needed = sum(leaf.size * leaf.dtype.itemsize + _ROOM_PER_ARRAY for leaf in leaves) + _ROOM_BESIDES
-    each = f"a checkpoint takes at most {_mebibytes(needed)}, {self._keep} of them are kept and one more while it is written"
+    self._room = sum(leaf.size * leaf.dtype.itemsize + _ROOM_PER_ARRAY for leaf in leaves) + _ROOM_BESIDES
+    each = f"a checkpoint takes at most {_mebibytes(self._room)}, {self._keep} of them are kept and one more while it is written"
     with distributed.agreed():
       if jax.process_index():
         return
       if is_remote(self.directory):
         logging.info("%s", each)
         return
-      free = shutil.disk_usage(self.directory).free
-      if free < needed:
+      limit, free = resource.getrlimit(resource.RLIMIT_FSIZE)[0], shutil.disk_usage(self.directory).free
+      if limit != resource.RLIM_INFINITY and limit < self._room:
+        raise UserError(f"{self.directory}: {each}, but this process may write no file larger than {_mebibytes(limit)}: raise the "
+                        "limit (ulimit -f)")
+      if free < self._room:
         raise UserError(f"{self.directory}: {each}, but only {_mebibytes(free)} are free: make room, or name another --workdir")
       logging.info("%s; %s are free", each, _mebibytes(free))
       missing = self._keep + 1 - len([path for path in self.directory.iterdir() if path.name.isdigit()])
-      if free < missing * needed:
-        logging.warning("%s has no room for that many: %s would do", self.directory, _mebibytes(missing * needed))
+      if free < missing * self._room:
+        logging.warning("%s has no room for that many: %s would do", self.directory, _mebibytes(missing * self._room))
 
   def _probe(self) -> None:
-    """Writes and removes a small file, which raises whatever keeps this process from writing."""
+    """Writes and removes a small file, and looks for room, which raises whatever keeps this process from writing."""
     file = self.directory / f".probe-{jax.process_index()}"
-    file.write_text("atma_jax\n")
-    file.unlink()
+    try:
+      file.write_text("atma_jax\n")
+    finally:
+      with contextlib.suppress(Exception):  # the write says what is wrong
+        file.unlink()
+    if not is_remote(self.directory) and shutil.disk_usage(self.directory).free < self._room:
+      free = _mebibytes(shutil.disk_usage(self.directory).free)
+      raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it takes {_mebibytes(self._room)}, and {free} are free")
 
   def restore(self, config: Config, target: Any,
               check_data: Callable[[dict[str, Any]], None]) -> tuple[Any, dict[str, Any]] | None:
@@ -291,6 +305,13 @@ def _check_optimizer(config: Config, stored: Config, directory: epath.Path) -> N
   if found:
     raise UserError(f"{directory} holds another state of the optimizer: {'; '.join(found)}; use another --workdir or the stored "
                     "values")
+
+
+def _without_traceback(record: std_logging.LogRecord) -> bool:
+  """Takes the traceback off what Orbax logs about a write that failed."""
+  if "/orbax/" in record.pathname:
+    record.exc_info = record.exc_text = None
+  return True
 
 
 def _mebibytes(count: int) -> str:
