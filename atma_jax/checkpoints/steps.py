@@ -8,12 +8,15 @@ no digests.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import functools
 import hashlib
 import json
+import logging as std_logging
 import os
 import re
+import sys
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -140,7 +143,7 @@ def newest_good_step(directory: epath.Path, steps: list[int],
   steps = json.loads(distributed.from_first(json.dumps(steps)))
   for step in steps:
     loaded, reason = None, ""
-    with distributed.agreed():
+    with distributed.agreed(), _quietly():
       try:
         loaded = load(directory / str(step))
       except UserError:
@@ -158,6 +161,33 @@ def newest_good_step(directory: epath.Path, steps: list[int],
   if steps:
     raise UserError(f"{directory}: none of the steps {', '.join(map(str, reversed(steps)))} can be restored")
   return None
+
+
+def without_traceback(record: std_logging.LogRecord) -> bool:
+  """A filter that takes the traceback off what Orbax logs about a read or a write that failed; ours is one line."""
+  if "/orbax/" in record.pathname:
+    record.exc_info = record.exc_text = None
+  return True
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+  """Keeps the tracebacks of a failed read out of the log: Orbax's own, and those of reads that end after it has given up."""
+  logger, hook = logging.get_absl_logger(), sys.unraisablehook
+
+  def unraisable(raised: sys.UnraisableHookArgs) -> None:
+    if str(raised.exc_value) != "Event loop is closed":
+      hook(raised)
+
+  known = without_traceback in logger.filters
+  logger.addFilter(without_traceback)
+  sys.unraisablehook = unraisable
+  try:
+    yield
+  finally:
+    sys.unraisablehook = hook
+    if not known:
+      logger.removeFilter(without_traceback)
 
 
 def checksums(tree: Any) -> dict[str, int]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import errno
-import logging as std_logging
 import os
 import resource
 import shutil
@@ -30,7 +29,8 @@ import orbax.checkpoint as ocp
 
 from atma_jax import distributed
 from atma_jax.checkpoints.steps import (
-  FOLDER, LoadedStep, absolute, checksums, is_remote, make_meta, newest_good_step, read_arrays, read_data, read_meta)
+  FOLDER, LoadedStep, absolute, checksums, is_remote, make_meta, newest_good_step, read_arrays, read_data, read_meta,
+  without_traceback)
 from atma_jax.config import Config
 from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.errors import RunError, UserError
@@ -73,7 +73,7 @@ class Checkpointer:
     Raises:
       UserError: the directory cannot be made.
     """
-    logging.get_absl_logger().addFilter(_without_traceback)  # once; `write_failed` says in one line what went wrong
+    logging.get_absl_logger().addFilter(without_traceback)  # once; `write_failed` says in one line what went wrong
     self.directory = absolute(workdir) / FOLDER
     self.failed_saves = self.failed_in_a_row = 0
     self._keep = keep
@@ -305,13 +305,6 @@ def _check_optimizer(config: Config, stored: Config, directory: epath.Path) -> N
   if found:
     raise UserError(f"{directory} holds another state of the optimizer: {'; '.join(found)}; use another --workdir or the stored "
                     "values")
-
-
-def _without_traceback(record: std_logging.LogRecord) -> bool:
-  """Takes the traceback off what Orbax logs about a write that failed."""
-  if "/orbax/" in record.pathname:
-    record.exc_info = record.exc_text = None
-  return True
 
 
 def _mebibytes(count: int) -> str:
