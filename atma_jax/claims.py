@@ -1,11 +1,11 @@
 """Claims by which processes that share a directory make sure that only one of them works in it: trainers, and workers of a sweep.
 
 The claims on a folder are files ``claim.0``, ``claim.1``, and so on. The one with the highest number is in force, and whoever
-creates the next one owns the folder. A file is created only if there is none of its name (by `O_EXCL`, or on ``gs://`` by a
-conditional write), so there is a single winner, and a claim is never renamed or removed under its owner. A claim lapses when it is
-released, when its process has ended on this machine, or when its heartbeat has stood still for `STALE_SECONDS` of this process's
-own clock; clocks of different machines are never compared. An owner that finds a higher claim, or not its own any more, has lost
-the folder.
+creates the next one owns the folder. A file is created only if there is none of its name (`O_EXCL`; on ``gs://`` there is one
+object, written on the condition that nobody else has written it since), so there is a single winner, and a claim is never renamed
+or removed under its owner. A claim lapses when it is released, when its process has ended on this machine, or when its heartbeat
+has stood still for `STALE_SECONDS` of this process's own clock; clocks of different machines are never compared. An owner that
+finds a higher claim, or not its own any more, has lost the folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import socket
 import stat
 import threading
@@ -57,6 +58,8 @@ class Claim:
         self._store.touch(self.path.name)
       except FileNotFoundError:
         return False
+      except OSError as error:
+        logging.warning("the claim %s could not be renewed: %s", self.path, error.strerror or error)
       self._last_beat = time.monotonic()
     return not self._store.exists(self._next)
 
@@ -187,8 +190,8 @@ def hold(folder: str | os.PathLike, flag: str) -> Claim:
       return claim.keep()
     owner = claims.owner(folder)
     if owner is not None and claims.beating(folder):
-      raise UserError(f"{flag}: in use by {owner} (host and process id), which is alive: wait until it has ended, or name another "
-                      "directory")
+      raise UserError(f"{flag}: in use by {owner} (host and process id), which is alive: wait until it has ended, or name "
+                      "another directory")
     if owner is not None and not waiting:
       logging.info("%s: last used by %s; if that shows no sign of life within %.0f s, this process takes over", flag, owner,
                    STALE_SECONDS)
@@ -264,68 +267,90 @@ class _LocalStore:
 
 
 class _RemoteStore:
-  """The claims in a folder such as ``gs://BUCKET/PATH``, through TensorStore, which writes checkpoints there too."""
+  """The claim in force on a folder such as ``gs://BUCKET/PATH``: one object ``claim``, which holds its number too.
+
+  It is read and written through TensorStore, as checkpoints are. Every write is on the condition that the object is still the one
+  that was read. Storage that cannot be reached raises ValueError.
+  """
 
   def __init__(self, folder: epath.Path):
     import tensorstore  # only trainers have remote folders; the workers of a sweep stay light
     self.folder = folder
-    self._tensorstore = tensorstore
     self._beats = 0
+    self._store = tensorstore.KvStore.open(f"{os.fspath(folder).rstrip('/')}/").result()
+
+  def _get(self) -> tuple[dict[str, Any] | None, bytes]:
+    """The content of the object, None if there is none, and its generation."""
+    found = self._store.read("claim").result()
+    if found.state != "value":
+      return None, found.stamp.generation
     try:
-      self._store = tensorstore.KvStore.open(f"{os.fspath(folder).rstrip('/')}/").result()
-    except ValueError as error:
-      raise OSError(" ".join(str(error).split())[:300]) from error
+      content = json.loads(found.value)
+    except (ValueError, RecursionError):
+      content = {}
+    return content if isinstance(content, dict) else {}, found.stamp.generation
+
+  def _put(self, content: dict[str, Any], generation: bytes) -> bool:
+    """Writes the object if it is still of a generation."""
+    mark = secrets.token_hex(8)
+    self._store.write("claim", json.dumps(content | {"mark": mark}), if_equal=generation).result()
+    written, _ = self._get()
+    return written is not None and written.get("mark") == mark
 
   def names(self) -> list[str]:
-    """The names of all claims."""
-    keys = self._store.list(self._tensorstore.KvStore.KeyRange("claim.", "claim/")).result()
-    return [name for name in (key.decode(errors="replace") for key in keys) if _NAME.fullmatch(name)]
+    """The name of the claim in force, if there is one; the others are not kept."""
+    content, _ = self._get()
+    return [] if content is None else [f"claim.{_stored_number(content)}"]
 
   def newest(self) -> str | None:
     """The claim with the highest number."""
-    return max(self.names(), key=_number, default=None)
+    return next(iter(self.names()), None)
 
   def exists(self, name: str) -> bool:
-    return self._store.read(name).result().state == "value"
+    content, _ = self._get()
+    return content is not None and _stored_number(content) >= _number(name)
 
   def read(self, name: str) -> str:
-    found = self._store.read(name).result()
-    if found.state != "value":
+    content, _ = self._get()
+    if content is None:
       raise FileNotFoundError(name)
-    return found.value.decode()
+    return json.dumps(content)
 
   def create(self, name: str, text: str) -> bool:
-    """Creates an object with a text; False if there is one of that name."""
-    found = self._store.read(name).result()
-    if found.state == "value":
+    """Puts a claim in force after the one before it; False if another has been put in force meanwhile."""
+    content, generation = self._get()
+    if content is not None and _stored_number(content) != _number(name) - 1:
       return False
-    try:
-      stamp = self._store.write(name, text, if_equal=found.stamp.generation).result()
-    except ValueError as error:
-      raise OSError(" ".join(str(error).split())[:300]) from error
-    return stamp.generation not in (b"", found.stamp.generation) and self.read(name) == text
+    return self._put(json.loads(text) | {"number": _number(name)}, generation)
 
   def replace(self, name: str, text: str) -> None:
-    """Replaces the text of an object."""
-    self._store.write(name, text).result()
+    """Replaces the text of a claim, if it is still in force."""
+    content, generation = self._get()
+    if content is None or _stored_number(content) != _number(name):
+      raise FileNotFoundError(name)
+    self._put(json.loads(text) | {"number": _number(name)}, generation)
 
   def touch(self, name: str) -> None:
-    """Writes the object anew, with a number that changes, unless somebody else has written it meanwhile."""
-    found = self._store.read(name).result()
-    if found.state != "value":
-      raise FileNotFoundError(name)
+    """Writes the claim anew with a number that changes."""
     self._beats += 1
-    text = json.dumps(json.loads(found.value) | {"beats": self._beats})
-    self._store.write(name, text, if_equal=found.stamp.generation).result()
+    content, generation = self._get()
+    if content is None or _stored_number(content) != _number(name):
+      raise FileNotFoundError(name)
+    self._put(content | {"beats": self._beats}, generation)
 
   def stamp(self, name: str) -> Any:
     """What changes with each `touch`; None if there is no such object."""
-    found = self._store.read(name).result()
-    return found.value if found.state == "value" else None
+    content, _ = self._get()
+    return None if content is None else json.dumps(content)
 
   def remove(self, name: str) -> None:
-    with contextlib.suppress(ValueError):
-      self._store.write(name, None).result()
+    """Does nothing: there is one object."""
+
+
+def _stored_number(content: dict[str, Any]) -> int:
+  """The number of the claim that an object holds; 0 if it is none."""
+  number = content.get("number")
+  return number if isinstance(number, int) and number >= 0 else 0
 
 
 def _store(folder: str | os.PathLike) -> _LocalStore | _RemoteStore:

@@ -31,6 +31,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
+ENDED = {"preempted": EXIT_PREEMPTED, "interrupted": EXIT_INTERRUPTED}  # exit codes of what training and sweeps return
 
 flags.disclaim_key_flags()  # --help lists --config among the flags of the main that defines it
 
@@ -223,6 +224,13 @@ def parse_field(field: str, text: str) -> Any:
     return FieldParser(hints[name]).parse(text)
   except ValueError as error:
     raise UserError(f"--{name}={text}: {error}") from error
+
+
+def refuse_empty(*lists: flags.FlagHolder) -> None:
+  """Raises `UserError` for a list flag that was given with nothing in it, or with an empty element."""
+  for flag in lists:
+    if flag.present and not all(flag.value or [""]):
+      raise UserError(f"--{flag.name}={','.join(flag.value)}: must be a list without empty elements")
 
 
 def whole_numbers(flag: str, texts: Sequence[str]) -> tuple[int, ...]:

@@ -24,8 +24,7 @@ _CONFIG = cli.define_config_flag()
 _DIRECTORY = flags.DEFINE_string("directory", None, "Folder to write; default is config.data.directory.")
 _WORKERS = flags.DEFINE_integer("workers", None, f"Processes; default is one per core, at most {MOST_WORKERS}.",
                                 lower_bound=1)
-
-_VERIFY = flags.DEFINE_bool("verify", False, "Only read what the directory holds and compare it with the digests in its manifest.")
+_VERIFY = flags.DEFINE_bool("verify", False, "Only compare what the directory holds with the digests in its manifest.")
 
 
 def main() -> None:
@@ -47,7 +46,8 @@ def verification(directory: pathlib.Path) -> str:
   shards, size, bare = verify(directory, load_manifest(directory))
   seconds = time.perf_counter() - began
   unchecked = f"; {bare} shards have no digest, because an older version wrote them: only their size was checked" if bare else ""
-  return f"verified: {shards} shards in {directory}, {size / 1e6:,.1f} MB in {seconds:.1f} s ({size / seconds / 1e6:,.0f} MB/s){unchecked}"
+  speed = f"{size / 1e6:,.1f} MB in {seconds:.1f} s, {size / seconds / 1e6:,.0f} MB/s"
+  return f"verified: {shards} shards in {directory} ({speed}){unchecked}"
 
 
 def describe(manifest: Manifest) -> str:

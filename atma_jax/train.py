@@ -13,7 +13,7 @@ from atma_jax import cli
 from atma_jax.compilation_cache import use_compilation_cache
 from atma_jax.distributed import DistributedFlags
 from atma_jax.errors import UserError
-from atma_jax.training.loop import INTERRUPTED, PREEMPTED, train
+from atma_jax.training.loop import train
 
 _CONFIG = cli.define_config_flag()
 _DISTRIBUTED = DistributedFlags()
@@ -24,13 +24,13 @@ _CACHE = flags.DEFINE_string("compilation_cache", "auto", "Directory of compiled
 
 
 def main() -> int:
-  """Trains to the last step and returns the exit code: 75 if SIGTERM came first, 130 if Ctrl-C did. Raises UserError for bad input."""
+  """Trains to the last step; returns the exit code, 75 or 130 if SIGTERM or Ctrl-C came first. Raises UserError for bad input."""
   if not _WORKDIR.value:
     raise UserError("--workdir=DIR is required: where checkpoints, metrics and prepared data go")
   config = _CONFIG.value
   _DISTRIBUTED.initialize()
   use_compilation_cache(_CACHE.value, _WORKDIR.value)
-  return {PREEMPTED: cli.EXIT_PREEMPTED, INTERRUPTED: cli.EXIT_INTERRUPTED}.get(train(config, _WORKDIR.value), 0)
+  return cli.ENDED.get(train(config, _WORKDIR.value), 0)
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ def _digest(values: dict[str, Any]) -> str:
 @functools.cache
 def _say_once(directory: epath.Path) -> None:
   if jax.process_index() == 0:
-    logging.warning("%s holds steps of an older version: their arrays have checksums, but configuration, tokenizer and position in "
-                    "the data have none and are taken as they are", directory)
+    logging.warning("%s holds steps of an older version: their arrays have checksums, but configuration, tokenizer and position "
+                    "in the data have none and are taken as they are", directory)
 
 
 def read_arrays(step: epath.Path, target: Any, *, partial: bool = False) -> Any:

@@ -29,8 +29,18 @@ import orbax.checkpoint as ocp
 
 from atma_jax import distributed
 from atma_jax.checkpoints.steps import (
-  FOLDER, LoadedStep, absolute, checksums, is_remote, make_meta, newest_good_step, read_arrays, read_data, read_meta,
-  without_traceback)
+  FOLDER,
+  LoadedStep,
+  absolute,
+  checksums,
+  is_remote,
+  make_meta,
+  newest_good_step,
+  read_arrays,
+  read_data,
+  read_meta,
+  without_traceback,
+)
 from atma_jax.config import Config
 from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.errors import RunError, UserError
@@ -197,8 +207,8 @@ class Checkpointer:
         return
       limit, free = resource.getrlimit(resource.RLIMIT_FSIZE)[0], shutil.disk_usage(self.directory).free
       if limit != resource.RLIM_INFINITY and limit < self._room:
-        raise UserError(f"{self.directory}: {each}, but this process may write no file larger than {_mebibytes(limit)}: raise the "
-                        "limit (ulimit -f)")
+        raise UserError(f"{self.directory}: {each}, but this process may write no file larger than {_mebibytes(limit)}: raise "
+                        "the limit (ulimit -f)")
       if free < self._room:
         raise UserError(f"{self.directory}: {each}, but only {_mebibytes(free)} are free: make room, or name another --workdir")
       logging.info("%s; %s are free", each, _mebibytes(free))

@@ -33,7 +33,15 @@ from atma_jax.data.corpus import EvaluationDocument, ReadyTokens, TextCorpus, sc
 from atma_jax.data.documents import Entry
 from atma_jax.data.files import exclusive, read_json, write_json
 from atma_jax.data.manifest import (
-  MANIFEST, TOKENIZER, Manifest, check_settings, load_manifest, misshapen, settings_of, write_manifest)
+  MANIFEST,
+  TOKENIZER,
+  Manifest,
+  check_settings,
+  load_manifest,
+  misshapen,
+  settings_of,
+  write_manifest,
+)
 from atma_jax.data.near_duplicates import EvaluationLines
 from atma_jax.data.process_pool import Pool
 from atma_jax.data.shards import file_digest, token_dtype, write_shard

@@ -69,7 +69,8 @@ class Shard:
       return 0
     identity = _identity(self.path)
     if file_digest(self.path) != self.sha256:
-      raise UserError(f"{self.path} is damaged, its digest is not the one recorded when the data was prepared: prepare the data again")
+      raise UserError(f"{self.path} is damaged, its digest is not the one recorded when the data was prepared: prepare "
+                      "the data again")
     _checked[self.path, self.sha256] = identity
     return identity[0]
 

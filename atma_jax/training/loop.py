@@ -214,7 +214,8 @@ class Loop:
     self.data.close()
     total = time.perf_counter() - started - paused
     logging.info("done: %d steps in %.1f s, %.1f%% of it outside data waiting; %.1f s saving and validating; checkpoints in %s%s",
-                 train.steps - first, total, 100 * (1 - self.data_wait / total), paused, checkpointer.directory, self._lost(writer))
+                 train.steps - first, total, 100 * (1 - self.data_wait / total), paused, checkpointer.directory,
+                 self._lost(writer))
     return DONE
 
   def _lost(self, writer: MetricWriter) -> str:

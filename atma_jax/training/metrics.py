@@ -31,8 +31,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class MetricWriter:
   """Appends records to ``WORKDIR/metrics.jsonl`` and to the TensorBoard files in ``WORKDIR/tensorboard``.
 
-  A record that cannot be written (the disk is full) is counted, the first one is reported, and nothing waits for it. Files under a
-  remote WORKDIR (``gs://...``) cannot grow; there they are kept on this machine and copied at every `flush`.
+  A record that cannot be written (the disk is full) is counted, the first one is reported, and nothing waits for it. Files under
+  a remote WORKDIR (``gs://...``) cannot grow; there they are kept on this machine and copied at every `flush`.
 
   Attributes:
     failed_writes: records and copies that could not be written.

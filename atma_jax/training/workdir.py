@@ -24,6 +24,8 @@ def data_directory(config: Config, workdir: str) -> pathlib.Path:
   if config.train.profile_start is not None and is_remote(workdir):
     raise UserError(f"config.train.profile_start={config.train.profile_start}: profiles need a --workdir on a file system, not "
                     f"{workdir}")
+  if config.train.profile_start is not None and (pathlib.Path(workdir) / "profile").is_file():
+    raise UserError(f"{pathlib.Path(workdir) / 'profile'} cannot be written: it is a file, not a directory")
   if config.data.directory:
     return pathlib.Path(config.data.directory).absolute()
   if is_remote(workdir):

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: whatever happens to the files of a step, the run resumes the same, or says that it uses the step before."""
+"""Damaged checkpoints: whatever happens to the files of a step, the run resumes the same or says that it uses the step before."""
 
 from __future__ import annotations
 

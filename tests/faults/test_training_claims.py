@@ -8,6 +8,7 @@ import os
 import pathlib
 import threading
 import time
+import types
 
 import pytest
 
@@ -94,12 +95,16 @@ def test_names_that_are_no_numbers_of_claims(tmp_path, monkeypatch):
 
 
 def test_of_many_at_once_one_wins(tmp_path):
+  barrier = threading.Barrier(8)
+
+  def take(folder: pathlib.Path) -> claims.Claim | None:
+    barrier.wait()
+    return Claims().acquire(folder)
+
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     for number in range(20):
-      folder = tmp_path / str(number)
-      folder.mkdir()
-      barrier = threading.Barrier(8)
-      taken = list(pool.map(lambda _: barrier.wait() is not None and Claims().acquire(folder), range(8), timeout=60))
+      (tmp_path / str(number)).mkdir()
+      taken = list(pool.map(take, [tmp_path / str(number)] * 8, timeout=60))
       assert sum(claim is not None for claim in taken) == 1
 
 
@@ -128,3 +133,63 @@ def test_who_has_lost_the_directory_ends_without_touching_it(tmp_path, monkeypat
   assert not pathlib.Path(tmp_path / "checkpoints" / "4").exists()
   assert json.loads((tmp_path / "claim.1").read_text()) == ELSEWHERE
   assert not json.loads((tmp_path / "claim.0").read_text())["released"]
+
+
+class Stored:
+  """An object store with generations, as TensorStore shows one; the claims of a remote folder need nothing else of it."""
+
+  def __init__(self):
+    self.value, self.generation, self.lock = None, 0, threading.Lock()
+
+  def read(self, key):
+    with self.lock:
+      state = "missing" if self.value is None else "value"
+      return self.done(types.SimpleNamespace(state=state, value=self.value, stamp=self.stamp()))
+
+  def write(self, key, value, *, if_equal):
+    with self.lock:
+      if if_equal == self.stamp().generation:
+        self.value, self.generation = value.encode(), self.generation + 1
+      return self.done(self.stamp())
+
+  def stamp(self):
+    return types.SimpleNamespace(generation=str(self.generation).encode())
+
+  def done(self, value):
+    return types.SimpleNamespace(result=lambda: value)
+
+
+@pytest.fixture
+def stored(monkeypatch):
+  """The object store of ``gs://bucket/run``."""
+  store = Stored()
+  monkeypatch.setattr("tensorstore.KvStore.open", lambda url: store.done(store))
+  monkeypatch.setattr(claims, "STALE_SECONDS", 2.5)
+  return store
+
+
+def test_on_an_object_store_the_first_of_many_wins(stored):
+  for _ in range(10):
+    stored.value = None
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+      taken = list(pool.map(lambda _: Claims().acquire("gs://bucket/run"), range(8), timeout=60))
+    winners = [claim for claim in taken if claim is not None]
+    assert len(winners) == 1
+    with pytest.raises(UserError, match=f"--workdir: in use by .*:{os.getpid()} "):
+      hold("gs://bucket/run", "--workdir")
+    winners[0].release()
+  hold("gs://bucket/run", "--workdir").release()
+  assert json.loads(stored.value)["number"] == 1
+
+
+def test_on_an_object_store_a_claim_is_renewed_lost_and_taken_over(stored, monkeypatch):
+  stored.value = json.dumps(ELSEWHERE | {"number": 4}).encode()
+  claim = hold("gs://bucket/run", "--workdir")  # after its time
+  assert json.loads(stored.value)["number"] == 5
+  monkeypatch.setattr(claims, "BEAT_SECONDS", 0.0)
+  before = stored.generation
+  assert claim.beat() and stored.generation > before
+  stored.value = json.dumps(ELSEWHERE | {"number": 6}).encode()
+  assert not claim.beat()
+  claim.release()
+  assert json.loads(stored.value) == ELSEWHERE | {"number": 6}
