@@ -144,7 +144,7 @@ def expand(axes: Sequence[Axis], base: Config, exclude: Sequence[str] = ()) -> l
   for spec in {cell.config.data.tokenizer for cell in cells} - {base.data.tokenizer, "sentencepiece"}:
     try:
       load_tokenizer(spec)
-    except UserError as error:
+    except (UserError, ValueError) as error:
       raise UserError(f"--axis=data.tokenizer={spec}: {error}") from error
   for source in {source for cell in cells for source in cell.config.data.sources} - set(base.data.sources):
     parse_source(source)
