@@ -24,7 +24,8 @@ from atma_jax.errors import UserError
 from tests.faults import tiny_run
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+                    max_leaves=6)
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -43,8 +44,9 @@ def test_flags_are_refused_before_anything_is_made(main, tmp_path, arguments, wo
   assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize("options", [{"suite": ()}, {"suite": ("zzz",)}, {"suite": ("loss", "")}, {"multiples": ()}, {"trials": 0},
-                                     {"multiples": (1, 0)}, {"multiples": (-1,)}, {"batch_tokens": 0}, {"min_documents": 0}])
+@pytest.mark.parametrize("options", [{"suite": ()}, {"suite": ("zzz",)}, {"suite": ("loss", "")}, {"multiples": ()},
+                                     {"trials": 0}, {"multiples": (1, 0)}, {"multiples": (-1,)}, {"batch_tokens": 0},
+                                     {"min_documents": 0}])
 def test_evaluations_are_checked_when_they_are_made(options):
   with pytest.raises(UserError, match=f"--{next(iter(options))}"):
     Evaluation(**options)
@@ -52,7 +54,8 @@ def test_evaluations_are_checked_when_they_are_made(options):
 
 @pytest.mark.parametrize(("axis", "words"), [
   ("model.block_pattern=(local", "parentheses do not match"), ("model.block_pattern=local),(global", "parentheses do not match"),
-  ("model.window=1,,2", "a value is missing"), ("model.window=1,", "a value is missing"), ("model.window=,", "a value is missing"),
+  ("model.window=1,,2", "a value is missing"), ("model.window=1,", "a value is missing"),
+  ("model.window=,", "a value is missing"),
   ("model.window=", "must be FIELD=VALUE"), ("", "must be FIELD=VALUE"), ("config.name=a,b", "the name of a cell is its id")])
 def test_axes_are_lists_of_values(axis, words):
   with pytest.raises(UserError, match=words):
@@ -80,8 +83,9 @@ def cells(tmp_path) -> list[CellFolder]:
     described = folder.describe()
     measure = {"measure": "document_loss", "length": 32, "value": 2.0, "n": 4, "standard_error": 0.1, "interval": [1.9, 2.1]}
     (folder.path / "result.json").write_text(json.dumps({
-      "schema": 1, "id": folder.id, "labels": described["labels"], "config": described["config"], "parameters": 10, "seconds": 1.0,
-      "hardware": "1 x cpu", "jax": "0", "training": {"loss": [[1, 5.0]], "validation": []}, "measures": [measure]}))
+      "schema": 1, "id": folder.id, "labels": described["labels"], "config": described["config"], "parameters": 10,
+      "seconds": 1.0, "hardware": "1 x cpu", "jax": "0", "training": {"loss": [[1, 5.0]], "validation": []},
+      "measures": [measure]}))
   return folders
 
 
@@ -100,7 +104,8 @@ def test_a_cell_that_describes_none_is_one_line(cells, tmp_path, content):
 
 @pytest.mark.parametrize("change", [
   {"config": {"model": 5}}, {"config": {"zzz": 1}}, {"config": {"model": {"width": "x"}}}, {"config": {"data": {"sources": 3}}},
-  {"config": {"train": {"steps": -1}}}, {"evaluation": {"suite": 5}}, {"evaluation": {"suite": ["zzz"]}}, {"evaluation": {"z": 1}},
+  {"config": {"train": {"steps": -1}}}, {"evaluation": {"suite": 5}}, {"evaluation": {"suite": ["zzz"]}},
+  {"evaluation": {"z": 1}},
   {"evaluation": {"multiples": [0]}}, {"evaluation": {"trials": "x"}}, {"labels": {"win": 3}}, {"id": "another"}, {"schema": 7}])
 def test_a_cell_of_illegal_content_is_one_line(cells, change):
   described = cells[0].describe()
@@ -115,7 +120,7 @@ def test_a_damaged_result_is_left_out_and_counted(cells, tmp_path, content, capl
   write_summary(tmp_path, find(tmp_path))
   assert any("1 results are damaged and left out" in record.getMessage() for record in caplog.records)
   (cells[0].path / "result.json").write_bytes(content)
-  with pytest.raises(UserError, match="no cell is done yet.*2 results are damaged"):
+  with pytest.raises(UserError, match=r"no cell is done yet.*2 results are damaged"):
     write_summary(tmp_path, find(tmp_path))
 
 
@@ -132,7 +137,8 @@ def test_any_value_of_another_kind_in_a_result_is_left_out_or_makes_a_table(tmp_
   """One value of a good result is replaced: what is kept can be tabulated."""
   folder = CellFolder(tmp_path_factory.mktemp("cell") / "win-8")
   folder.path.mkdir()
-  good = {"id": "win-8", "labels": {"win": "win-8"}, "config": {"data": {"sequence_length": 32, "batch_size": 4}, "train": {"steps": 8}},
+  good = {"id": "win-8", "labels": {"win": "win-8"},
+          "config": {"data": {"sequence_length": 32, "batch_size": 4}, "train": {"steps": 8}},
           "parameters": 10, "seconds": 1.0, "hardware": "cpu", "training": {"loss": [[1, 5.0]], "validation": [[1, 4.0]]},
           "measures": [{"measure": "loss", "length": 32, "value": 2.0, "n": 4, "standard_error": 0.1, "interval": [1.9, 2.1]},
                        {"measure": "loss", "length": 32, "value": 2.0}]}

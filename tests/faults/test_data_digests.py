@@ -93,8 +93,9 @@ def test_mains_say_so_in_one_line(main, directory, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-  tiny_run.one_line(main("prepare_data", f"--config={tiny_run.recipe_file()}", f"--directory={directory}", "--verify"), "digest")
-  done = main("train", f"--config={tiny_run.recipe_file()}", f"--config.data.directory={directory}", f"--workdir={tmp_path / 'run'}")
+  recipe = f"--config={tiny_run.recipe_file()}"
+  tiny_run.one_line(main("prepare_data", recipe, f"--directory={directory}", "--verify"), "digest")
+  done = main("train", recipe, f"--config.data.directory={directory}", f"--workdir={tmp_path / 'run'}")
   tiny_run.one_line(done, ".bin is damaged, its digest")
 
 

@@ -105,7 +105,7 @@ def test_damage_anywhere_never_passes_unnoticed(workdir, damage, caplog):
   files = [path for path in sorted(step.rglob("*")) if path.is_file() and path.stat().st_size]
   small = [path for path in files if path.parent.name in ("meta", "data") and path.name == "metadata"]
   expected(LAST), expected(BEFORE)
-  for path in small * 3 + draw.sample(files, min(len(files), 8)):
+  for path in small * 3 + draw.sample(files, min(len(files), 5)):
     shutil.rmtree(workdir)
     shutil.copytree(tiny_run.finished() / "checkpoints", workdir / "checkpoints")
     caplog.clear()

@@ -54,7 +54,8 @@ def ends_within(process, seconds: float) -> int:
   return code
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [
+  (signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_while_compiling_there_is_nothing_to_save(start, tmp_path, number, code):
   tiny_run.prepared()
   process = start(STUCK.format("loop.Loop._compile"))
