@@ -1,7 +1,7 @@
 """A worker of a sweep: runs the cells that no other worker runs, each in its own process, several at a time.
 
 A cell that fails is recorded and left alone; one that is pre-empted becomes free again. SIGTERM (or Ctrl-C) is passed on to
-the cells, which save and end; the worker then returns `PREEMPTED` (or `INTERRUPTED`). A second one ends the cells at once.
+the cells, which save and end; the worker then returns `PREEMPTED` (or `INTERRUPTED`). Ctrl-C after that ends the cells at once.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _POLL_SECONDS = 0.2
 _SEARCH_SECONDS = 2.0  # between searches for a cell to start, unless a cell just ended
 _REPORT_SECONDS = 60.0
 _GRACE_SECONDS = 600.0  # that a cell has for saving after SIGTERM
+_SAME_SECONDS = 0.5  # within which two signals are one
 _EXIT_PREEMPTED = 75
 _MEMORY_SHARE = 0.9  # of a GPU, divided among the cells that share it
 
@@ -64,7 +65,8 @@ class Worker:
     self._running: list[_Running] = []
     self._retry = {c.id: failure["attempt"] for c in self._cells if retry_failed and (failure := c.failure())}
     self._terminated = threading.Event()
-    self._signals: list[int] = []
+    self._told: tuple[int, float] | None = None  # the first signal, and when it came
+    self._at_once = False
     self._reported, self._searched = time.monotonic(), -_SEARCH_SECONDS
 
   def run(self) -> str:
@@ -78,10 +80,13 @@ class Worker:
       cell.check()
 
     def told(number: int, _: object) -> None:
-      self._signals.append(number)
+      if self._told is None:
+        self._told = number, time.monotonic()
+      self._at_once |= number == signal.SIGINT and time.monotonic() - self._told[1] > _SAME_SECONDS
       self._terminated.set()
 
-    previous = {s: signal.signal(s, told) for s in (signal.SIGTERM, signal.SIGINT)}
+    handled = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, told) for s in handled}
     try:
       return self._loop()
     except OSError as error:
@@ -172,11 +177,11 @@ class Worker:
       self._report()
 
   def _stop(self) -> str:
-    """Passes SIGTERM on to the running cells, and waits for them to end, or ends them at once when told a second time."""
+    """Passes SIGTERM on to the running cells, and waits for them to end, or ends them at once on Ctrl-C."""
     for running in self._running:
       running.process.terminate()
     deadline = time.monotonic() + _GRACE_SECONDS
-    while self._running and time.monotonic() < deadline and len(self._signals) == 1:
+    while self._running and time.monotonic() < deadline and not self._at_once:
       self._reap()
       time.sleep(_POLL_SECONDS)
     for running in self._running:
@@ -184,7 +189,7 @@ class Worker:
       running.process.wait()
       running.claim.release()
     self._running = []
-    outcome = INTERRUPTED if self._signals[0] == signal.SIGINT else PREEMPTED
+    outcome = INTERRUPTED if self._told is not None and self._told[0] == signal.SIGINT else PREEMPTED
     logging.info("%s: start the same command again", "interrupted" if outcome == INTERRUPTED else "pre-empted")
     return outcome
 

@@ -41,7 +41,7 @@ def train(config: Config, workdir: str, *, claimed: bool = False) -> str:
   """Trains to ``config.train.steps``, going on from the newest good checkpoint in `workdir`, if there is one.
 
   The working directory is claimed (see `atma_jax.claims`), so that no other process trains in it. SIGTERM or Ctrl-C before the
-  first step ends the process at once, because there is nothing to save, and so does a second one later.
+  first step ends the process at once, because there is nothing to save, and so does Ctrl-C after either later.
 
   Args:
     config: a validated recipe; ``config.data.directory`` is set to the directory in use.

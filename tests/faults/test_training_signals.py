@@ -88,6 +88,21 @@ def test_a_second_signal_ends_at_once(start, tmp_path):
   wait_for(tmp_path / "stderr", "step 1/8", process)
   process.terminate()
   wait_for(tmp_path / "stderr", "stuck", process)
+  process.terminate()  # a launcher's
+  time.sleep(1)
+  assert process.poll() is None
   process.send_signal(signal.SIGINT)
   assert ends_within(process, 10) == 130
-  assert "for the second time" in (tmp_path / "stderr").read_text()
+  assert "after another signal" in (tmp_path / "stderr").read_text()
+
+
+def test_ctrl_c_that_the_launcher_ignores_stays_ignored(start, tmp_path):
+  """As of a command in the background of a script, such as launch/run.sh, which sends SIGTERM instead."""
+  tiny_run.prepared()
+  process = start("import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + SLOWLY)
+  wait_for(tmp_path / "stderr", "step 1/8", process)
+  process.send_signal(signal.SIGINT)
+  time.sleep(0.1)
+  process.terminate()
+  assert process.wait(timeout=120) == 75
+  assert "pre-empted: step" in (tmp_path / "stderr").read_text()
