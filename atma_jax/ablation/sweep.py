@@ -114,7 +114,8 @@ class CellFolder:
     for name in stored.keys() - known:
       raise UserError(f"{self.path / 'cell.json'}: " + unknown_name("evaluation option", name, known))
     try:
-      return Evaluation(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+      values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+      return Evaluation(**values)
     except (TypeError, ValueError) as error:
       raise UserError(f"{self.path / 'cell.json'} holds no evaluation: {' '.join(str(error).split())[:200]}") from error
     except UserError as error:

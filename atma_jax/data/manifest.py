@@ -59,7 +59,7 @@ class Manifest:
   @property
   def fingerprints(self) -> set[str]:
     """`fingerprint`, and what the first version would have called it: that of the manifest without digests."""
-    values = dataclasses.asdict(self) | {"version": 1}
+    values: dict[str, Any] = dataclasses.asdict(self) | {"version": 1}
     for record in (*values["train"], values["validation"], values["heldout"]):
       for shard in record["shards"]:
         shard.pop("sha256", None)

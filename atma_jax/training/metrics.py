@@ -25,6 +25,7 @@ from atma_jax.checkpoints.steps import is_remote
 from atma_jax.errors import UserError
 
 _RECORDS = "metrics.jsonl"
+_EVENTS: Any = event_pb2  # its classes are made when it is imported, which type checkers do not see
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,9 +68,9 @@ class MetricWriter:
     name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
     self._board = self._open(folder / "tensorboard" / name, lambda path: path.parent.mkdir(exist_ok=True))
     self._append(self._board, b"".join(map(_framed, (
-      event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"),
-      event_pb2.Event(wall_time=time.time(), step=first_step,  # TensorBoard forgets what an interrupted run wrote past it
-                      session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))))))
+      _EVENTS.Event(wall_time=time.time(), file_version="brain.Event:2"),
+      _EVENTS.Event(wall_time=time.time(), step=first_step,  # TensorBoard forgets what an interrupted run wrote past it
+                      session_log=_EVENTS.SessionLog(status=_EVENTS.SessionLog.START))))))
 
   def __enter__(self) -> MetricWriter:
     return self
@@ -111,7 +112,7 @@ class MetricWriter:
     finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     now = time.time()
     self._append(self._records, (json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n").encode())
-    scalars = (event_pb2.Event(wall_time=now, step=step, summary=summary.scalar(*number)) for number in numbers.items())
+    scalars = (_EVENTS.Event(wall_time=now, step=step, summary=summary.scalar(*number)) for number in numbers.items())
     self._append(self._board, b"".join(map(_framed, scalars)))
 
   def flush(self) -> None:

@@ -48,7 +48,7 @@ def good_steps(workdir: pathlib.Path) -> list[int]:
 
 
 @pytest.mark.parametrize("share", [0.1, pytest.param(0.9, marks=pytest.mark.slow),
-                                   pytest.param(1.3, marks=pytest.mark.slow), 2.2])
+                                   pytest.param(1.3, marks=pytest.mark.slow), pytest.param(2.2, marks=pytest.mark.slow)])
 def test_a_small_disk(main, tmp_path, share):
   """The size is drawn: too small for anything, for one checkpoint, for the ones that are kept, and enough for one or two."""
   tiny_run.prepared()
