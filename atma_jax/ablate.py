@@ -5,7 +5,7 @@
     --output=DIR                      runs cells that no other worker runs, resumes, reports; without a grid: every cell in DIR
     --jobs=slurm --launch=--time=4:00:00 [--dry_run]    submits one job per cell instead
 
-Exit codes: 0 done, 1 some cells failed and all others are done (2 if they failed for bad input), 2 bad input, 75 pre-empted.
+Exit codes: 0 done, 1 some cells failed, all others are done (2 if they failed for bad input), 2 bad input, 75 or 130 told to end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from absl import flags
 
 from atma_jax import cli
 from atma_jax.ablation import grid, jobs, summary, sweep
-from atma_jax.ablation.worker import FAILED, PREEMPTED, Worker, cell_command
+from atma_jax.ablation.worker import FAILED, Worker, cell_command
 from atma_jax.config import Config
 from atma_jax.errors import UserError
 
@@ -47,7 +47,10 @@ def main() -> int | None:
   """Runs, lists, submits or reports cells, as the flags say; returns the exit code. Raises UserError on bad flags."""
   if _RUN_CELL.value:
     from atma_jax.ablation.cell_process import run_cell  # imports JAX, which a worker must not: it would take the devices
-    return cli.EXIT_PREEMPTED if run_cell(_RUN_CELL.value) == PREEMPTED else 0
+    return cli.ENDED.get(run_cell(_RUN_CELL.value), 0)
+  cli.refuse_empty(_SEEDS, _CELLS, _GPUS, _SUITE, _MULTIPLES)
+  evaluation = sweep.Evaluation(tuple(_SUITE.value), cli.whole_numbers("multiples", _MULTIPLES.value), _TRIALS.value,
+                                _BATCH_TOKENS.value, _DOCUMENTS.value)
   axes, exclude = grid.preset(_PRESET.value) if _PRESET.value else ([], ())
   axes += [grid.parse_axis(text, cli.parse_field) for text in _AXIS.value]
   axes += [grid.seed_axis(cli.whole_numbers("seeds", _SEEDS.value))] if _SEEDS.value else []
@@ -55,21 +58,18 @@ def main() -> int | None:
   if axes or _CONFIG.given or _LIST.value:
     cells = grid.expand(axes, _CONFIG.value if _CONFIG.given or not _LIST.value else Config(), [*exclude, *_EXCLUDE.value])
   if _LIST.value:
-    print("\n".join(cell.id for cell in cells))
-    return 0
+    return print("\n".join(cell.id for cell in cells))
   if not _OUTPUT.value:
     raise UserError("--output=DIR is required: the directory of the sweep")
   directory = pathlib.Path(_OUTPUT.value)
-  evaluation = sweep.Evaluation(tuple(_SUITE.value), cli.whole_numbers("multiples", _MULTIPLES.value), _TRIALS.value,
-                                _BATCH_TOKENS.value, _DOCUMENTS.value)
   folders = (sweep.create(directory, sweep.select_cells(cells, _CELLS.value, directory), evaluation) if cells
              else sweep.select_cells(sweep.find(directory), _CELLS.value, directory))
   if _JOBS.value:
     return jobs.submit(_JOBS.value, folders, _OUTPUT.value, _LAUNCH.value, dry_run=_DRY_RUN.value)
   worker = Worker(folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value, gpus=_GPUS.value)
   outcome = None if _REPORT.value else worker.run()
-  if outcome == PREEMPTED:
-    return cli.EXIT_PREEMPTED
+  if outcome in cli.ENDED:
+    return cli.ENDED[outcome]
   if _REPORT.value or any(cell.done for cell in sweep.find(directory)):
     summary.write_summary(directory, sweep.find(directory))
   return sweep.failure_exit_code(folders) if outcome == FAILED else 0

@@ -4,7 +4,7 @@
 (``--config.model.attention=nope``) that overrides the recipe.
 
 Exit codes: 0 done, 1 something outside the program failed, 2 bad input (both say so in one line, without a traceback), 75
-pre-empted after saving.
+pre-empted after saving, 130 interrupted (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from atma_jax.json_input import check_regular
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+ENDED = {"preempted": EXIT_PREEMPTED, "interrupted": EXIT_INTERRUPTED}  # exit codes of what training and sweeps return
 
 flags.disclaim_key_flags()  # --help lists --config among the flags of the main that defines it
 
@@ -168,6 +170,8 @@ def run(main: Callable[[], int | None]) -> None:
       bad_input(error)
     except RunError as error:
       _end(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+      _end("interrupted (Ctrl-C)", EXIT_INTERRUPTED)
     else:
       sys.exit(code)
 
@@ -249,6 +253,13 @@ def parse_field(field: str, text: str) -> Any:
     return FieldParser(hints[name]).parse(text)
   except ValueError as error:
     raise UserError(f"--{name}={text}: {error}") from error
+
+
+def refuse_empty(*lists: flags.FlagHolder) -> None:
+  """Raises `UserError` for a list flag that was given with nothing in it, or with an empty element."""
+  for flag in lists:
+    if flag.present and not all(flag.value or [""]):
+      raise UserError(f"--{flag.name}={','.join(flag.value)}: must be a list without empty elements")
 
 
 def whole_numbers(flag: str, texts: Sequence[str]) -> tuple[int, ...]:

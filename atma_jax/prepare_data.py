@@ -3,15 +3,19 @@
     python -m atma_jax.prepare_data --config=configs/quickstart.py --directory=DIR
 
 Works in parallel processes and shows progress bars. If it is killed at any moment and started again, it continues after the last
-whole shard and ends with the same bytes. A finished directory is only described.
+whole shard and ends with the same bytes. A finished directory is only described; ``--verify`` compares it with the digests in its
+manifest.
 """
 
 from __future__ import annotations
 
+import pathlib
+import time
+
 from absl import flags
 
 from atma_jax import cli
-from atma_jax.data.manifest import Manifest
+from atma_jax.data.manifest import Manifest, load_manifest, verify
 from atma_jax.data.prepare import prepare
 from atma_jax.data.process_pool import MOST_WORKERS
 from atma_jax.errors import UserError
@@ -20,6 +24,7 @@ _CONFIG = cli.define_config_flag()
 _DIRECTORY = flags.DEFINE_string("directory", None, "Folder to write; default is config.data.directory.")
 _WORKERS = flags.DEFINE_integer("workers", None, f"Processes; default is one per core, at most {MOST_WORKERS}.",
                                 lower_bound=1)
+_VERIFY = flags.DEFINE_bool("verify", False, "Only compare what the directory holds with the digests in its manifest.")
 
 
 def main() -> None:
@@ -28,8 +33,21 @@ def main() -> None:
   directory = _DIRECTORY.value or config.data.directory
   if not directory:
     raise UserError("--directory is missing (and config.data.directory is empty): name the folder to write")
+  if _VERIFY.value:
+    print(verification(pathlib.Path(directory)))
+    return
   print(describe(prepare(config.data, directory, workers=_WORKERS.value)))
   print(f"prepared: {directory}")
+
+
+def verification(directory: pathlib.Path) -> str:
+  """Verifies a prepared directory and says how much was read. Raises `UserError` for anything missing or damaged."""
+  began = time.perf_counter()
+  shards, size, bare = verify(directory, load_manifest(directory))
+  seconds = time.perf_counter() - began
+  unchecked = f"; {bare} shards have no digest, because an older version wrote them: only their size was checked" if bare else ""
+  speed = f"{size / 1e6:,.1f} MB in {seconds:.1f} s, {size / seconds / 1e6:,.0f} MB/s"
+  return f"verified: {shards} shards in {directory} ({speed}){unchecked}"
 
 
 def describe(manifest: Manifest) -> str:

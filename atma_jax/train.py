@@ -2,7 +2,7 @@
 
 Prepares the data if the working directory holds none, goes on from the newest good checkpoint if there is one, and says so if
 there is nothing left to do. Compiled programs are kept in ``WORKDIR/xla_cache``, so that a restart does not compile them again.
-Exit codes: 0 done, 1 a failure that a restart may mend, 2 bad input, 75 pre-empted after saving.
+Exit codes: 0 done, 1 a failure that a restart may mend, 2 bad input, 75 pre-empted and 130 interrupted (Ctrl-C) after saving.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from atma_jax import cli
 from atma_jax.compilation_cache import use_compilation_cache
 from atma_jax.distributed import DistributedFlags
 from atma_jax.errors import UserError
-from atma_jax.training.loop import PREEMPTED, train
+from atma_jax.training.loop import train
 
 _CONFIG = cli.define_config_flag()
 _DISTRIBUTED = DistributedFlags()
@@ -24,13 +24,13 @@ _CACHE = flags.DEFINE_string("compilation_cache", "auto", "Directory of compiled
 
 
 def main() -> int:
-  """Trains to the last step and returns the exit code: 75 if SIGTERM came first. Raises UserError for bad input."""
+  """Trains to the last step; returns the exit code, 75 or 130 if SIGTERM or Ctrl-C came first. Raises UserError for bad input."""
   if not _WORKDIR.value:
     raise UserError("--workdir=DIR is required: where checkpoints, metrics and prepared data go")
   config = _CONFIG.value
   _DISTRIBUTED.initialize()
   use_compilation_cache(_CACHE.value, _WORKDIR.value)
-  return cli.EXIT_PREEMPTED if train(config, _WORKDIR.value) == PREEMPTED else 0
+  return cli.ENDED.get(train(config, _WORKDIR.value), 0)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generat
 ORDER = (  # a unit, that is a folder or module right under atma_jax, imports only from lines above its own, and from itself
   ("__init__", "errors"),
   ("config", "json_input"),
-  ("compilation_cache", "dataclass_flags", "distributed", "memory_needs", "ops", "progress", "sharding"),
+  ("claims", "compilation_cache", "dataclass_flags", "distributed", "memory_needs", "ops", "progress", "sharding"),
   ("data", "models"),
   ("pytorch",),
   ("checkpoints",),

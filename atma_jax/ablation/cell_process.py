@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import fcntl
-import json
 import os
 import pathlib
 import signal
@@ -17,33 +17,54 @@ import jax
 
 from atma_jax.ablation.sweep import CellFolder, write_json
 from atma_jax.ablation.worker import PARENT_VARIABLE
+from atma_jax.checkpoints.steps import FOLDER
+from atma_jax.claims import Claims, hold
 from atma_jax.config import DataConfig
 from atma_jax.data.manifest import MANIFEST
 from atma_jax.data.prepare import prepare
 from atma_jax.errors import UserError
-from atma_jax.evaluation.api import evaluate
+from atma_jax.evaluation.api import check_evaluation, evaluate
 from atma_jax.models import count_parameters
 from atma_jax.training.loop import DONE, train
+from atma_jax.training.metrics import read_records
 
 
 def run_cell(path: str | os.PathLike) -> str:
   """Trains and evaluates the cell of a folder, resuming both, and writes its result.
 
+  Everything is checked before anything is trained. The folder is claimed by the worker that started this process, or else by this
+  process itself.
+
   Returns:
     The outcome of `train`; there is a result only if it is `DONE`.
 
   Raises:
-    UserError: there is no such cell, or training or evaluation raised it.
+    UserError: there is no such cell, another process works on it, or training or evaluation raised it.
   """
   _end_with_worker()
   folder = CellFolder(pathlib.Path(path))
-  description, config = folder.describe(), folder.config()
+  parent = os.environ.get(PARENT_VARIABLE)
+  if parent is not None and parent.isdigit() and Claims().owned_by(folder.path, int(parent)):
+    return _run_cell(folder)
+  folder.describe()
+  claim = hold(folder.path, f"--run_cell={path}")
+  try:
+    return _run_cell(folder)
+  finally:
+    claim.release()
+
+
+def _run_cell(folder: CellFolder) -> str:
+  """Does what `run_cell` says in a folder that is claimed."""
+  description, config, evaluation = folder.describe(), folder.config(), dataclasses.asdict(folder.evaluation())
   started = time.time()
   _prepare_once(config.data)
-  outcome = train(config, str(folder.path))
+  if not (folder.path / FOLDER).exists():
+    check_evaluation(config, **evaluation)
+  outcome = train(config, str(folder.path), claimed=True)
   if outcome != DONE:
     return outcome
-  records = evaluate(folder.path, folder.path / "evaluation", **description["evaluation"])
+  records = evaluate(folder.path, folder.path / "evaluation", **evaluation)
   write_json(folder.path / "result.json", {
     "schema": description["schema"], "id": folder.id, "labels": description["labels"], "config": config.to_dict(),
     "parameters": count_parameters(config.model), "seconds": round(time.time() - started, 1),
@@ -71,7 +92,9 @@ def _prepare_once(config: DataConfig) -> None:
 
 def _training_curves(path: pathlib.Path) -> dict[str, Any]:
   """Training and validation losses by step, and the latest speed."""
-  records = [json.loads(line) for line in path.read_text().splitlines()]
+  records, foreign = read_records(path)
+  if foreign:
+    logging.warning("%s: %d lines are no records and were skipped", path, foreign)
   logged = [r for r in records if r.get("loss") is not None]
   validated = [r for r in records if r.get("validation/loss") is not None]
   return {"loss": [[r["step"], r["loss"]] for r in logged],

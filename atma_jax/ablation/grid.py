@@ -5,14 +5,18 @@ The id of a cell joins one label per axis: ``polar__reg-baseline__distr-0__mem-1
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 import copy
 import dataclasses
 import itertools
+import math
 import re
 from typing import Any
 
 from atma_jax.config import REGULARIZERS, Config
+from atma_jax.data.sources import parse_source
+from atma_jax.data.tokenizers import load_tokenizer
 from atma_jax.errors import UserError, unknown_name
 
 # Names of axes in ids and tables, by field. Other axes are called by the last part of their field.
@@ -20,6 +24,10 @@ NAMES = {"model.attention": "attention", "model.memory.enabled": "mem", "model.m
          "model.window": "win", "train.auxiliary.regularizer": "reg", "train.auxiliary.distractors": "distr"}
 SEED_FIELDS = ("train.seed", "data.shuffle_seed")
 _UNLABELLED = ("attention",)  # axes whose levels are not prefixed with the name of the axis
+
+_OF_THE_SWEEP = {"name": "the name of a cell is its id"}  # fields that are no factors
+MOST_CELLS = 10_000
+_LEGAL_ID = re.compile(r"[A-Za-z0-9+_-][A-Za-z0-9.+_-]{0,199}")  # a cell's id is the name of its folder
 
 Parse = Callable[[str, str], Any]  # (field without "config.", text) -> value
 
@@ -85,7 +93,9 @@ def parse_axis(text: str, parse: Parse) -> Axis:
   if not equals or not values:
     raise UserError(f"--axis={text}: must be FIELD=VALUE,VALUE,..., e.g. --axis model.attention=polar,nope")
   field = field.removeprefix("config.")
-  return make_axis(field, [parse(field, value) for value in _split(values)])
+  if field in _OF_THE_SWEEP:
+    raise UserError(f"--axis={text}: {_OF_THE_SWEEP[field]}; name another field")
+  return make_axis(field, [parse(field, value) for value in _split(text, values)])
 
 
 def expand(axes: Sequence[Axis], base: Config, exclude: Sequence[str] = ()) -> list[Cell]:
@@ -97,8 +107,8 @@ def expand(axes: Sequence[Axis], base: Config, exclude: Sequence[str] = ()) -> l
     exclude: labels joined by commas; a combination that has all labels of one element is left out.
 
   Raises:
-    UserError: two axes or two cells of one name, an unknown label in `exclude`, or a combination that is no legal
-      configuration.
+    UserError: two axes or two cells of one name, too many cells, a name that is no name of a folder, an unknown label in
+      `exclude`, a tokenizer or source that does not exist, or a combination that is no legal configuration.
   """
   names = [axis.name for axis in axes]
   for name in names:
@@ -108,12 +118,21 @@ def expand(axes: Sequence[Axis], base: Config, exclude: Sequence[str] = ()) -> l
   dropped = [set(labels.split(",")) for labels in exclude]
   for label in set().union(*dropped) - known:
     raise UserError(unknown_name("--exclude: label", label, known))
+  for axis in axes:
+    if not axis.levels:
+      raise UserError(f"--axis: {axis.name} has no values")
+  if math.prod(len(axis.levels) for axis in axes) > MOST_CELLS:
+    raise UserError(f"--axis: {' x '.join(str(len(axis.levels)) for axis in axes)} are more than {MOST_CELLS} cells: give "
+                    "fewer axes or values")
   cells = []
   for levels in itertools.product(*(axis.levels for axis in axes)):
     labels = [level.label for level in levels]
     if any(drop <= set(labels) for drop in dropped):
       continue
     cell = "__".join(labels) or base.name
+    if not _LEGAL_ID.fullmatch(cell):
+      raise UserError(f"{'--axis' if labels else 'config.name'}: a cell would be called {cell[:250]!r}; legal: at most 200 "
+                      "letters, digits and .+_-, the first no full stop")
     config = copy.deepcopy(base)
     for field, value in (change for level in levels for change in level.changes):
       set_field(config, field, value(base) if callable(value) else value)
@@ -122,9 +141,15 @@ def expand(axes: Sequence[Axis], base: Config, exclude: Sequence[str] = ()) -> l
       cells.append(Cell(cell, dict(zip(names, labels)), config.validate()))
     except UserError as error:
       raise UserError(f"cell {cell}: {error}") from error
-  ids = [cell.id for cell in cells]
-  for cell in ids:
-    if ids.count(cell) > 1:
+  for spec in {cell.config.data.tokenizer for cell in cells} - {base.data.tokenizer, "sentencepiece"}:
+    try:
+      load_tokenizer(spec)
+    except (UserError, ValueError) as error:
+      raise UserError(f"--axis=data.tokenizer={spec}: {error}") from error
+  for source in {source for cell in cells for source in cell.config.data.sources} - set(base.data.sources):
+    parse_source(source)
+  for cell, count in Counter(cell.id for cell in cells).items():
+    if count > 1:
       raise UserError(f"--axis: two cells are called {cell!r}; give every value once")
   if not cells:
     raise UserError("--exclude: nothing is left of the grid")
@@ -217,9 +242,18 @@ def preset(name: str) -> tuple[list[Axis], tuple[str, ...]]:
   return axes(), exclude
 
 
-def _split(values: str) -> list[str]:
-  """Splits a text at the commas outside parentheses."""
-  return re.findall(r"(?:\([^)]*\)|[^,(])+", values)
+def _split(text: str, values: str) -> list[str]:
+  """Splits `values` at the commas outside parentheses.
+
+  Raises:
+    UserError: a parenthesis without its other half, or nothing between two commas; the message shows the axis `text`.
+  """
+  if not re.fullmatch(r"(?:\([^()]*\)|[^(),]|,)*", values):
+    raise UserError(f"--axis={text}: its parentheses do not match, e.g. --axis 'model.block_pattern=(local,global),(global)'")
+  found = re.findall(r"(?:\([^()]*\)|[^(),])+", values)
+  if len(found) != len(re.findall(",", re.sub(r"\([^()]*\)", "", values))) + 1:
+    raise UserError(f"--axis={text}: a value is missing before, between or after the commas")
+  return found
 
 
 def _label(name: str, value: Any) -> str:

@@ -50,8 +50,10 @@ def submit(kind: str, cells: Sequence[CellFolder], directory: str, options: Sequ
   """Submits a job for every cell that is not done, or only prints the commands.
 
   Raises:
-    UserError: the launcher failed (it has said why), or it is not in the current directory.
+    UserError: a cell cannot be run, the launcher failed (it has said why), or it is not in the current directory.
   """
+  for cell in cells:
+    cell.check()
   for cell in cells:
     if cell.done:
       continue

@@ -16,6 +16,8 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 
 from atma_jax.ablation.sweep import CellFolder
+from atma_jax.data.manifest import misshapen
+from atma_jax.errors import UserError
 
 Row = dict[str, Any]
 COLUMNS = ("measure", "length", "multiple", "value", "n", "standard_error", "low", "high")
@@ -23,9 +25,25 @@ HIGHER_IS_BETTER = ("accuracy", "exact")  # endings of the names of such measure
 SEED = "seed"
 
 
+def read_results(cells: Sequence[CellFolder]) -> tuple[list[dict[str, Any]], list[str]]:
+  """Contents of ``result.json`` of the cells that are done, and what is wrong with those that are damaged, which are left out."""
+  results, problems = [], []
+  for cell in cells:
+    try:
+      result = cell.result()
+      problem = _problem(result, cell.id) if result is not None else ""
+    except UserError as error:
+      result, problem = None, str(error)
+    if problem:
+      problems.append(f"{cell.path / 'result.json'}: {problem}")
+    elif result is not None:
+      results.append(result)
+  return results, problems
+
+
 def gather(cells: Sequence[CellFolder]) -> tuple[list[str], list[Row], list[dict[str, Any]]]:
   """Names of the axes, rows of the table, and contents of ``result.json``, of the cells that are done."""
-  results = [result for cell in cells if (result := cell.result())]
+  results, _ = read_results(cells)
   axes = list(dict.fromkeys(name for result in results for name in result["labels"]))
   rows = []
   for result in results:
@@ -37,6 +55,44 @@ def gather(cells: Sequence[CellFolder]) -> tuple[list[str], list[Row], list[dict
                    "multiple": measure["length"] / length, "value": measure["value"], "n": measure.get("n"),
                    "standard_error": measure.get("standard_error"), "low": low, "high": high})
   return axes, rows, results
+
+
+_NUMBER = (int, float)
+_SHAPE: dict[str, Any] = {
+  "id": str, "labels": {}, "parameters": int, "hardware": str,
+  "config": {"data": {"sequence_length": int, "batch_size": int}, "train": {"steps": int}},
+  "training": {"loss": [list], "validation": [list]}, "measures": [{"measure": str, "length": int}]}
+
+
+def _problem(result: dict[str, Any], cell: str) -> str:
+  """What keeps a result from being reported, or ""."""
+  problem = misshapen(result, _SHAPE)
+  if problem:
+    return problem
+  if result["id"] != cell:
+    return f"it is of cell {result['id'][:80]!r}"
+  if not all(isinstance(label, str) for label in result["labels"].values()):
+    return "labels are no texts"
+  if result["config"]["data"]["sequence_length"] < 1:
+    return "config.data.sequence_length is 0"
+  for name in ("loss", "validation"):
+    if not all(len(pair) == 2 and isinstance(pair[0], int) and _is_number(pair[1]) for pair in result["training"][name]):
+      return f"training.{name} is no list of pairs of numbers"
+  for measure in result["measures"]:
+    interval = measure.get("interval")
+    if not (_is_number(measure.get("value")) or ("value" in measure and measure["value"] is None)):
+      return f"{measure['measure'][:40]!r} has no value"
+    if not (interval is None or (isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval)))):
+      return f"{measure['measure'][:40]!r} has an interval of another kind"
+    if not all(measure.get(name) is None or _is_number(measure[name]) for name in ("n", "standard_error")):
+      return f"{measure['measure'][:40]!r} has an n or standard_error that is no number"
+    if not 0 <= measure["length"] < 2**62 or not isinstance(measure.get("n", 0), (int, type(None))):
+      return f"{measure['measure'][:40]!r} has an illegal length or n"
+  return ""
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, _NUMBER) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def better_sign(measure: str) -> int:
@@ -67,7 +123,7 @@ def _merge_settings(measures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     values = [m["value"] for m in group if m["value"] is not None]
     mean = sum(values) / len(values) if len(values) == len(group) else None
     merged.append(group[0] if len(group) == 1 else {"measure": name, "length": length, "value": mean,
-                                                    "n": sum(m["n"] for m in group)})
+                                                    "n": sum(m.get("n") or 0 for m in group)})
   return merged
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from absl import logging
 
 from atma_jax.ablation.contrasts import find_contrasts, seed_means
-from atma_jax.ablation.results import HIGHER_IS_BETTER, gather, table_files
+from atma_jax.ablation.results import HIGHER_IS_BETTER, gather, read_results, table_files
 from atma_jax.ablation.sweep import CellFolder, write_file
 from atma_jax.errors import UserError
 from atma_jax.evaluation.report.curves import draw_curves
@@ -26,11 +26,15 @@ def write_summary(directory: pathlib.Path, cells: Sequence[CellFolder]) -> list[
   and ``dashboard.html``.
 
   Raises:
-    UserError: no cell is done, or a file cannot be written.
+    UserError: no cell is done, or a file cannot be written. Damaged results are counted, reported and left out.
   """
   axes, rows, results = gather(cells)
+  _, problems = read_results(cells)
+  damaged = f"{len(problems)} results are damaged and left out, the first: {problems[0]}" if problems else ""
   if not rows:
-    raise UserError(f"--output={directory}: no cell is done yet, there is nothing to report")
+    raise UserError(f"--output={directory}: no cell is done yet, there is nothing to report" + (damaged and f"; {damaged}"))
+  if problems:
+    logging.warning("%s", damaged)
   contrasts, settings, about = find_contrasts(rows, axes), seed_means(rows, axes), _about(results)
   tables = main_tables(settings, contrasts)
   page = render_dashboard(f"Sweep {directory.name}", about, axes, rows, contrasts,

@@ -3,7 +3,7 @@
     DIR/data/HASH/               prepared data, shared by all cells with equal data options
     DIR/cells/ID/cell.json       labels, configuration and evaluation; written once, never changed
     DIR/cells/ID/recipe.py       the configuration as a recipe: python -m atma_jax.train --config=recipe.py --workdir=ELSEWHERE
-    DIR/cells/ID/claim.N         the process that runs the cell (see `atma_jax.ablation.claims`)
+    DIR/cells/ID/claim.N         the process that runs the cell (see `atma_jax.claims`)
     DIR/cells/ID/log.txt         output of the cell's process
     DIR/cells/ID/checkpoints, metrics.jsonl, evaluation/    output of training and evaluation
     DIR/cells/ID/result.json     written last; the cell is done
@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 from atma_jax.ablation.grid import Cell
 from atma_jax.config import Config
-from atma_jax.data.manifest import settings_of
+from atma_jax.data.files import read_json
+from atma_jax.data.manifest import misshapen, settings_of
 from atma_jax.errors import UserError, unknown_name
 from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.suites import check_names
@@ -55,6 +56,12 @@ class Evaluation:
 
   def __post_init__(self) -> None:
     check_names(self.suite)
+    if not self.suite:
+      raise UserError("--suite=: must name at least one evaluation suite")
+    common = {field.name for field in dataclasses.fields(Options)}
+    values = dataclasses.asdict(self)
+    Options(**{name: value for name, value in values.items() if name in common})  # checks each against its rule
+    NeedleOptions(trials=self.trials)
 
 
 class CellFolder:
@@ -67,21 +74,56 @@ class CellFolder:
     """The content of ``cell.json``.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it cannot be read, or does not describe the cell of this folder.
     """
-    try:
-      return json.loads((self.path / "cell.json").read_text())
-    except (OSError, ValueError) as error:
-      raise UserError(f"{self.path / 'cell.json'} cannot be read: {error}") from error
+    path = self.path / "cell.json"
+    values = read_json(path)
+    problem = misshapen(values, {"schema": int, "id": str, "labels": {}, "config": {}, "evaluation": {}})
+    if not problem and (values["schema"], values["id"]) != (SCHEMA, self.id):
+      problem = f"it is of cell {str(values['id'])[:80]!r}, schema {values['schema']}; legal: {self.id!r}, {SCHEMA}"
+    if not problem and not all(isinstance(label, str) for label in values["labels"].values()):
+      problem = "labels are no texts"
+    if problem:
+      raise UserError(f"{path} describes no cell: {problem}")
+    return values
 
   def config(self) -> Config:
-    """The cell's configuration, with the sweep's shared data directory unless it names one itself."""
-    config = Config.from_dict(self.describe()["config"])
+    """The cell's configuration, with the sweep's shared data directory unless it names one itself.
+
+    Raises:
+      UserError: ``cell.json`` cannot be read, or holds no legal configuration.
+    """
+    stored = self.describe()["config"]
+    try:
+      config = Config.from_dict(stored).validate()
+    except (AttributeError, TypeError, ValueError, LookupError, RecursionError) as error:
+      raise UserError(f"{self.path / 'cell.json'} holds no configuration: {' '.join(str(error).split())[:200]}") from error
+    except UserError as error:
+      raise UserError(f"{self.path / 'cell.json'}: {error}") from error
     if not config.data.directory:
       settings = json.dumps(settings_of(config.data), sort_keys=True)
       name = hashlib.sha256(settings.encode()).hexdigest()[:12]
       config.data.directory = str((self.path.parent.parent / "data" / name).absolute())
     return config
+
+  def evaluation(self) -> Evaluation:
+    """What is evaluated after training. Raises `UserError` if ``cell.json`` does not say that."""
+    stored = self.describe()["evaluation"]
+    known = {field.name for field in dataclasses.fields(Evaluation)}
+    for name in stored.keys() - known:
+      raise UserError(f"{self.path / 'cell.json'}: " + unknown_name("evaluation option", name, known))
+    try:
+      values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+      return Evaluation(**values)
+    except (TypeError, ValueError) as error:
+      raise UserError(f"{self.path / 'cell.json'} holds no evaluation: {' '.join(str(error).split())[:200]}") from error
+    except UserError as error:
+      raise UserError(f"{self.path / 'cell.json'}: {error}") from error
+
+  def check(self) -> None:
+    """Raises `UserError` if ``cell.json`` is not such that the cell can be run."""
+    self.config()
+    self.evaluation()
 
   @property
   def done(self) -> bool:
@@ -89,8 +131,17 @@ class CellFolder:
     return (self.path / "result.json").is_file()
 
   def result(self) -> dict[str, Any] | None:
-    """The content of ``result.json``, or None if the cell is not done."""
-    return json.loads((self.path / "result.json").read_text()) if self.done else None
+    """The content of ``result.json``, or None if the cell is not done.
+
+    Raises:
+      UserError: the file is no JSON object.
+    """
+    if not self.done:
+      return None
+    values = read_json(self.path / "result.json")
+    if not isinstance(values, dict):
+      raise UserError(f"{self.path / 'result.json'} is no object")
+    return values
 
   def progress(self) -> tuple[float, float | None]:
     """The fraction of the training that is done, and the seconds that all of it takes at the latest speed, if known."""
@@ -98,23 +149,30 @@ class CellFolder:
       with (self.path / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
         lines = file.read().splitlines()
-    except FileNotFoundError:
+      steps = self.config().train.steps
+    except (OSError, UserError):
       return 0.0, None
-    steps = self.describe()["config"]["train"]["steps"]
     for line in reversed(lines):
       try:
         record = json.loads(line)
-        return record["step"] / steps, record["seconds_per_step"] * steps
-      except (ValueError, KeyError):  # being written, or a record of validation
+        return record["step"] / steps, float(record["seconds_per_step"] * steps)
+      except (ValueError, LookupError, TypeError, RecursionError):  # being written, a record of validation, or none
         continue
     return 0.0, None
 
   def failure(self) -> dict[str, Any] | None:
     """The content of ``failed.json``, or None if the last attempt did not fail."""
-    try:
-      return json.loads((self.path / "failed.json").read_text())
-    except (OSError, ValueError):
+    path = self.path / "failed.json"
+    if not path.exists():
       return None
+    try:
+      values = read_json(path)
+    except UserError as error:
+      return {"error": str(error), "exit_code": 1, "attempt": 0}
+    problem = misshapen(values, {"error": str, "attempt": int})
+    if problem or not isinstance(values.get("exit_code"), int):
+      return {"error": f"{path} is damaged: {problem or 'exit_code is no number'}", "exit_code": 1, "attempt": 0}
+    return values
 
   def fail(self, error: str, code: int) -> None:
     """Records the error and the exit code of an attempt."""
@@ -149,6 +207,7 @@ def create(directory: pathlib.Path, cells: Sequence[Cell], evaluation: Evaluatio
     except OSError as error:
       raise UserError(f"--output={directory}: cannot write {folder.path}: {error.strerror or error}") from error
     stored = folder.describe()
+    folder.config()
     stored["config"] = json.loads(json.dumps(Config.from_dict(stored["config"]).to_dict()))
     difference = _difference(description, stored, "")
     if difference:

@@ -1,13 +1,14 @@
 """A worker of a sweep: runs the cells that no other worker runs, each in its own process, several at a time.
 
 A cell that fails is recorded and left alone; one that is pre-empted becomes free again. SIGTERM (or Ctrl-C) is passed on to
-the cells, which save and end; the worker then returns `PREEMPTED`.
+the cells, which save and end; the worker then returns `PREEMPTED` (or `INTERRUPTED`). Ctrl-C after that ends the cells at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -18,15 +19,18 @@ import time
 
 from absl import logging
 
-from atma_jax.ablation.claims import Claim, Claims
 from atma_jax.ablation.sweep import CellFolder
+from atma_jax.claims import Claim, Claims
+from atma_jax.errors import RunError, UserError
 
-FINISHED, FAILED, PREEMPTED = "finished", "failed", "preempted"  # all done; all done or failed; told to end
+FINISHED, FAILED = "finished", "failed"  # all done; all done or failed
+PREEMPTED, INTERRUPTED = "preempted", "interrupted"  # told to end, by SIGTERM or Ctrl-C; the words that training uses too
 PARENT_VARIABLE = "ATMA_ABLATE_PARENT"  # process id of the worker, without which its cells do not live on
 _POLL_SECONDS = 0.2
 _SEARCH_SECONDS = 2.0  # between searches for a cell to start, unless a cell just ended
 _REPORT_SECONDS = 60.0
 _GRACE_SECONDS = 600.0  # that a cell has for saving after SIGTERM
+_SAME_SECONDS = 0.5  # within which two signals are one
 _EXIT_PREEMPTED = 75
 _MEMORY_SHARE = 0.9  # of a GPU, divided among the cells that share it
 
@@ -61,13 +65,32 @@ class Worker:
     self._running: list[_Running] = []
     self._retry = {c.id: failure["attempt"] for c in self._cells if retry_failed and (failure := c.failure())}
     self._terminated = threading.Event()
+    self._told: tuple[int, float] | None = None  # the first signal, and when it came
+    self._at_once = False
     self._reported, self._searched = time.monotonic(), -_SEARCH_SECONDS
 
   def run(self) -> str:
-    """Runs the cells; returns `FINISHED`, `FAILED` or `PREEMPTED`."""
-    previous = {s: signal.signal(s, lambda *_: self._terminated.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+    """Runs the cells; returns `FINISHED`, `FAILED`, `PREEMPTED` or `INTERRUPTED`.
+
+    Raises:
+      UserError: one of the cells cannot be run; nothing was started.
+      RunError: what becomes of the cells cannot be written.
+    """
+    for cell in self._cells:
+      cell.check()
+
+    def told(number: int, _: object) -> None:
+      if self._told is None:
+        self._told = number, time.monotonic()
+      self._at_once |= number == signal.SIGINT and time.monotonic() - self._told[1] > _SAME_SECONDS
+      self._terminated.set()
+
+    handled = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, told) for s in handled}
     try:
       return self._loop()
+    except OSError as error:
+      raise RunError(f"--output: {error.filename or 'a cell'} cannot be written: {error.strerror or error}") from error
     finally:
       for running in self._running:
         running.process.kill()
@@ -154,15 +177,21 @@ class Worker:
       self._report()
 
   def _stop(self) -> str:
-    """Passes SIGTERM on to the running cells, and waits for them to end."""
+    """Passes SIGTERM on to the running cells, and waits for them to end, or ends them at once on Ctrl-C."""
     for running in self._running:
       running.process.terminate()
     deadline = time.monotonic() + _GRACE_SECONDS
-    while self._running and time.monotonic() < deadline:
+    while self._running and time.monotonic() < deadline and not self._at_once:
       self._reap()
       time.sleep(_POLL_SECONDS)
-    logging.info("pre-empted: start the same command again")
-    return PREEMPTED
+    for running in self._running:
+      running.process.kill()
+      running.process.wait()
+      running.claim.release()
+    self._running = []
+    outcome = INTERRUPTED if self._told is not None and self._told[0] == signal.SIGINT else PREEMPTED
+    logging.info("%s: start the same command again", "interrupted" if outcome == INTERRUPTED else "pre-empted")
+    return outcome
 
   def _may_take_over(self) -> bool:
     """Whether a cell of another worker may have to be taken over because its owner has not been seen alive yet."""
@@ -191,10 +220,19 @@ def remaining_time(done: Sequence[CellFolder], left: Sequence[CellFolder], runni
   if not left:
     return duration(0)
   progress = [c.progress() for c in left]
-  seconds = [result["seconds"] for c in done if (result := c.result())] or [seconds for _, seconds in progress if seconds]
+  seconds = [known for c in done if (known := _seconds(c)) is not None] or [seconds for _, seconds in progress if seconds]
   if not seconds or not running:
     return "unknown"
   return duration(sum(seconds) / len(seconds) * sum(1 - fraction for fraction, _ in progress) / running)
+
+
+def _seconds(cell: CellFolder) -> float | None:
+  """How long a cell that is done took; None if its result does not say."""
+  try:
+    seconds = (cell.result() or {}).get("seconds")
+  except UserError:
+    return None
+  return float(seconds) if isinstance(seconds, (int, float)) and 0 <= seconds < math.inf else None
 
 
 def cell_command(main: str) -> Callable[[CellFolder], list[str]]:

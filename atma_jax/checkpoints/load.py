@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import orbax.checkpoint as ocp
 
 from atma_jax.checkpoints.overrides import checked_overrides, refuse_unfitting
-from atma_jax.checkpoints.steps import FOLDER, LoadedStep, absolute, is_remote, newest_good_step, read_arrays, read_json
+from atma_jax.checkpoints.steps import FOLDER, LoadedStep, absolute, is_remote, newest_good_step, read_arrays, read_meta
 from atma_jax.config import Config
 from atma_jax.data.tokenizers import Tokenizer, tokenizer_from_dict
 from atma_jax.errors import UserError
@@ -90,7 +90,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
   weights = "ema" if ema else "params"
 
   def load(folder: epath.Path) -> LoadedStep:
-    meta = read_json(folder / "meta")
+    meta = read_meta(folder)
     config = Config.from_dict(meta["config"])
     definition = ModelDefinition(config.model)
     if ema and config.train.ema_decay is None:

@@ -1,16 +1,22 @@
 """Reading one step of a checkpoint directory, and finding the newest step that is whole.
 
-A step has three items: ``state`` (arrays), ``data`` (the iterator's state) and ``meta`` (configuration, tokenizer, checksums).
-A read verifies a position-dependent checksum of every array, so a truncated or altered step is reported and the one before
-it is used.
+A step has three items: ``state`` (arrays), ``data`` (the iterator's state) and ``meta`` (configuration, tokenizer, number of the
+step, checksums). A read verifies a position-dependent checksum of every array, and digests of ``data`` and of ``meta`` itself, so
+that a truncated, altered or exchanged step is reported and the one before it is used. The first version, which is still read, had
+no digests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import hashlib
 import json
+import logging as std_logging
 import os
 import re
+import sys
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -23,6 +29,8 @@ from atma_jax import distributed
 from atma_jax.errors import UserError
 
 FOLDER = "checkpoints"
+SCHEMA = 2
+_WITHOUT_DIGESTS = {"schema", "config", "tokenizer", "checksums"}  # entries of ``meta`` in version 1
 
 
 class LoadedStep(NamedTuple):
@@ -45,13 +53,66 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-  """The absolute path, which Orbax insists on; a remote one is absolute already."""
-  return epath.Path(path if is_remote(path) else os.path.abspath(path))
+  """The absolute path, which Orbax insists on; a remote one is absolute already.
+
+  Raises:
+    UserError: the path begins like ``foo://``, of which nothing here knows how to read and write it.
+  """
+  try:
+    return epath.Path(path if is_remote(path) else os.path.abspath(path))
+  except (KeyError, ValueError) as error:
+    raise UserError(f"{os.fspath(path)}: cannot be used as a directory; legal: a path, or gs://BUCKET/PATH") from error
 
 
-def read_json(item: epath.Path) -> dict[str, Any]:
-  """The content of an item that was saved as JSON, such as ``STEP/meta``."""
+def make_meta(step: int, config: dict[str, Any], tokenizer: dict[str, Any], arrays: dict[str, int],
+              data: dict[str, Any]) -> dict[str, Any]:
+  """The content of ``STEP/meta``.
+
+  Args:
+    step: the number of the step.
+    config: the configuration.
+    tokenizer: the tokenizer.
+    arrays: the `checksums` of the state.
+    data: the content of ``STEP/data``.
+  """
+  meta = {"schema": SCHEMA, "step": step, "config": config, "tokenizer": tokenizer, "checksums": arrays, "data": _digest(data)}
+  return meta | {"digest": _digest(meta)}
+
+
+def read_meta(step: epath.Path) -> dict[str, Any]:
+  """The content of ``STEP/meta``, whose digest is right. Raises an error of any kind if it is damaged or of another step."""
+  meta = _read_json(step / "meta")
+  if meta.get("schema") == 1 and meta.keys() == _WITHOUT_DIGESTS:
+    _say_once(step.parent)
+    return meta
+  if meta.get("schema") != SCHEMA or meta.pop("digest", None) != _digest(meta):
+    raise ValueError("the digest of its meta differs")
+  if str(meta["step"]) != step.name:
+    raise ValueError(f"its meta is of step {meta['step']}")
+  return meta
+
+
+def read_data(step: epath.Path, meta: dict[str, Any]) -> dict[str, Any]:
+  """The content of ``STEP/data``, whose digest is the one in `meta`. Raises an error of any kind if it is damaged."""
+  data = _read_json(step / "data")
+  if "data" in meta and meta["data"] != _digest(data):
+    raise ValueError("the digest of its data differs")
+  return data
+
+
+def _read_json(item: epath.Path) -> dict[str, Any]:
   return dict(ocp.JsonCheckpointHandler().restore(item))
+
+
+def _digest(values: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _say_once(directory: epath.Path) -> None:
+  if jax.process_index() == 0:
+    logging.warning("%s holds steps of an older version: their arrays have checksums, but configuration, tokenizer and position "
+                    "in the data have none and are taken as they are", directory)
 
 
 def read_arrays(step: epath.Path, target: Any, *, partial: bool = False) -> Any:
@@ -82,7 +143,7 @@ def newest_good_step(directory: epath.Path, steps: list[int],
   steps = json.loads(distributed.from_first(json.dumps(steps)))
   for step in steps:
     loaded, reason = None, ""
-    with distributed.agreed():
+    with distributed.agreed(), _quietly():
       try:
         loaded = load(directory / str(step))
       except UserError:
@@ -100,6 +161,33 @@ def newest_good_step(directory: epath.Path, steps: list[int],
   if steps:
     raise UserError(f"{directory}: none of the steps {', '.join(map(str, reversed(steps)))} can be restored")
   return None
+
+
+def without_traceback(record: std_logging.LogRecord) -> bool:
+  """A filter that takes the traceback off what Orbax logs about a read or a write that failed; ours is one line."""
+  if "/orbax/" in record.pathname:
+    record.exc_info = record.exc_text = None
+  return True
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+  """Keeps the tracebacks of a failed read out of the log: Orbax's own, and those of reads that end after it has given up."""
+  logger, hook = logging.get_absl_logger(), sys.unraisablehook
+
+  def unraisable(raised: sys.UnraisableHookArgs) -> None:
+    if str(raised.exc_value) != "Event loop is closed":
+      hook(raised)
+
+  known = without_traceback in logger.filters
+  logger.addFilter(without_traceback)
+  sys.unraisablehook = unraisable
+  try:
+    yield
+  finally:
+    sys.unraisablehook = hook
+    if not known:
+      logger.removeFilter(without_traceback)
 
 
 def checksums(tree: Any) -> dict[str, int]:

@@ -12,10 +12,13 @@ is left waiting.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import errno
 import os
+import resource
+import shutil
 import time
 from typing import Any
 
@@ -25,17 +28,30 @@ import jax
 import orbax.checkpoint as ocp
 
 from atma_jax import distributed
-from atma_jax.checkpoints.steps import FOLDER, LoadedStep, absolute, checksums, newest_good_step, read_arrays, read_json
+from atma_jax.checkpoints.steps import (
+  FOLDER,
+  LoadedStep,
+  absolute,
+  checksums,
+  is_remote,
+  make_meta,
+  newest_good_step,
+  read_arrays,
+  read_data,
+  read_meta,
+  without_traceback,
+)
 from atma_jax.config import Config
 from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.errors import RunError, UserError
 from atma_jax.models import Atma
 from atma_jax.models.definition import Params, params_of
 
-SCHEMA = 1
 WRITE_SECONDS = 1200  # a step that not all processes have written within this time has failed
 FINAL_PAUSES = (0, 2, 5)  # seconds before each attempt to write the last step
 _EXECUTION_FIELDS = ("remat", "scan", "implementation")  # of the model: how it is computed, which a resumed run may change
+_STATE_FIELDS = ("kind", "clip_basis", "clip_norm", "ema_decay")  # of optimizer and train: they decide which arrays a state has
+_ROOM_PER_ARRAY, _ROOM_BESIDES = 5 << 10, 64 << 10  # bytes of indices and metadata, at most
 
 
 @dataclasses.dataclass
@@ -67,11 +83,13 @@ class Checkpointer:
     Raises:
       UserError: the directory cannot be made.
     """
+    logging.get_absl_logger().addFilter(without_traceback)  # once; `write_failed` says in one line what went wrong
     self.directory = absolute(workdir) / FOLDER
     self.failed_saves = self.failed_in_a_row = 0
     self._keep = keep
     self._writing: int | None = None
     self._reason = ""
+    self._room = 0  # bytes that a step takes, once `check_room` knows
     try:
       with distributed.agreed():
         if jax.process_index() == 0:
@@ -108,7 +126,7 @@ class Checkpointer:
     """
     self.settle()
     tree = _as_dict(state)
-    meta = {"schema": SCHEMA, "config": config.to_dict(), "tokenizer": tokenizer.to_dict(), "checksums": checksums(tree)}
+    meta = make_meta(step, config.to_dict(), tokenizer.to_dict(), checksums(tree), data_state)
     arguments = ocp.args.Composite(
       state=ocp.args.PyTreeSave(tree), data=ocp.args.JsonSave(data_state), meta=ocp.args.JsonSave(meta))
     reason = distributed.attempt(self._probe)  # finds a disk that fails under one process, before Orbax waits for it
@@ -169,39 +187,86 @@ class Checkpointer:
     self._manager = None
     distributed.exchange("closed")
 
-  def _probe(self) -> None:
-    """Writes and removes a small file, which raises whatever keeps this process from writing."""
-    file = self.directory / f".probe-{jax.process_index()}"
-    file.write_text("atma_jax\n")
-    file.unlink()
+  def check_room(self, target: Any) -> None:
+    """Logs the room that a step takes, and refuses a local disk without room for one; called before the first one is written.
 
-  def restore(self, config: Config, target: Any) -> tuple[Any, dict[str, Any]] | None:
+    Args:
+      target: a state of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      UserError: there is less room than one more step takes, or this process may not write files of that size.
+    """
+    leaves = jax.tree.leaves(_as_dict(target))
+    self._room = sum(leaf.size * leaf.dtype.itemsize + _ROOM_PER_ARRAY for leaf in leaves) + _ROOM_BESIDES
+    each = f"a checkpoint takes at most {_mebibytes(self._room)}, {self._keep} of them are kept and one more while it is written"
+    with distributed.agreed():
+      if jax.process_index():
+        return
+      if is_remote(self.directory):
+        logging.info("%s", each)
+        return
+      limit, free = resource.getrlimit(resource.RLIMIT_FSIZE)[0], shutil.disk_usage(self.directory).free
+      if limit != resource.RLIM_INFINITY and limit < self._room:
+        raise UserError(f"{self.directory}: {each}, but this process may write no file larger than {_mebibytes(limit)}: raise "
+                        "the limit (ulimit -f)")
+      if free < self._room:
+        raise UserError(f"{self.directory}: {each}, but only {_mebibytes(free)} are free: make room, or name another --workdir")
+      logging.info("%s; %s are free", each, _mebibytes(free))
+      missing = self._keep + 1 - len([path for path in self.directory.iterdir() if path.name.isdigit()])
+      if free < missing * self._room:
+        logging.warning("%s has no room for that many: %s would do", self.directory, _mebibytes(missing * self._room))
+
+  def _probe(self) -> None:
+    """Writes and removes a small file, and looks for room, which raises whatever keeps this process from writing."""
+    file = self.directory / f".probe-{jax.process_index()}"
+    try:
+      file.write_text("atma_jax\n")
+    finally:
+      with contextlib.suppress(Exception):  # the write says what is wrong
+        file.unlink()
+    if not is_remote(self.directory) and shutil.disk_usage(self.directory).free < self._room:
+      free = _mebibytes(shutil.disk_usage(self.directory).free)
+      raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it takes {_mebibytes(self._room)}, and {free} are free")
+
+  def restore(self, config: Config, target: Any,
+              check_data: Callable[[dict[str, Any]], None]) -> tuple[Any, dict[str, Any]] | None:
     """Reads the newest good step and removes the damaged ones that are newer.
 
     Args:
-      config: what the run trains; a step of another architecture is refused.
+      config: what the run trains; a step of another architecture, or with another optimizer, is refused.
       target: a state of `jax.ShapeDtypeStruct` with shardings.
+      check_data: called with the data state of a step; if it raises anything but `UserError`, the step is damaged.
 
     Returns:
       The state, shaped and sharded like `target`, and the data state; None if there is no step yet.
 
     Raises:
-      UserError: steps exist but none is good, or they were trained with another model.
+      UserError: steps exist but none is good, or they were trained with another model or optimizer.
     """
     assert self._manager is not None, "a run is restored before anything is saved"
     steps = sorted(self._manager.all_steps(), reverse=True)
 
+    paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(_as_dict(target))[0]}
+
     def load(folder: epath.Path) -> LoadedStep:
-      meta = read_json(folder / "meta")
-      _check_model(config, meta["config"], self.directory)
-      return LoadedStep(read_arrays(folder, _as_dict(target)), read_json(folder / "data"), meta["checksums"])
+      meta = read_meta(folder)
+      data = read_data(folder, meta)
+      check_data(data)
+      stored = Config.from_dict(meta["config"])
+      _check_model(config, stored, self.directory)
+      if meta["checksums"].keys() != paths:
+        _check_optimizer(config, stored, self.directory)
+      return LoadedStep(read_arrays(folder, _as_dict(target)), data, meta["checksums"])
 
     result = newest_good_step(self.directory, steps, load)
     if result is None:
       return None
     step, loaded = result
     for newer in [s for s in steps if s > step]:
-      self._manager.delete(newer)
+      try:
+        self._manager.delete(newer)
+      except OSError as error:
+        raise UserError(f"{self.directory / str(newer)} is damaged and cannot be removed: {error.strerror or error}") from error
     return type(target)(**loaded.arrays), loaded.rest
 
   def close(self) -> None:
@@ -225,17 +290,35 @@ def save_model(workdir: str | os.PathLike, config: Config, model: Atma, tokenize
   checkpointer.close()
 
 
-def _check_model(config: Config, stored: dict[str, Any], directory: epath.Path) -> None:
-  def differences(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> Iterator[str]:
-    for name, value in ours.items():
-      if isinstance(value, dict):
-        yield from differences(value, theirs[name], f"{path}.{name}")
-      elif value != theirs[name] and name not in _EXECUTION_FIELDS:
-        yield f"{path}.{name}={value!r} here, {theirs[name]!r} in the checkpoint"
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
+  """Names of the fields whose values differ, and what is said about each."""
+  for name, value in ours.items():
+    if isinstance(value, dict):
+      yield from _differences(value, theirs[name], f"{path}.{name}")
+    elif value != theirs[name]:
+      yield name, f"{path}.{name}={value!r} here, {theirs[name]!r} in the checkpoint"
 
-  found = list(differences(config.to_dict()["model"], Config.from_dict(stored).to_dict()["model"], "config.model"))
+
+def _check_model(config: Config, stored: Config, directory: epath.Path) -> None:
+  pairs = _differences(config.to_dict()["model"], stored.to_dict()["model"], "config.model")
+  found = [text for name, text in pairs if name not in _EXECUTION_FIELDS]
   if found:
     raise UserError(f"{directory} holds another architecture: {'; '.join(found)}; use another --workdir or the stored values")
+
+
+def _check_optimizer(config: Config, stored: Config, directory: epath.Path) -> None:
+  """Names the fields for which a stored state may have other arrays than this run's; other damage is not its business."""
+  ours, theirs = config.to_dict(), stored.to_dict()
+  found = [text for name, text in _differences(ours["optimizer"], theirs["optimizer"], "config.optimizer")
+           if name in _STATE_FIELDS]
+  found += [text for name, text in _differences(ours["train"], theirs["train"], "config.train") if name in _STATE_FIELDS]
+  if found:
+    raise UserError(f"{directory} holds another state of the optimizer: {'; '.join(found)}; use another --workdir or the stored "
+                    "values")
+
+
+def _mebibytes(count: int) -> str:
+  return f"{count / 2**20:,.1f} MiB"
 
 
 def _as_dict(state: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from atma_jax.config import DataConfig
 from atma_jax.data.documents import LEGAL_FILES, Entry, SourceFile
 from atma_jax.data.near_duplicates import EvaluationLines, text_digest
 from atma_jax.data.process_pool import Pool
-from atma_jax.data.shards import open_shard
+from atma_jax.data.shards import file_digest, open_shard
 from atma_jax.data.source import TextSource, TokenSource
 from atma_jax.data.tokenizers import Tokenizer, check_tokens
 from atma_jax.errors import UserError
@@ -293,7 +293,8 @@ class ReadyTokens:
   def record(self) -> dict[str, Any]:
     """Returns the source's entry of the manifest."""
     pairs = [(shard.path, count) for shard, count in zip(self.shards, self._train_tokens) if count]
-    return {"source": self.source.entry, "shards": [{"path": path, "tokens": count} for path, count in pairs],
+    shards = [{"path": path, "tokens": count, "sha256": file_digest(path)} for path, count in pairs]
+    return {"source": self.source.entry, "shards": shards,
             "tokens": sum(self._train_tokens), "documents": None, "near_duplicates": 0}
 
 

@@ -52,7 +52,7 @@ def read_json(path: pathlib.Path) -> Any:
     return parse_json(read_bytes(path))
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not valid JSON: {error}") from error
 
 

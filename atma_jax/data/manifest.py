@@ -1,15 +1,21 @@
-"""The record of a prepared directory: what is in it, and the options that made it."""
+"""The record of a prepared directory: what is in it, the options that made it, and digests of it all.
+
+The manifest holds a digest of itself and of every token shard. The first version, which is still read, had none.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 from typing import Any
 
+from absl import logging
+
 from atma_jax.config import DataConfig
-from atma_jax.data.files import read_json
+from atma_jax.data.files import read_json, write_json
 from atma_jax.data.shards import Shard, TokenStream, open_shard
 from atma_jax.data.sources import parse_source
 from atma_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -17,7 +23,7 @@ from atma_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-_VERSION = 1
+_VERSION = 2
 _DECISIVE = ("sources", "tokenizer", "max_mib", "validation_documents", "heldout_documents", "shard_tokens")
 
 
@@ -30,7 +36,8 @@ class Manifest:
     tokenizer: kind, vocab_size, eot_id and fingerprint.
     scanned: for every text source its files, distinct documents and bytes, and what was left out: duplicates, unreadable
       documents (with the first problems), and skipped ones, which are empty or generated and data-like code.
-    train: for every source, in the order of ``config.data.sources``, its shards, tokens, documents and dropped near_duplicates.
+    train: for every source, in the order of ``config.data.sources``, its shards (path, tokens, sha256 of the file), tokens,
+      documents and dropped near_duplicates.
     validation: shards, tokens and documents (source, name, start, tokens).
     heldout: the same for the held-out documents.
     version: of this format.
@@ -46,8 +53,21 @@ class Manifest:
 
   @property
   def fingerprint(self) -> str:
-    """sha256 of the manifest."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+    """sha256 of the manifest, and so of the tokens."""
+    return _digest(dataclasses.asdict(self))
+
+  @property
+  def fingerprints(self) -> set[str]:
+    """`fingerprint`, and what the first version would have called it: that of the manifest without digests."""
+    values: dict[str, Any] = dataclasses.asdict(self) | {"version": 1}
+    for record in (*values["train"], values["validation"], values["heldout"]):
+      for shard in record["shards"]:
+        shard.pop("sha256", None)
+    return {self.fingerprint, _digest(values)}
+
+
+def _digest(values: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
@@ -69,23 +89,104 @@ def check_settings(stored: dict[str, Any], settings: dict[str, Any], directory: 
                       "directory or remove this one")
 
 
+def write_manifest(directory: pathlib.Path, manifest: Manifest) -> None:
+  """Writes the manifest with a digest of itself, which completes a prepared directory."""
+  values = dataclasses.asdict(manifest)
+  write_json(pathlib.Path(directory) / MANIFEST, values | {"digest": _digest(values)})
+
+
 def load_manifest(directory: pathlib.Path) -> Manifest:
-  """Reads the manifest. Raises `UserError` if the directory holds none, because it was never finished."""
+  """Reads the manifest.
+
+  Raises:
+    UserError: the directory holds none, because it was never finished; or it is damaged.
+  """
   path = pathlib.Path(directory) / MANIFEST
   if not path.exists():
     raise UserError(f"{directory} holds no prepared data ({MANIFEST} is missing): run python -m atma_jax.prepare_data "
                     f"--config=RECIPE --directory={directory}")
   values = read_json(path)
   fields = {field.name for field in dataclasses.fields(Manifest)}
-  if not isinstance(values, dict) or values.keys() != fields or values["version"] != _VERSION:
-    raise UserError(f"{path} is not a version {_VERSION} manifest: prepare the data again")
+  digest = values.pop("digest", None) if isinstance(values, dict) else None
+  if not isinstance(values, dict) or values.keys() != fields or values["version"] not in (1, _VERSION):
+    raise UserError(f"{path} is not a manifest of version 1 or {_VERSION}: prepare the data again")
+  if values["version"] == 1:
+    _say_once(path)
+  elif digest != _digest(values):
+    raise UserError(f"{path} is damaged, its digest differs: prepare the data again")
+  problem = _problem(values)
+  if problem:
+    raise UserError(f"{path} is damaged, {problem}: prepare the data again")
   return Manifest(**values)
+
+
+@functools.cache
+def _say_once(path: pathlib.Path) -> None:
+  logging.warning("%s is of the first version, without digests of the token shards: their content is not checked", path)
+
+
+_SHARDS = [{"path": str, "tokens": int}]
+_DOCUMENTS = [{"source": str, "name": str, "start": int, "tokens": int}]
+_SHAPE: dict[str, Any] = {
+  "settings": {}, "tokenizer": {"kind": str, "vocab_size": int, "eot_id": int, "fingerprint": str},
+  "scanned": [{"source": str, "documents": int, "bytes": int, "duplicates": int, "skipped": int, "unreadable": int}],
+  "train": [{"source": str, "shards": _SHARDS, "tokens": int, "documents": (int, type(None)), "near_duplicates": int}],
+  "validation": {"shards": _SHARDS, "tokens": int, "documents": _DOCUMENTS},
+  "heldout": {"shards": _SHARDS, "tokens": int, "documents": _DOCUMENTS}}
+
+
+def _problem(values: Any) -> str:
+  """What is wrong with the content of a manifest, or ""."""
+  problem = misshapen(values, _SHAPE)
+  if problem:
+    return problem
+  if not values["train"]:
+    return "it names no source"
+  for name in ("validation", "heldout"):
+    record = values[name]
+    if any(document["start"] + document["tokens"] > record["tokens"] for document in record["documents"]):
+      return f"{name} has documents past its {record['tokens']} tokens"
+  for record in (*values["train"], values["validation"], values["heldout"]):
+    if sum(shard["tokens"] for shard in record["shards"]) != record["tokens"]:
+      return f"shards hold other numbers of tokens than the {record['tokens']} recorded"
+    if any(not isinstance(shard.get("sha256", ""), str) for shard in record["shards"]):
+      return "a sha256 is no text"
+  return ""
+
+
+def misshapen(value: Any, shape: Any, path: str = "") -> str:
+  """Says where JSON-like `value` is not of a shape, or returns "".
+
+  Args:
+    value: what was read.
+    shape: a type or several; a list of the shape of each element; or a dict of the shapes of entries that must be there. Whole
+      numbers must not be negative.
+    path: of the value within what was read.
+  """
+  if isinstance(shape, dict):
+    if not isinstance(value, dict):
+      return f"{path or 'it'} is no object"
+    missing = next((name for name in shape if name not in value), None)
+    if missing is not None:
+      return f"{path}.{missing} is missing".lstrip(".")
+    return next(filter(None, (misshapen(value[name], part, f"{path}.{name}".lstrip(".")) for name, part in shape.items())), "")
+  if isinstance(shape, list):
+    if not isinstance(value, list):
+      return f"{path} is no list"
+    return next(filter(None, (misshapen(item, shape[0], f"{path}[{i}]") for i, item in enumerate(value))), "")
+  if not isinstance(value, shape) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+    return f"{path}={str(value)[:40]!r} is not legal"
+  return ""
 
 
 def load_prepared_tokenizer(directory: pathlib.Path, manifest: Manifest) -> Tokenizer:
   """Loads the tokenizer of a prepared directory. Raises `UserError` if it is not the one that the manifest records."""
   path = pathlib.Path(directory) / TOKENIZER
-  tokenizer = load_tokenizer(str(path))
+  try:
+    tokenizer = load_tokenizer(str(path))
+  except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:  # of a library, from a damaged file
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise UserError(f"{path} is damaged: {reason}") from error
   if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
     raise UserError(f"{path} is not the tokenizer that {MANIFEST} records: prepare the data again")
   return tokenizer
@@ -98,5 +199,30 @@ def open_stream(directory: pathlib.Path, record: dict[str, Any]) -> TokenStream:
     shard = open_shard(pathlib.Path(directory) / entry["path"])
     if shard.tokens < entry["tokens"]:
       raise UserError(f"{shard.path} holds {shard.tokens} tokens where {MANIFEST} records {entry['tokens']}")
-    opened.append(Shard(shard.path, entry["tokens"], shard.dtype))
+    opened.append(Shard(shard.path, entry["tokens"], shard.dtype, entry.get("sha256")))
   return TokenStream(opened)
+
+
+def verify(directory: pathlib.Path, manifest: Manifest) -> tuple[int, int, int]:
+  """Checks the tokenizer and every shard of a prepared directory against the manifest.
+
+  Returns:
+    The number of shards, of bytes read, and of shards without a digest, of which only the size is checked.
+
+  Raises:
+    UserError: something is missing or damaged; the message names all such shards.
+  """
+  load_prepared_tokenizer(directory, manifest)
+  problems, shards, count, bare = [], 0, 0, 0
+  for record in (*manifest.train, manifest.validation, manifest.heldout):
+    for entry in record["shards"]:
+      shards += 1
+      bare += "sha256" not in entry
+      try:
+        for shard in open_stream(directory, {"shards": [entry]}).shards:
+          count += shard.check()
+      except UserError as error:
+        problems.append(str(error))
+  if problems:
+    raise UserError(f"{len(problems)} of {shards} shards are damaged: {'; '.join(problems)}")
+  return shards, count, bare

@@ -24,6 +24,7 @@ from atma_jax.data.tokenizers import check_tokens
 from atma_jax.errors import UserError
 
 _READ_THREADS = 2
+_MOST_AHEAD, _MEMORY_AHEAD = 4096, 0.25  # batches, and share of this machine's memory
 
 
 class TokenWindows:
@@ -71,12 +72,14 @@ class TrainingData:
     tokenizer: of the directory.
 
   Raises:
-    UserError: `batch_size` is not a multiple of `part_count`, or the directory is missing, damaged or prepared differently.
+    UserError: `batch_size` is not a multiple of `part_count`, `prefetch` is too large, or the directory is missing, damaged or
+      prepared differently.
   """
 
   def __init__(self, config: DataConfig, directory: str | os.PathLike, *, parts: Sequence[int] = (0,), part_count: int = 1):
     if config.batch_size % part_count:
       raise UserError(f"config.data.batch_size={config.batch_size}: must be a multiple of {part_count} parts")
+    _check_prefetch(config, len(parts) / part_count)
     directory = pathlib.Path(directory)
     self.manifest = load_manifest(directory)
     check_settings(self.manifest.settings, settings_of(config), directory)
@@ -84,7 +87,7 @@ class TrainingData:
     self._config = config
     self._parts, self._part_count = _coarsest(parts, part_count)
     self._sequences = _mixed_sequences(config, directory, self.manifest.train, self.tokenizer.vocab_size)
-    self._fingerprint = self.manifest.fingerprint
+    self._fingerprint, self._fingerprints = self.manifest.fingerprint, self.manifest.fingerprints
     self._next_sequence = 0
     self._batches: grain.DatasetIterator | None = None
 
@@ -109,7 +112,7 @@ class TrainingData:
     Raises:
       UserError: the state belongs to other prepared data.
     """
-    if state["manifest"] != self._fingerprint:
+    if state["manifest"] not in self._fingerprints:
       raise UserError("config.data.directory: the checkpoint was trained on other prepared data than it now holds; "
                       "name the directory it was trained on")
     self.close()
@@ -131,6 +134,24 @@ class TrainingData:
       batches = grain.experimental.ZipMapDataset([split[part:end:count] for part in self._parts]).map(np.concatenate)
     threads = min(_READ_THREADS, self._config.prefetch)
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, self._config.prefetch)))
+
+
+def _check_prefetch(config: DataConfig, share: float) -> None:
+  """Bounds what is read ahead: all of it is asked for before the first batch comes, and kept in memory."""
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  size = 4 * share * config.batch_size * (config.sequence_length + 1)
+  most = min(_MOST_AHEAD, int(memory * _MEMORY_AHEAD / size))
+  if config.prefetch > most:
+    raise UserError(f"config.data.prefetch={config.prefetch}: must be at most {most} batches of {size / 2**20:,.1f} MiB in this "
+                    "process")
+
+
+def check_state(state: dict[str, Any]) -> None:
+  """Raises ValueError for anything that `TrainingData.get_state` does not return."""
+  following, manifest = state.get("next_sequence"), state.get("manifest")
+  whole = isinstance(following, int) and not isinstance(following, bool) and 0 <= following < 2**62 and isinstance(manifest, str)
+  if not whole or state.keys() != {"next_sequence", "manifest"}:
+    raise ValueError(f"{str(state)[:80]} is no position in the data")
 
 
 def _coarsest(parts: Sequence[int], count: int) -> tuple[list[int], int]:

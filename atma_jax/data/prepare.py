@@ -19,7 +19,6 @@ another version of the same file), is dropped and counted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-import dataclasses
 import hashlib
 import os
 import pathlib
@@ -34,10 +33,19 @@ from atma_jax.data import tokenizers
 from atma_jax.data.corpus import EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
 from atma_jax.data.documents import Entry
 from atma_jax.data.files import exclusive, read_json, write_json
-from atma_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, check_settings, load_manifest, settings_of
+from atma_jax.data.manifest import (
+  MANIFEST,
+  TOKENIZER,
+  Manifest,
+  check_settings,
+  load_manifest,
+  misshapen,
+  settings_of,
+  write_manifest,
+)
 from atma_jax.data.near_duplicates import EvaluationLines
 from atma_jax.data.process_pool import Pool
-from atma_jax.data.shards import token_dtype, write_shard
+from atma_jax.data.shards import file_digest, token_dtype, write_shard
 from atma_jax.data.source import TextSource, TokenSource
 from atma_jax.data.sources import parse_source
 from atma_jax.data.tokenizers import Tokenizer
@@ -110,7 +118,7 @@ def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Pa
       settings=settings, scanned=[corpus.report for corpus in text.values()], train=train, validation=validation,
       heldout=heldout, tokenizer={"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
                                   "eot_id": tokenizer.eot_id, "fingerprint": tokenizer.fingerprint})
-  write_json(directory / MANIFEST, dataclasses.asdict(manifest))
+  write_manifest(directory, manifest)
 
 
 def _open_sources(config: DataConfig) -> tuple[list[TextSource | TokenSource], dict[TextSource, TextCorpus],
@@ -148,6 +156,9 @@ def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[
     write_json(path, begun)
     return
   stored = read_json(path)
+  problem = misshapen(stored, {"settings": {}, "corpus": str})
+  if problem:
+    raise UserError(f"{path} is damaged, {problem}: remove {directory} to start again")
   check_settings(stored["settings"], settings, directory)
   if stored["corpus"] != begun["corpus"]:
     raise UserError(f"the text of the sources changed since {directory} was begun: remove it to start again")
@@ -231,17 +242,24 @@ class _SourceWriter:
     if not totals["tokens"]:
       raise UserError(f"config.data.sources: {entry!r} has nothing to train on beside evaluation documents and their "
                       "near duplicates")
-    paths = [str((self._folder / _shard_name(number)).relative_to(self._directory)) for number in range(len(shards))]
-    return {"source": entry, "shards": [{"path": p, "tokens": s["tokens"]} for p, s in zip(paths, shards)], **totals}
+    records = []
+    for number, shard in enumerate(shards):
+      path = self._folder / _shard_name(number)
+      records.append({"path": str(path.relative_to(self._directory)), "tokens": shard["tokens"],
+                      "sha256": shard.get("sha256") or file_digest(path)})  # a version without digests began the folder
+    return {"source": entry, "shards": records, **totals}
 
-  def _write_shards(self, pool: Pool, bar: tqdm) -> list[dict[str, int]]:
+  def _write_shards(self, pool: Pool, bar: tqdm) -> list[dict[str, Any]]:
     """Writes shards of at least `shard_tokens` tokens (the last may be smaller), from where an interrupted run stopped.
 
     Returns:
-      For every shard, its tokens, its documents and the near duplicates dropped.
+      For every shard, its tokens, its documents, the near duplicates dropped and the digest of the file.
     """
     path = self._folder / _PROGRESS
     shards = read_json(path) if path.exists() else []
+    problem = misshapen(shards, [{"tokens": int, "documents": int, "near_duplicates": int}], "list")
+    if problem or sum(shard["documents"] for shard in shards) > len(self._groups):
+      raise UserError(f"{path} is damaged, {problem or 'it counts too many documents'}: remove {self._folder} to start again")
     done = sum(shard["documents"] for shard in shards)
     bar.update(_size(self._groups[:done]))
     documents, tokens, dropped, first = [], 0, 0, done
@@ -253,8 +271,9 @@ class _SourceWriter:
         bar.update(_size([self._groups[done]]))
         done += 1
         if tokens >= self._shard_tokens or done == len(self._groups):
-          write_shard(self._folder / _shard_name(len(shards)), documents, self._dtype)
-          shards.append({"tokens": tokens, "documents": done - first, "near_duplicates": dropped})
+          file = self._folder / _shard_name(len(shards))
+          write_shard(file, documents, self._dtype)
+          shards.append({"tokens": tokens, "documents": done - first, "near_duplicates": dropped, "sha256": file_digest(file)})
           write_json(path, shards)
           documents, tokens, dropped, first = [], 0, 0, done
     return shards
@@ -299,4 +318,5 @@ def _write_evaluation(directory: pathlib.Path, name: str, documents: Sequence[Ev
   for document, tokens in ordered:
     index.append({"source": document.source, "name": document.name, "start": start, "tokens": len(tokens)})
     start += len(tokens) + 1
-  return {"shards": [{"path": str(path.relative_to(directory)), "tokens": total}], "tokens": total, "documents": index}
+  shard = {"path": str(path.relative_to(directory)), "tokens": total, "sha256": file_digest(path)}
+  return {"shards": [shard], "tokens": total, "documents": index}

@@ -12,13 +12,14 @@ import multiprocessing.context
 import multiprocessing.reduction
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import threading
 import types
 from typing import Any, BinaryIO
 
-from atma_jax.errors import UserError
+from atma_jax.errors import RunError, UserError
 
 MOST_WORKERS = 32  # by default: the one process that reads and writes for all of them cannot keep more busy
 _BATCHES_AHEAD = 4  # in flight per worker: enough to keep it busy, few enough to bound memory
@@ -58,17 +59,25 @@ class Pool:
       self._file.close()
 
   def map(self, items: Iterable[Any]) -> Iterator[Any]:
-    """Yields the function's results on `items` in order, taking only a few items ahead of what has been consumed."""
+    """Yields the function's results on `items` in order, taking only a few items ahead of what has been consumed.
+
+    Raises:
+      RunError: a worker was killed, for example because the machine ran out of memory.
+    """
     executor = self._executor
     if executor is None:
       yield from map(self._function, items)
       return
     items = iter(items)
     ahead = itertools.islice(items, _BATCHES_AHEAD * self._workers)
-    pending = collections.deque(executor.submit(_call, item) for item in ahead)
-    while pending:
-      yield pending.popleft().result()
-      pending.extend(executor.submit(_call, item) for item in itertools.islice(items, 1))
+    try:
+      pending = collections.deque(executor.submit(_call, item) for item in ahead)
+      while pending:
+        yield pending.popleft().result()
+        pending.extend(executor.submit(_call, item) for item in itertools.islice(items, 1))
+    except concurrent.futures.BrokenExecutor as error:
+      raise RunError(f"one of {self._workers} worker processes was killed (out of memory?); start the same command again, with "
+                     "fewer workers if it happens again") from error
 
 
 def default_workers() -> int:
@@ -133,6 +142,7 @@ def _pickled(value: Any) -> BinaryIO:
 
 def _start_worker(function: _Inherited) -> None:
   global _function
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends its workers
   threading.Thread(target=_end_with_parent, daemon=True).start()
   os.environ.update(_ONE_THREAD)  # before unpickling the function imports its modules
   _function = function.unpickle()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import hashlib
 import os
 import pathlib
 from typing import Any, BinaryIO
@@ -24,6 +25,7 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
+_checked: dict[tuple[str, str], tuple[int, ...]] = {}  # path and digest -> identity of the file that had it, in this process
 _DTYPES = {0: np.dtype("<u2"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
@@ -35,17 +37,61 @@ class Shard:
     path: of the file.
     tokens: how many of its tokens are used.
     dtype: of a token in the file.
+    sha256: of the file; None if it is not known.
   """
 
   path: str
   tokens: int
   dtype: np.dtype
+  sha256: str | None = None
 
   def open(self) -> UInt[np.ndarray, " S"]:
-    """Returns a read-only memory map of the tokens, (S,)."""
+    """Returns a read-only memory map of the tokens, (S,).
+
+    The first time in a process, the whole file is read and its digest is compared (1.4 GB/s on one core, once it is in
+    memory).
+
+    Raises:
+      UserError: the file has another digest.
+    """
     if self.tokens == 0:
       return np.zeros(0, self.dtype)
+    if _checked.get((self.path, self.sha256 or "")) != _identity(self.path):
+      self.check()
     return np.memmap(self.path, self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.tokens,))
+
+  def check(self) -> int:
+    """Compares the digest of the file, if it is known; returns how many bytes were read.
+
+    Raises:
+      UserError: the file has another digest, or cannot be read.
+    """
+    if self.sha256 is None:
+      return 0
+    identity = _identity(self.path)
+    if file_digest(self.path) != self.sha256:
+      raise UserError(f"{self.path} is damaged, its digest is not the one recorded when the data was prepared: prepare "
+                      "the data again")
+    _checked[self.path, self.sha256] = identity
+    return identity[0]
+
+
+def _identity(path: str) -> tuple[int, ...]:
+  """Size, time of change and number of a file."""
+  try:
+    found = os.stat(path)
+  except OSError as error:
+    raise UserError(f"cannot read token shard {path}: {error.strerror or error}") from error
+  return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def file_digest(path: str | os.PathLike) -> str:
+  """sha256 of a file. Raises `UserError` if it cannot be read."""
+  try:
+    with open(path, "rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
+    raise UserError(f"cannot read token shard {path}: {error.strerror or error}") from error
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

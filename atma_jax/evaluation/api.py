@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from atma_jax import distributed
 from atma_jax.checkpoints.load import LoadedModel, load_model, overridden
 from atma_jax.checkpoints.overrides import checked_overrides, in_effect
-from atma_jax.config import RetentionCap
+from atma_jax.config import Config, RetentionCap
+from atma_jax.data.manifest import load_manifest, load_prepared_tokenizer
 from atma_jax.data.pipeline import heldout_documents, validation_stream
 from atma_jax.errors import UserError
 from atma_jax.evaluation.options import Options, split_options
@@ -27,6 +28,7 @@ from atma_jax.evaluation.scoring import Scorer
 from atma_jax.evaluation.suite import Inputs
 from atma_jax.evaluation.suites import all_suites, find_suite
 from atma_jax.models import Atma
+from atma_jax.models.definition import ModelDefinition
 from atma_jax.models.retention_cap import capped_heads, with_retention_cap
 from atma_jax.sharding import make_mesh
 
@@ -100,6 +102,27 @@ def evaluate(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str],
       print("\n" + cap_sweep_text(by_cap, all_suites()))
     _write_plots(by_cap[0][1], pathlib.Path(output), f"{loaded.config.name}, step {loaded.step}", length)
   return [record for _, records in by_cap for record in records]
+
+
+def check_evaluation(config: Config, **options: Any) -> None:
+  """Checks, before a model is trained, that it can be evaluated: the options, and whether the prepared data is long enough.
+
+  Args:
+    config: the recipe; ``config.data.directory`` is prepared.
+    **options: those of `evaluate`.
+
+  Raises:
+    UserError: what `evaluate` would raise it for.
+  """
+  common, suite_options = split_options(options)
+  mesh, definition = make_mesh(context=common.context), ModelDefinition(config.model)
+  untrained = definition.merge(jax.jit(definition.init)(jax.random.key(0)))
+  model = untrained if common.keep_window else overridden(untrained, {"window": None})
+  directory = pathlib.Path(common.data or config.data.directory)
+  tokenizer = load_prepared_tokenizer(directory, load_manifest(directory))
+  inputs = _make_inputs(LoadedModel(config, model, tokenizer, 0), model, mesh, common)
+  for name in common.suite:
+    find_suite(name).cells(inputs, suite_options[name])
 
 
 def _make_inputs(loaded: LoadedModel, model: Atma, mesh: Mesh, options: Options) -> Inputs:

@@ -3,53 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import pathlib
 import signal
-import threading
 import time
 
 from absl import logging
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Int
 import numpy as np
 
 import atma_jax
 from atma_jax import distributed
 from atma_jax.checkpoints.store import Checkpointer
+from atma_jax.claims import Claim
 from atma_jax.config import Config, TrainConfig
 from atma_jax.data.manifest import load_manifest
-from atma_jax.data.pipeline import TrainingData
+from atma_jax.data.pipeline import TrainingData, check_state
 from atma_jax.data.prepare import prepare
 from atma_jax.data.tokenizers import check_vocabulary
-from atma_jax.errors import UserError
+from atma_jax.errors import RunError, UserError
 from atma_jax.memory_needs import check_training_fits
 from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.models.operations import peak_flops, training_flops_per_token
 from atma_jax.sharding import make_mesh
 from atma_jax.training.batches import GlobalBatches, check_divides
+from atma_jax.training.interruption import Preemption
 from atma_jax.training.metrics import MetricWriter, log_progress
 from atma_jax.training.state import TrainState, abstract_state, create_state, optimizer_for
 from atma_jax.training.train_step import Metrics, TrainStep, make_train_step
 from atma_jax.training.validation import make_validation
-from atma_jax.training.workdir import data_directory, make_workdir
+from atma_jax.training.workdir import claim_workdir, data_directory, make_workdir
 
-DONE, PREEMPTED = "done", "preempted"
+DONE, PREEMPTED, INTERRUPTED = "done", "preempted", "interrupted"
 
 
-def train(config: Config, workdir: str) -> str:
+def train(config: Config, workdir: str, *, claimed: bool = False) -> str:
   """Trains to ``config.train.steps``, going on from the newest good checkpoint in `workdir`, if there is one.
+
+  The working directory is claimed (see `atma_jax.claims`), so that no other process trains in it. SIGTERM or Ctrl-C before the
+  first step ends the process at once, because there is nothing to save, and so does Ctrl-C after either later.
 
   Args:
     config: a validated recipe; ``config.data.directory`` is set to the directory in use.
     workdir: where checkpoints, metrics and, without ``config.data.directory``, prepared data go.
+    claimed: the caller has claimed `workdir` for this process.
 
   Returns:
-    `DONE`, or `PREEMPTED` if SIGTERM arrived: then a checkpoint was saved, and the same call goes on from it.
+    `DONE`, or `PREEMPTED` or `INTERRUPTED` if SIGTERM or Ctrl-C arrived: then a checkpoint was saved, and the same call goes on
+    from it.
 
   Raises:
-    UserError: options, data or checkpoints do not fit together, or too many non-finite steps in a row.
-    RunError: the last checkpoint could not be written.
+    UserError: options, data or checkpoints do not fit together, another process trains in `workdir`, there is no room for a
+      checkpoint, or too many non-finite steps in a row.
+    RunError: the last checkpoint could not be written, or another process has taken `workdir` over.
   """
   try:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
@@ -60,6 +67,18 @@ def train(config: Config, workdir: str) -> str:
   directory = data_directory(config, workdir)
   config.data.directory = str(directory)
   folder = make_workdir(workdir)
+  claim, refusal = (None, None) if claimed else claim_workdir(folder, workdir)
+  release = claim.release if claim is not None else lambda: None
+  try:
+    with Preemption(release) as preemption:
+      return _train(config, mesh, folder, directory, preemption, claim, refusal)
+  finally:
+    release()
+
+
+def _train(config: Config, mesh: jax.sharding.Mesh, folder: epath.Path, directory: pathlib.Path, preemption: Preemption,
+           claim: Claim | None, refusal: UserError | None) -> str:
+  """Does what `train` says in a working directory that is claimed, or that cannot be written, for the reason `refusal`."""
   with distributed.agreed():
     if jax.process_index() == 0:
       prepare(config.data, directory)
@@ -73,7 +92,7 @@ def train(config: Config, workdir: str) -> str:
   optimizer = optimizer_for(config, definition)
   target = abstract_state(config, definition, optimizer, mesh)
   checkpointer = Checkpointer(folder, config.train.checkpoint_keep)
-  restored = checkpointer.restore(config, target)
+  restored = checkpointer.restore(config, target, check_state)
   if restored is None:
     state = create_state(config, definition, optimizer, mesh)
   else:
@@ -87,13 +106,19 @@ def train(config: Config, workdir: str) -> str:
     logging.info("done: %s already holds step %d of %d", folder, first, config.train.steps)
     checkpointer.close()
     return DONE
+  with distributed.agreed():
+    if refusal is not None:
+      raise refusal
+  checkpointer.check_room(target)
 
   validate = make_validation(config, definition, mesh, directory) if config.train.validate_every else None
   steps = {count: make_train_step(config, ModelDefinition(config.model, foreign_keys=count), optimizer, mesh, state)
            for count in dict.fromkeys(config.train.foreign_keys)}
-  loop = Loop(config, folder, mesh, data, batches, checkpointer, steps, validate=validate,
+  loop = Loop(config, folder, mesh, data, batches, checkpointer, steps, claim=claim, validate=validate,
               flops_per_token=training_flops_per_token(definition, config.data.sequence_length))
-  with Preemption() as preemption, MetricWriter(folder, first_step=first, active=jax.process_index() == 0) as writer:
+  with distributed.agreed():
+    writer = MetricWriter(folder, first_step=first, active=jax.process_index() == 0)
+  with writer:
     return loop.run(state, first, preemption, writer)
 
 
@@ -109,7 +134,7 @@ class Loop:
   """The steps of one call of `train`, with their checkpoints, validations and metrics."""
 
   def __init__(self, config: Config, folder: epath.Path, mesh: jax.sharding.Mesh, data: TrainingData, batches: GlobalBatches,
-               checkpointer: Checkpointer, steps: Mapping[int, TrainStep], *,
+               checkpointer: Checkpointer, steps: Mapping[int, TrainStep], *, claim: Claim | None,
                validate: Callable[[Params], dict[str, float]] | None, flops_per_token: float):
     """Puts together what `train` made.
 
@@ -121,11 +146,13 @@ class Loop:
       batches: places them on the devices.
       checkpointer: saves the state.
       steps: the jitted training step for each number of foreign keys.
+      claim: on the workdir; training ends when it is lost. None if another process looks after it.
       validate: losses of parameters; None without validation.
       flops_per_token: operations of a training step per target token, for MFU.
     """
     self.config, self.folder, self.mesh = config, folder, mesh
     self.data, self.batches, self.checkpointer, self.steps, self.validate = data, batches, checkpointer, steps, validate
+    self.claim = claim
     self.tokens_per_step = config.data.batch_size * config.data.sequence_length
     self.flops_per_step = flops_per_token * self.tokens_per_step
     self.peak = peak_flops(config.train.peak_tflops)
@@ -134,12 +161,13 @@ class Loop:
     self.window_start, self.window_began, self.window_wait = 0, 0.0, 0.0  # since the last record of metrics
 
   def run(self, state: TrainState, first: int, preemption: Preemption, writer: MetricWriter) -> str:
-    """Trains from step `first` to the last one, or to a pre-emption; returns `DONE` or `PREEMPTED`."""
+    """Trains from step `first` to the last one, or to a signal; returns `DONE`, `PREEMPTED` or `INTERRUPTED`."""
     train, checkpointer = self.config.train, self.checkpointer
     pending: tuple[int, Metrics] | None = None  # the step that was dispatched and not reported
     due, retry = False, None  # a checkpoint is due; the step at which one that failed is tried again
     self.first = self.window_start = first
     compiled = self._compile(state)
+    preemption.begin()
     started = self.window_began = time.perf_counter()
     paused = 0.0  # seconds of saving and validating
     for number in range(first + 1, train.steps + 1):
@@ -155,6 +183,9 @@ class Loop:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
       last, stop = number == train.steps, preemption.reached(number)
+      if self.claim is not None and self.claim.lost:
+        raise RunError(f"{self.folder}: another process has taken over, because this one showed no sign of life; ended at step "
+                       f"{number}, the checkpoints are the other's")
       if number % train.log_every == 0 and not checkpointer.check():
         retry = number + 1
       due = due or last or stop or number % train.checkpoint_every == 0 or number == retry
@@ -177,14 +208,23 @@ class Loop:
       if stop and not last:
         checkpointer.close()
         self.data.close()
-        logging.info("pre-empted: step %d is saved in %s; start the same command again", number, self.folder)
-        return PREEMPTED
+        interrupted = preemption.signal == signal.SIGINT
+        logging.info("%s: step %d is saved in %s; start the same command again%s", "interrupted" if interrupted else "pre-empted",
+                     number, self.folder, self._lost(writer))
+        return INTERRUPTED if interrupted else PREEMPTED
     checkpointer.close()
     self.data.close()
     total = time.perf_counter() - started - paused
-    logging.info("done: %d steps in %.1f s, %.1f%% of it outside data waiting; %.1f s saving and validating; checkpoints in %s",
-                 train.steps - first, total, 100 * (1 - self.data_wait / total), paused, checkpointer.directory)
+    logging.info("done: %d steps in %.1f s, %.1f%% of it outside data waiting; %.1f s saving and validating; checkpoints in %s%s",
+                 train.steps - first, total, 100 * (1 - self.data_wait / total), paused, checkpointer.directory,
+                 self._lost(writer))
     return DONE
+
+  def _lost(self, writer: MetricWriter) -> str:
+    """What could not be written, for the last line of a run."""
+    counts = ((writer.failed_writes, "records of metrics"), (self.checkpointer.failed_saves, "checkpoints"))
+    lost = " and ".join(f"{count} {what}" for count, what in counts if count)
+    return f"; {lost} could not be written" if lost else ""
 
   def _compile(self, state: TrainState) -> dict[int, jax.stages.Compiled]:
     began = time.perf_counter()
@@ -246,23 +286,3 @@ class Loop:
       self.checkpointer.save_last(number, state, **stored)
       return True
     return self.checkpointer.save(number, state, **stored)
-
-
-class Preemption:
-  """SIGTERM, as a question asked after every step; several processes agree on the step, whichever of them was signalled."""
-
-  def __enter__(self) -> Preemption:
-    self._event, self._old = threading.Event(), None
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._old = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
-    return self  # with several processes jax handles the signal
-
-  def reached(self, step: int) -> bool:
-    """Whether training must save and end after `step`."""
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._event.is_set()
-
-  def __exit__(self, *_: object) -> None:
-    if self._old is not None:
-      signal.signal(signal.SIGTERM, self._old)

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import contextlib
+import errno
 import json
 import math
 import os
 import pathlib
+import socket
+import struct
 import tempfile
 import time
-from typing import Any, TextIO
+from typing import Any
 
 from absl import logging
 from etils import epath
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from atma_jax.checkpoints.steps import is_remote
+from atma_jax.errors import UserError
 
 _RECORDS = "metrics.jsonl"
+_EVENTS: Any = event_pb2  # its classes are made when it is imported, which type checkers do not see
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MetricWriter:
   """Appends records to ``WORKDIR/metrics.jsonl`` and to the TensorBoard files in ``WORKDIR/tensorboard``.
 
-  Files under a remote WORKDIR (``gs://...``) cannot grow; there they are kept on this machine and copied at every `flush`.
+  A record that cannot be written (the disk is full) is counted, the first one is reported, and nothing waits for it. Files under
+  a remote WORKDIR (``gs://...``) cannot grow; there they are kept on this machine and copied at every `flush`.
+
+  Attributes:
+    failed_writes: records and copies that could not be written.
   """
 
   def __init__(self, workdir: epath.Path, *, first_step: int, active: bool):
@@ -33,11 +46,16 @@ class MetricWriter:
       workdir: the directory of the run.
       first_step: the step that the run goes on from.
       active: False in all processes but one, which then write nothing.
+
+    Raises:
+      UserError: a file of the name of a folder, or the like, stands in the way.
     """
-    self._file: TextIO | None = None
-    self._board: tensorboardX.SummaryWriter | None = None
+    self.failed_writes = 0
+    self._records: _GrowingFile | None = None
+    self._board: _GrowingFile | None = None
     self._scratch: tempfile.TemporaryDirectory[str] | None = None
     self._remote = self._folder = workdir
+    self._active = active
     if not active:
       return
     if is_remote(workdir):
@@ -45,10 +63,14 @@ class MetricWriter:
       self._folder = epath.Path(self._scratch.name)
       if (self._remote / _RECORDS).exists():
         (self._remote / _RECORDS).copy(self._folder / _RECORDS)
-    path = pathlib.Path(self._folder / _RECORDS)
-    _drop_after(path, first_step)
-    self._file = path.open("a", buffering=1)  # line by line
-    self._board = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step)
+    folder = pathlib.Path(self._folder)
+    self._records = self._open(folder / _RECORDS, lambda path: _drop_after(path, first_step))
+    name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+    self._board = self._open(folder / "tensorboard" / name, lambda path: path.parent.mkdir(exist_ok=True))
+    self._append(self._board, b"".join(map(_framed, (
+      _EVENTS.Event(wall_time=time.time(), file_version="brain.Event:2"),
+      _EVENTS.Event(wall_time=time.time(), step=first_step,  # TensorBoard forgets what an interrupted run wrote past it
+                      session_log=_EVENTS.SessionLog(status=_EVENTS.SessionLog.START))))))
 
   def __enter__(self) -> MetricWriter:
     return self
@@ -56,36 +78,95 @@ class MetricWriter:
   def __exit__(self, *_: object) -> None:
     self.close()
 
+  def _open(self, path: pathlib.Path, prepare: Callable[[pathlib.Path], object]) -> _GrowingFile | None:
+    """Opens a file to append to; None if there is no room for it."""
+    try:
+      prepare(path)
+      return _GrowingFile(path)
+    except OSError as error:
+      if error.errno not in _NO_ROOM:
+        raise UserError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
+      self._failed(path, error)
+      return None
+
+  def _append(self, file: _GrowingFile | None, content: bytes) -> None:
+    try:
+      if file is None:
+        self.failed_writes += 1
+      else:
+        file.append(content)
+    except OSError as error:
+      self._failed(file.path if file is not None else self._folder, error)
+
+  def _failed(self, path: os.PathLike[str], error: Exception) -> None:
+    if not self.failed_writes:
+      reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())[:300]
+      logging.error("metrics cannot be written to %s: %s; training goes on, and what is lost is counted", path, reason)
+    self.failed_writes += 1
+
   def write(self, step: int, values: Mapping[str, float | None]) -> None:
     """Writes one record; values of None are left out, those that are not finite become null, as JSON has no word for them."""
-    if self._file is None or self._board is None:
+    if not self._active:
       return
     numbers = {name: value for name, value in values.items() if value is not None}
     finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-    for name, value in numbers.items():
-      self._board.add_scalar(name, value, step)
+    now = time.time()
+    self._append(self._records, (json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n").encode())
+    scalars = (_EVENTS.Event(wall_time=now, step=step, summary=summary.scalar(*number)) for number in numbers.items())
+    self._append(self._board, b"".join(map(_framed, scalars)))
 
   def flush(self) -> None:
-    """Copies what was written to a remote WORKDIR; a failure is logged, and the next flush copies everything."""
-    if self._scratch is None or self._board is None:
+    """Copies what was written to a remote WORKDIR; after a failure the next flush copies everything."""
+    if self._scratch is None:
       return
-    self._board.flush()
     try:
       for file in (self._folder / _RECORDS, *(self._folder / "tensorboard").iterdir()):
         target = self._remote / file.relative_to(self._folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         file.copy(target, overwrite=True)
     except Exception as error:  # cloud file systems raise errors of their own
-      logging.warning("metrics could not be copied to %s: %s", self._remote, error)
+      self._failed(self._remote, error)
 
   def close(self) -> None:
-    """Closes the files and flushes them."""
-    if self._file is not None and self._board is not None:
-      self._file.close()
-      self._board.close()
+    """Flushes and closes the files."""
+    if self._active:
       self.flush()
-      self._file = None
+      for file in filter(None, (self._records, self._board)):
+        file.close()
+      if self.failed_writes:
+        logging.error("%d records of metrics could not be written to %s", self.failed_writes, self._remote)
+    self._active = False
+
+
+class _GrowingFile:
+  """A file that grows by whole records or not at all, and never holds one back."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self._file = path.open("ab", buffering=0)
+
+  def append(self, content: bytes) -> None:
+    """Writes `content` to the end; raises `OSError` after which the file is as it was before."""
+    size = os.fstat(self._file.fileno()).st_size
+    try:
+      left = memoryview(content)
+      while left:
+        left = left[self._file.write(left):]
+    except OSError:
+      with contextlib.suppress(OSError):
+        self._file.truncate(size)
+      raise
+
+  def close(self) -> None:
+    with contextlib.suppress(OSError):  # nothing is buffered here
+      self._file.close()
+
+
+def _framed(event: Any) -> bytes:
+  """An event as TensorBoard's files hold it: length and content, each with its checksum."""
+  content = event.SerializeToString()
+  length = struct.pack("<Q", len(content))
+  return b"".join((length, struct.pack("<I", masked_crc32c(length)), content, struct.pack("<I", masked_crc32c(content))))
 
 
 def log_progress(step: int, total: int, values: Mapping[str, Any]) -> None:
@@ -109,17 +190,47 @@ def _duration(seconds: float) -> str:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Removes the records past the step that a run resumes from, and a line cut off by a kill, so that none is written twice."""
+  """Removes the records past the step that a run resumes from, and a line cut off by a kill, so that none is written twice.
+
+  Lines that are no records are moved to ``metrics.jsonl.foreign``.
+  """
   if not path.exists():
     return
-  kept = []
-  for line in path.read_text().splitlines():
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if record["step"] <= step:
-      kept.append(line)
+  if not path.is_file():
+    raise OSError(errno.EISDIR, "it is not a regular file", str(path))
+  content = path.read_bytes()
+  kept, foreign = [], []
+  for line in content.splitlines(keepends=True):
+    record = parse_record(line)
+    if record is not None and record["step"] <= step:
+      kept.append(line if line.endswith(b"\n") else line + b"\n")
+    elif record is None and line.strip() and line.endswith(b"\n"):  # otherwise cut off
+      foreign.append(line)
+  if foreign:
+    aside = path.with_name(path.name + ".foreign")
+    with aside.open("ab") as file:
+      file.writelines(foreign)
+    logging.warning("%s: %d lines are no records of this program; they were moved to %s", path, len(foreign), aside.name)
+  if content.startswith(b"".join(kept)):  # as a rule; takes no room
+    os.truncate(path, sum(map(len, kept)))
+    return
   temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(line + "\n" for line in kept))
+  temporary.write_bytes(b"".join(kept))
   os.replace(temporary, path)
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+  """A line of ``metrics.jsonl``, or None if it is not one: an object with a whole number ``step``."""
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  whole = isinstance(record, dict) and isinstance(record.get("step"), int) and not isinstance(record["step"], bool)
+  return record if whole else None
+
+
+def read_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+  """The records of a ``metrics.jsonl``, and how many of its lines are none. Raises `OSError`."""
+  lines = [parse_record(line) for line in path.read_bytes().splitlines()]
+  records = [record for record in lines if record is not None]
+  return records, len(lines) - len(records)

@@ -10,6 +10,7 @@ import jax
 
 from atma_jax import distributed
 from atma_jax.checkpoints.steps import absolute, is_remote
+from atma_jax.claims import Claim, hold
 from atma_jax.config import Config
 from atma_jax.errors import UserError
 
@@ -23,6 +24,8 @@ def data_directory(config: Config, workdir: str) -> pathlib.Path:
   if config.train.profile_start is not None and is_remote(workdir):
     raise UserError(f"config.train.profile_start={config.train.profile_start}: profiles need a --workdir on a file system, not "
                     f"{workdir}")
+  if config.train.profile_start is not None and (pathlib.Path(workdir) / "profile").is_file():
+    raise UserError(f"{pathlib.Path(workdir) / 'profile'} cannot be written: it is a file, not a directory")
   if config.data.directory:
     return pathlib.Path(config.data.directory).absolute()
   if is_remote(workdir):
@@ -53,3 +56,29 @@ def make_workdir(workdir: str) -> epath.Path:
       raise UserError(f"--workdir={workdir}: does not show what process 0 wrote there; with several processes it must be a "
                       "directory that all of them see")
   return folder
+
+
+def claim_workdir(folder: epath.Path, workdir: str) -> tuple[Claim | None, UserError | None]:
+  """Claims the directory for all processes of this run; process 0 holds the claim.
+
+  Args:
+    folder: the directory.
+    workdir: as the flag names it.
+
+  Returns:
+    The claim, None in the other processes; and why there is none although nobody else has one: on a read-only disk a run that is
+    done can still be recognised, but not go on.
+
+  Raises:
+    UserError: a process that is alive trains in the directory.
+  """
+  claim = refusal = None
+  with distributed.agreed():
+    if jax.process_index() == 0:
+      try:
+        claim = hold(folder, f"--workdir={workdir}")
+      except UserError as error:
+        if not isinstance(error.__cause__, UserError):  # not because `folder` cannot be written
+          raise
+        refusal = error
+  return claim, refusal

@@ -15,11 +15,12 @@ import time
 
 import pytest
 
-from atma_jax.ablation import claims, jobs
-from atma_jax.ablation.claims import Claims
+from atma_jax import claims
+from atma_jax.ablation import jobs
 from atma_jax.ablation.grid import expand, make_axis
 from atma_jax.ablation.sweep import CellFolder, Evaluation, create, find
 from atma_jax.ablation.worker import FAILED, FINISHED, Worker, remaining_time
+from atma_jax.claims import Claims
 from atma_jax.config import Config
 from atma_jax.errors import UserError
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from atma_jax.config import DataConfig
-from atma_jax.data.manifest import load_manifest, open_stream
+from atma_jax.data.manifest import load_manifest, open_stream, write_manifest
 from atma_jax.data.pipeline import (
   TokenWindows,
   TrainingData,
@@ -257,8 +257,7 @@ def test_stored_tokenizer_must_be_the_recorded_one(config, prepared, tmp_path):
   values = json.loads((prepared / "tokenizer.json").read_text())
   manifest = load_manifest(prepared)
   assert open_stream(prepared, manifest.train[0]).shards
-  text = (prepared / "manifest.json").read_text().replace(manifest.tokenizer["fingerprint"], "0" * 64)
-  (prepared / "manifest.json").write_text(text)
+  write_manifest(prepared, dataclasses.replace(manifest, tokenizer=manifest.tokenizer | {"fingerprint": "0" * 64}))
   assert values["kind"] == "bytes"
   with pytest.raises(UserError, match=r"tokenizer\.json is not the tokenizer that manifest\.json records"):
     TrainingData(config, prepared)
