@@ -17,6 +17,7 @@ import jax
 
 from atma_jax.ablation.sweep import CellFolder, write_json
 from atma_jax.ablation.worker import PARENT_VARIABLE
+from atma_jax.compilation_cache import use_compilation_cache
 from atma_jax.config import DataConfig
 from atma_jax.data.manifest import MANIFEST
 from atma_jax.data.prepare import prepare
@@ -39,6 +40,7 @@ def run_cell(path: str | os.PathLike) -> str:
   folder = CellFolder(pathlib.Path(path))
   description, config = folder.describe(), folder.config()
   started = time.time()
+  use_compilation_cache("auto")  # cells of a sweep share many programs
   _prepare_once(config.data)
   outcome = train(config, str(folder.path))
   if outcome != DONE:
