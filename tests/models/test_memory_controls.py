@@ -97,7 +97,7 @@ def test_kernels_forget_at_a_reset(kernel):
   rng, steps, place = np.random.default_rng(0), 80, 50
   q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in rng.normal(size=(2, 1, steps, 2, 64)))
   gates = {"log_gamma": np.full((1, steps, 2), -0.05), "beta": np.full((1, steps, 2), 0.5)}
-  gates["log_gamma"][:, place] = memory._FORGETS
+  gates["log_gamma"][:, place] = memory.FORGETS
   arrays = {"q": q, "k": k, "v": rng.normal(size=(1, steps, 2, 64)), **gates}
   arrays = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
   readout, state = kernel(**arrays, initial_state=jnp.asarray(rng.normal(size=(1, 2, 64, 64)), jnp.float32), interpret=True)
