@@ -118,10 +118,13 @@ class Scorer:
   def _batches(self, length: int, count: int, size: int | None = None) -> Iterator[tuple[int, Int[np.ndarray, " size"]]]:
     """Splits `count` rows into batches of equal size: how many rows of each are real, and the indices of its rows.
 
-    The last batch is filled up with repetitions of the last row. The size depends on the length alone, if it is not given.
+    The last batch is filled up with repetitions of the last row. The size depends on the length alone, if it is not given; but
+    with a context axis, where rows are long as a rule, few rows make a smaller batch.
     """
     if size is None:
-      size = batch_devices(self._mesh) * max(1, self._batch_tokens * self._context // self._padded(length))
+      devices = batch_devices(self._mesh)
+      most = max(1, self._batch_tokens * self._context // self._padded(length))
+      size = devices * (min(most, math.ceil(count / devices)) if self._context > 1 else most)
     size = round_up_rows(size, self._mesh)
     for start in range(0, count, size):
       yield min(size, count - start), np.minimum(np.arange(start, start + size), count - 1)
