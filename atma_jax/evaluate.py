@@ -14,6 +14,7 @@ import pathlib
 from absl import flags
 
 from atma_jax import cli
+from atma_jax.compilation_cache import HELP, use_compilation_cache
 from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.distributed import DistributedFlags
 from atma_jax.errors import UserError
@@ -29,6 +30,7 @@ _COMPARE = flags.DEFINE_list("compare", [], "More results.jsonl files, for the r
 _CAPS = flags.DEFINE_list("retention_cap_sweep", [], "Retention caps to compare, each on its own, such as none,256,1024.")
 _DISTRIBUTED = DistributedFlags()
 _OVERRIDES = cli.define_override_flags()
+_CACHE = flags.DEFINE_string("compilation_cache", "auto", HELP)
 _OPTIONS = [DataclassFlags(options) for _, options in option_owners()]
 flags.FLAGS["suite"].help += " " + "; ".join(f"{name}: {suite.help}" for name, suite in all_suites().items()) + "."
 
@@ -46,6 +48,7 @@ def main() -> None:
   caps = parse_caps(_CAPS.value, _OVERRIDES.heads)
   options = {name: value for group in _OPTIONS for name, value in group.values().items()}
   _DISTRIBUTED.initialize()
+  use_compilation_cache(_CACHE.value)
   if checkpoint:
     evaluate(checkpoint, output, overrides=overrides, retention_caps=caps, **options)
   if _REPORT.value and _DISTRIBUTED.first:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from absl import flags
 import numpy as np
 
-from atma_jax import cli
+from atma_jax import cli, compilation_cache
 from atma_jax.checkpoints.load import load_model
 from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.errors import UserError
@@ -37,6 +37,7 @@ _FIRST_CHUNK = flags.DEFINE_integer("first_chunk", None, "The same for the first
 _DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Tokens decoded before the text is looked at.", lower_bound=1)
 flags.DEFINE_alias("stride", "decode_steps")  # its earlier name
 _OVERRIDES = cli.define_override_flags()
+_CACHE = flags.DEFINE_string("compilation_cache", "auto", compilation_cache.HELP)
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, CACHE_DTYPES, "Type of keys and values; default is the model's.")
 
 
@@ -55,6 +56,7 @@ def main() -> None:
     prompts = [read_text("prompt_file", _PROMPT_FILE.value)]
   else:
     prompts = [_PROMPT.value or ""]
+  compilation_cache.use_compilation_cache(_CACHE.value)
   config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, overrides=_OVERRIDES.values())
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
   tokens = len(before) + max(len(tokenizer.encode(p)) for p in prompts) + sampling.max_tokens

@@ -19,6 +19,7 @@ from atma_jax.ablation.sweep import CellFolder, write_json
 from atma_jax.ablation.worker import PARENT_VARIABLE
 from atma_jax.checkpoints.steps import FOLDER
 from atma_jax.claims import Claims, hold
+from atma_jax.compilation_cache import use_compilation_cache
 from atma_jax.config import DataConfig
 from atma_jax.data.manifest import MANIFEST
 from atma_jax.data.prepare import prepare
@@ -58,6 +59,7 @@ def _run_cell(folder: CellFolder) -> str:
   """Does what `run_cell` says in a folder that is claimed."""
   description, config, evaluation = folder.describe(), folder.config(), dataclasses.asdict(folder.evaluation())
   started = time.time()
+  use_compilation_cache("auto")  # cells of a sweep share many programs
   _prepare_once(config.data)
   if not (folder.path / FOLDER).exists():
     check_evaluation(config, **evaluation)

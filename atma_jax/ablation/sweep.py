@@ -61,7 +61,6 @@ class Evaluation:
     common = {field.name for field in dataclasses.fields(Options)}
     values = dataclasses.asdict(self)
     Options(**{name: value for name, value in values.items() if name in common})  # checks each against its rule
-    NeedleOptions(trials=self.trials)
 
 
 class CellFolder:

@@ -23,7 +23,7 @@ from atma_jax.progress import progress_bar
 
 _SCAN_BYTES = 1 << 20  # files handed to a worker at a time; a larger file goes by itself
 _PROBLEMS_KEPT = 20
-_FOLDER_BYTES = 1 << 20  # of the folders that are held out first
+FOLDER_BYTES = 1 << 20  # of the folders that are held out first
 _RESERVE = 8  # documents at the end of ready shards set aside for each evaluation document taken
 
 Portion = tuple[TextSource, list[tuple[int, SourceFile]]]  # files of one source, with their indices
@@ -157,7 +157,7 @@ class TextCorpus:
     for entry in self.entries:
       entries.setdefault(folders[entry.file], []).append(entry)
     sizes = {folder: sum(entry.size for entry in own) for folder, own in entries.items()}
-    ordered = sorted(sizes, key=lambda folder: (sizes[folder] < _FOLDER_BYTES, abs(sizes[folder] - _FOLDER_BYTES), folder))
+    ordered = sorted(sizes, key=lambda folder: (sizes[folder] < FOLDER_BYTES, abs(sizes[folder] - FOLDER_BYTES), folder))
     if len(ordered) <= count:
       raise UserError(f"config.data.sources: {self.source.entry!r} has {len(ordered)} folders, too few to hold {count} out, its "
                       "share of config.data.heldout_documents, and to train on others")

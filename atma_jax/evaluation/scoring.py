@@ -1,5 +1,9 @@
 """Per-token losses and predictions of a model: batches are spread over a mesh, and each shape is compiled once.
 
+Compiling takes longer than most evaluations, so programs are few: the layers and what is asked of their output are programs of
+their own, rows are padded to a few lengths, and batches of one length always have as many rows. All suites that read contexts
+of one length share the program of the layers.
+
 Attention streams over blocks of keys, and the head over time: logits exist for `chunk` time steps of each row at once. So the
 memory of a batch grows linearly with its tokens. A row longer than `prefill_chunk` is read piece by piece, and the model's
 cache is carried from one piece to the next. The results are those of a single pass, and all that still grows with the length
@@ -26,9 +30,13 @@ import numpy as np
 from atma_jax.evaluation.resources import OutOfMemory, available_bytes, memory_errors
 from atma_jax.models import Atma
 from atma_jax.models.cache import Cache
+from atma_jax.models.residual import ACTIVATIONS
 from atma_jax.sharding import named_sharding
 
 _SHORTEST_PIECE, _LONGEST_PIECE = 128, 16_384  # tokens; within a piece later keys are masked, between pieces they do not exist
+_SHORTEST_ROW, _FEWEST_POSITIONS = 16, 8
+_WITH_LAYERS = ("hidden", "extend", "tapped")  # names of programs
+_WHOLE_OCTAVES = 2048  # rows up to here are padded to powers of two, longer ones to an eighth of the next one
 
 
 class Scorer:
@@ -69,8 +77,8 @@ class Scorer:
 
   @property
   def compilations(self) -> int:
-    """Number of programs compiled so far."""
-    return len(self._compiled)
+    """Number of programs with the model's layers compiled so far; those that read their output take a tenth of the time."""
+    return sum(name in _WITH_LAYERS for name, *_ in self._compiled)
 
   def losses(self, rows: Int[np.ndarray, "N T+1"]) -> Iterator[Float[np.ndarray, "n T"]]:
     """Yields batches of losses, in nats and in order, of every token but the first given the tokens before it.
@@ -92,28 +100,35 @@ class Scorer:
     Args:
       rows: may be padded on the right, because the model is causal.
       positions: each at least 1. Logits exist for these positions only.
-      batch_size: rows of every batch, whatever N is. By default it goes by `batch_tokens`, and few rows make a smaller batch.
+      batch_size: rows of every batch of a caller who sees to it himself that shapes are few; rows and positions are then not
+        padded. By default it goes by `batch_tokens`.
 
     Raises:
       OutOfMemory: the computation does not fit on a device.
     """
     chex.assert_rank((rows, positions), 2)
     chex.assert_equal_shape_prefix((rows, positions), 1)
-    length = rows.shape[1] - 1  # nothing follows the last token
+    length, count = rows.shape[1] - 1, positions.shape[1]  # nothing follows the last token
     score = self._at_positions if length <= self._prefill_chunk else self._at_positions_in_pieces
+    if batch_size is None:
+      more = max(_FEWEST_POSITIONS, 1 << (count - 1).bit_length()) - count
+      positions = np.pad(positions, ((0, 0), (0, more)), mode="edge")
     with memory_errors():
       for keep, index in self._batches(length, len(rows), batch_size):
-        losses, predictions = score(rows[index], positions[index])
-        yield losses[:keep], predictions[:keep]
+        width = self._padded(length) if batch_size is None else self._divisible(length)
+        losses, predictions = score(rows[index], positions[index], width)
+        yield losses[:keep, :count], predictions[:keep, :count]
 
   def _batches(self, length: int, count: int, size: int | None = None) -> Iterator[tuple[int, Int[np.ndarray, " size"]]]:
     """Splits `count` rows into batches of equal size: how many rows of each are real, and the indices of its rows.
 
-    The last batch is filled up with repetitions of the last row.
+    The last batch is filled up with repetitions of the last row. The size depends on the length alone, if it is not given; but
+    with a context axis, where rows are long as a rule, few rows make a smaller batch.
     """
-    devices = batch_devices(self._mesh)
     if size is None:
-      size = devices * min(max(1, self._batch_tokens * self._context // length), math.ceil(count / devices))
+      devices = batch_devices(self._mesh)
+      most = max(1, self._batch_tokens * self._context // self._padded(length))
+      size = devices * (min(most, math.ceil(count / devices)) if self._context > 1 else most)
     size = round_up_rows(size, self._mesh)
     for start in range(0, count, size):
       yield min(size, count - start), np.minimum(np.arange(start, start + size), count - 1)
@@ -121,73 +136,90 @@ class Scorer:
   # --- In one pass ----------------------------------------------------------------------------------------------------
 
   def _losses(self, rows: Int[np.ndarray, "B T+1"]) -> Float[np.ndarray, "B T"]:
+    length = rows.shape[1] - 1
+    hidden = self._hidden(rows, self._padded(length))
+    targets = self._place(_widened(rows[:, 1:], hidden.shape[1]))
+    return np.asarray(self._call(self._token_losses, hidden, targets))[:, :length]
 
-    def losses(model: Atma, tokens: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
-      return model.token_losses(model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk=self._chunk)
+  def _at_positions(self, rows: Int[np.ndarray, "B T"], positions: Int[np.ndarray, "B P"],
+                    width: int) -> tuple[Float[np.ndarray, "B P"], Int[np.ndarray, "B P"]]:
 
-    padded = self._pad_right(rows, targets=1)
-    return np.asarray(self._call(losses, self._place(padded)))[:, : rows.shape[1] - 1]
+    def at_positions(model: Atma, hidden: Float[Array, "B T C"], positions: Int[Array, "B P"],
+                     targets: Int[Array, "B P"]) -> tuple[Float[Array, "B P"], Int[Array, "B P"]]:
+      return self._token_scores(model, jnp.take_along_axis(hidden, positions[:, :, None] - 1, axis=1), targets)
 
-  def _at_positions(self, rows: Int[np.ndarray, "B T"],
-                    positions: Int[np.ndarray, "B P"]) -> tuple[Float[np.ndarray, "B P"], Int[np.ndarray, "B P"]]:
-
-    def at_positions(model: Atma, tokens: Int[Array, "B T"],
-                     positions: Int[Array, "B P"]) -> tuple[Float[Array, "B P"], Int[Array, "B P"]]:
-      hidden = jnp.take_along_axis(model.hidden(tokens[:, :-1]), positions[:, :, None] - 1, axis=1)
-      return self._token_scores(model, hidden, jnp.take_along_axis(tokens, positions, axis=1))
-
-    losses, predictions = self._call(at_positions, self._place(self._pad_right(rows, targets=1)), self._place(positions))
+    targets = self._place(np.take_along_axis(rows, positions, axis=1))
+    losses, predictions = self._call(at_positions, self._hidden(rows, width), self._place(positions), targets)
     return np.asarray(losses), np.asarray(predictions)
 
-  def _pad_right(self, rows: Int[np.ndarray, "B T"], targets: int) -> Int[np.ndarray, "B T+padding"]:
-    """Pads rows so that all their tokens but the last `targets` divide over the context axis."""
-    padding = -(rows.shape[1] - targets) % (2 * self._context) if self._context > 1 else 0
-    return np.pad(rows, ((0, 0), (0, padding)))
+  def _hidden(self, rows: Int[np.ndarray, "B T+1"], width: int) -> Float[Array, "B width C"]:
+    """The output of the final norm for all tokens but the last, padded on the right."""
+
+    def hidden(model: Atma, tokens: Int[Array, "B T"]) -> Float[Array, "B T C"]:
+      return model.hidden(tokens)
+
+    return self._call(hidden, self._place(_widened(rows[:, :-1], width)), out=self._activations)
+
+  def _token_losses(self, model: Atma, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    return model.token_losses(hidden, targets, chunk=self._chunk)
+
+  def _padded(self, length: int) -> int:
+    """The width to which rows of this length are padded in a single pass; longer rows are read in pieces."""
+    if self._context > 1 or length > self._prefill_chunk:
+      return self._divisible(length)
+    octave = 1 << (max(length, _SHORTEST_ROW) - 1).bit_length()
+    unit = octave if octave <= _WHOLE_OCTAVES else octave // 8
+    return min(-(-length // unit) * unit, max(length, int(self._prefill_chunk)))
+
+  def _divisible(self, length: int) -> int:
+    """The least width that divides over the context axis."""
+    return length + (-length % (2 * self._context) if self._context > 1 else 0)
 
   # --- Piece by piece, with a cache -----------------------------------------------------------------------------------
 
   def _losses_in_pieces(self, rows: Int[np.ndarray, "B T+1"]) -> Float[np.ndarray, "B T"]:
-
-    def piece_losses(model: Atma, cache: Cache, tokens: Int[Array, "B t+1"]) -> tuple[Cache, Float[Array, "B t"]]:
-      hidden, cache = model.extend(tokens[:, :-1], cache)
-      return cache, model.token_losses(hidden, tokens[:, 1:], chunk=self._chunk)
-
-    length = rows.shape[1] - 1
-    cache, losses = self._empty_cache(len(rows), length), []
-    for start, width in self._pieces(length):
-      piece = np.zeros((len(rows), width + 1), np.int32)
-      part = rows[:, start:start + width + 1]
-      piece[:, :part.shape[1]] = part
-      cache, piece_result = self._call(piece_losses, cache, self._place(piece), donate=True)
-      losses.append(piece_result)
+    length, losses = rows.shape[1] - 1, []
+    for start, hidden in self._hidden_in_pieces(rows):
+      targets = _widened(rows[:, start + 1:start + 1 + hidden.shape[1]], hidden.shape[1])
+      losses.append(self._call(self._token_losses, hidden, self._place(targets)))
     return np.concatenate(list(map(np.asarray, losses)), axis=1)[:, :length]
 
-  def _at_positions_in_pieces(self, rows: Int[np.ndarray, "B T"],
-                              positions: Int[np.ndarray, "B P"]) -> tuple[Float[np.ndarray, "B P"], Int[np.ndarray, "B P"]]:
+  def _at_positions_in_pieces(self, rows: Int[np.ndarray, "B T"], positions: Int[np.ndarray, "B P"],
+                              width: int) -> tuple[Float[np.ndarray, "B P"], Int[np.ndarray, "B P"]]:
+    del width  # pieces have widths of their own
 
-    def piece_hidden(model: Atma, carry: tuple[Cache, Float[Array, "B P C"]], tokens: Int[Array, "B t"],
-                     positions: Int[Array, "B P"]) -> tuple[Cache, Float[Array, "B P C"]]:
-      cache, found = carry
-      offsets = positions - 1 - cache.lengths[:, None]
-      hidden, cache = model.extend(tokens, cache)
-      here = jnp.take_along_axis(hidden, jnp.clip(offsets, 0, tokens.shape[1] - 1)[:, :, None], axis=1)
-      inside = (offsets >= 0) & (offsets < tokens.shape[1])
-      return cache, jnp.where(inside[:, :, None], here, found)
+    def pick(model: Atma, found: Float[Array, "B P C"], hidden: Float[Array, "B t C"],
+             offsets: Int[Array, "B P"]) -> Float[Array, "B P C"]:
+      del model
+      here = jnp.take_along_axis(hidden, jnp.clip(offsets, 0, hidden.shape[1] - 1)[:, :, None], axis=1)
+      inside = (offsets >= 0) & (offsets < hidden.shape[1])
+      return jnp.where(inside[:, :, None], here, found)
 
-    def scores(model: Atma, carry: Float[Array, "B P C"], targets: Int[Array, "B P"]) -> tuple[Any, Any]:
-      return carry, self._token_scores(model, carry, targets)
+    def scores(model: Atma, hidden: Float[Array, "B P C"], targets: Int[Array, "B P"]) -> tuple[Array, Array]:
+      return self._token_scores(model, hidden, targets)
 
-    length, at = rows.shape[1] - 1, self._place(positions)
-    found = jnp.zeros((*positions.shape, self._config.width), self._config.activation_dtype)
-    carry = self._empty_cache(len(rows), length), jax.device_put(found, named_sharding(self._mesh, ("batch", None, None)))
-    for start, width in self._pieces(length):
-      piece = np.zeros((len(rows), width), np.int32)
-      part = rows[:, start:min(start + width, length)]
-      piece[:, :part.shape[1]] = part
-      carry = self._call(piece_hidden, carry, self._place(piece), at, donate=True)
+    rows_of = named_sharding(self._mesh, ("batch", None, None))
+    found = jax.device_put(jnp.zeros((*positions.shape, self._config.width), self._config.activation_dtype), rows_of)
+    for start, hidden in self._hidden_in_pieces(rows):
+      found = self._call(pick, found, hidden, self._place(positions - 1 - start), donate=True, out=rows_of)
     targets = self._place(np.take_along_axis(rows, positions, axis=1))
-    losses, predictions = self._call(scores, carry[1], targets, donate=True)[1]
+    losses, predictions = self._call(scores, found, targets)
     return np.asarray(losses), np.asarray(predictions)
+
+  def _hidden_in_pieces(self, rows: Int[np.ndarray, "B T+1"]) -> Iterator[tuple[int, Float[Array, "B t C"]]]:
+    """Where each piece of the rows starts, and the output of the final norm for its tokens; the last token is not read."""
+
+    def extend(model: Atma, cache: Cache, tokens: Int[Array, "B t"]) -> tuple[Cache, Float[Array, "B t C"]]:
+      hidden, cache = model.extend(tokens, cache)
+      return cache, hidden
+
+    length = rows.shape[1] - 1
+    cache = self._empty_cache(len(rows), length)
+    for start, width in self._pieces(length):
+      piece = _widened(rows[:, start:min(start + width, length)], width)
+      out = jax.tree.map(lambda leaf: leaf.sharding, cache), self._activations
+      cache, hidden = self._call(extend, cache, self._place(piece), donate=True, out=out)
+      yield start, hidden
 
   def _pieces(self, length: int) -> Iterator[tuple[int, int]]:
     """Start and width of each piece: the last one is as wide as the next power of two allows, all others are full."""
@@ -220,23 +252,24 @@ class Scorer:
     array = np.ascontiguousarray(array, np.int32)
     return jax.make_array_from_callback(array.shape, named_sharding(self._mesh, ("batch", None)), lambda index: array[index])
 
-  def _call(self, function: Callable[..., Any], *arguments: Any, donate: bool = False) -> Any:
+  @property
+  def _activations(self) -> NamedSharding:
+    return named_sharding(self._mesh, ACTIVATIONS)
+
+  def _call(self, function: Callable[..., Any], *arguments: Any, donate: bool = False, out: Any = None) -> Any:
     """``function(model, *arguments)``, compiled once per shape.
 
-    With `donate`, the first argument is a carry: its memory is given up, and the first result replaces it and is laid out
-    like it.
+    Args:
+      function: its name identifies it.
+      *arguments: pytrees of arrays.
+      donate: give the memory of the first argument up for the results.
+      out: shardings of the results; None has every device hold all of them.
     """
     shapes = [leaf.shape for leaf in jax.tree.leaves(arguments)]
 
     def compile_() -> jax.stages.Compiled:
-      everywhere = NamedSharding(self._mesh, PartitionSpec())
-      carry = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
-      out = everywhere
-      if donate:
-        results = jax.eval_shape(lambda state, *a: function(nnx.merge(self._graph, state), *a), self._state, *arguments)
-        same = jax.tree.structure(results) == jax.tree.structure(arguments[0])
-        out = carry if same else (carry, everywhere)
-      call = jax.jit(lambda state, *a: function(nnx.merge(self._graph, state), *a), out_shardings=out,
+      call = jax.jit(lambda state, *a: function(nnx.merge(self._graph, state), *a),
+                     out_shardings=NamedSharding(self._mesh, PartitionSpec()) if out is None else out,
                      donate_argnums=1 if donate else ())
       return call.lower(self._state, *arguments).compile()
 
@@ -265,6 +298,11 @@ class Scorer:
     if free is not None and needed > free:
       raise OutOfMemory(f"{key[0]} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} are free")
     return compiled(*arguments)
+
+
+def _widened(rows: Int[np.ndarray, "B T"], width: int) -> Int[np.ndarray, "B width"]:
+  """Rows padded on the right with token 0."""
+  return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
 
 
 def _bytes_needed(compiled: jax.stages.Compiled) -> int:

@@ -17,7 +17,7 @@ from atma_jax.models.mixers import Trace
 from atma_jax.models.parallel import gated_delta
 from atma_jax.ops.gated_delta.step import gated_delta_step
 
-_FORGETS = -40.0  # log-decay that leaves nothing, exp(-40) = 4e-18; not less, because ops add up the log-decays of a chunk
+FORGETS = -40.0  # log-decay that leaves nothing, exp(-40) = 4e-18; not less, because ops add up the log-decays of a chunk
 
 
 class LogGammaCap(nnx.Variable):
@@ -67,7 +67,7 @@ class Memory(nnx.Module):
     log_gamma = self.log_gamma(gamma)
     if config.memory_reset is not None:
       positions = jnp.arange(T) if span is None else span.lengths[:, None] + jnp.arange(T)
-      log_gamma = jnp.where((positions % config.memory_reset == 0)[..., None], _FORGETS, log_gamma)
+      log_gamma = jnp.where((positions % config.memory_reset == 0)[..., None], FORGETS, log_gamma)
     beta = jax.nn.sigmoid(beta.astype(wide) + config.memory.beta_bias)
     if span is not None:
       real = span.real(T)[..., None]

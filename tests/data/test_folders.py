@@ -42,7 +42,7 @@ def config(projects) -> DataConfig:
 
 
 def test_folders_are_held_out_whole_and_joined(config, projects, tmp_path, monkeypatch):
-  monkeypatch.setattr(corpus_module, "_FOLDER_BYTES", sum(f.stat().st_size for f in (projects / "p2").rglob("*.txt")))
+  monkeypatch.setattr(corpus_module, "FOLDER_BYTES", sum(f.stat().st_size for f in (projects / "p2").rglob("*.txt")))
   directory = tmp_path / "data"
   manifest = prepare(config, directory, workers=1, progress=False)
   assert [document["name"] for document in manifest.heldout["documents"]] == [f"{projects}/p3", f"{projects}/p2"]

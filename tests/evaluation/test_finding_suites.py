@@ -159,7 +159,7 @@ def test_a_suite_of_a_notebook_is_registered(monkeypatch):
 def test_suites_are_complete():
   """Every suite has help and options with defaults, no two options share a name, and tables show the suites in this order."""
   found = suites.all_suites()
-  assert list(found) == ["loss", "bpb", "needle", "retrieval", "lookup", "mqar", "babilong", "retention", "diagnostics"]
+  assert list(found) == ["loss", "gain", "bpb", "needle", "retrieval", "lookup", "mqar", "babilong", "retention", "diagnostics"]
   for suite in found.values():
     assert suite.help and suite.options()
   names = [name for _, owner in option_owners() for name in owner.__dataclass_fields__]

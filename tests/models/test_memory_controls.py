@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from atma_jax.config import MemoryConfig, ModelConfig
-from atma_jax.models import Atma
+from atma_jax.models import Atma, memory
 from atma_jax.models.cache import Cache
 from atma_jax.models.definition import reconfigured
 from atma_jax.models.memory import Memory
+from atma_jax.ops import gated_delta
+from atma_jax.ops.gated_delta import pallas_gpu, pallas_tpu
 
 CONFIG = ModelConfig(vocab_size=61, num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
                      block_pattern=("global",), memory=MemoryConfig(gamma_bias=5.0), activation_dtype="float32")
@@ -46,8 +48,8 @@ def test_a_reset_memory_is_that_of_separate_documents(implementation, every):
   q, k, v = (jax.random.normal(jax.random.key(i), (2, T, n, 8)) for i, n in ((1, 2), (2, 1), (3, 1)))
 
   def read(config: ModelConfig, start: int, stop: int) -> tuple[jax.Array, jax.Array]:
-    memory, x, part = Memory(config, rngs=nnx.Rngs(0)), inputs[:, start:stop], slice(start, stop)
-    return memory.read((memory.gamma(x), memory.beta(x), memory.gate(x)), q[:, part], k[:, part], v[:, part], None, None, None)
+    module, x, part = Memory(config, rngs=nnx.Rngs(0)), inputs[:, start:stop], slice(start, stop)
+    return module.read((module.gamma(x), module.beta(x), module.gate(x)), q[:, part], k[:, part], v[:, part], None, None, None)
 
   found, state = read(dataclasses.replace(config, memory_reset=every), 0, T)
   pieces, states = zip(*(read(config, start, min(start + every, T)) for start in range(0, T, every)))
@@ -87,3 +89,18 @@ def test_a_window_shows_the_last_keys_and_nothing_else(model, tokens):
   assert differs[40] and differs[40 + window - 1] and not differs[:40].any() and not differs[last + 1:].any()
   everything = np.abs(hidden(model, tokens) - hidden(model, changed)).max(axis=(0, 2)) > 1e-6
   assert everything[40:].all()
+
+
+@pytest.mark.parametrize("kernel", [pallas_gpu.gated_delta, pallas_tpu.gated_delta])
+def test_kernels_forget_at_a_reset(kernel):
+  """Readouts after the log-decay of a reset are those from a state of zero."""
+  rng, steps, place = np.random.default_rng(0), 80, 50
+  q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in rng.normal(size=(2, 1, steps, 2, 64)))
+  gates = {"log_gamma": np.full((1, steps, 2), -0.05), "beta": np.full((1, steps, 2), 0.5)}
+  gates["log_gamma"][:, place] = memory.FORGETS
+  arrays = {"q": q, "k": k, "v": rng.normal(size=(1, steps, 2, 64)), **gates}
+  arrays = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
+  readout, state = kernel(**arrays, initial_state=jnp.asarray(rng.normal(size=(1, 2, 64, 64)), jnp.float32), interpret=True)
+  after, last = gated_delta(**{name: x[:, place:] for name, x in arrays.items()}, implementation="reference")
+  np.testing.assert_allclose(readout[:, place:], after, atol=5e-5)
+  np.testing.assert_allclose(state, last, atol=5e-5)

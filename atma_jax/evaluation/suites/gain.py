@@ -169,6 +169,7 @@ class _Targets:
     inputs, limit = self._inputs, self.options.gain_overlap
     if inputs.directory is None:
       raise UserError("--gain_overlap: needs the training split of the prepared data; --gain_overlap=1 does not look")
+    logging.info("gain: looking for the held-out documents in the training split")
     shingles = DocumentShingles(self._documents, inputs.tokenizer)
     shingles.look_in(training_texts(inputs.directory, inputs.tokenizer))
     shares = [shingles.share(c.document, c.stop - self._longest, c.stop) for c in candidates]

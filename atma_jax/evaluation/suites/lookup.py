@@ -203,4 +203,6 @@ SUITE = Suite(
   table=lookup_table,
   sections={"Lookup among alternatives": lookup_section},
   order=42,
+  schema={"settings": {"task": str, "haystack": str, "wording": str},
+          "bins?": ([{"start": float, "stop": float, "value": float | None, "n": int}], None)},
 )

@@ -162,4 +162,5 @@ SUITE = Suite(
   table=mqar_table,
   sections={"Associative recall": mqar_section},
   order=44,
+  schema={"settings": {"pairs": int, "haystack": str, "wording": str}},
 )
