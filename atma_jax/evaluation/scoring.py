@@ -36,7 +36,7 @@ from atma_jax.sharding import named_sharding
 _SHORTEST_PIECE, _LONGEST_PIECE = 128, 16_384  # tokens; within a piece later keys are masked, between pieces they do not exist
 _SHORTEST_ROW, _FEWEST_POSITIONS = 16, 8
 _WITH_LAYERS = ("hidden", "extend", "tapped")  # names of programs
-_WHOLE_OCTAVES = 2048  # rows up to here are padded to powers of two, longer ones to an eighth of the next one
+_WHOLE_OCTAVES = 2048  # rows up to here are padded to powers of two, longer ones to a sixteenth of the next one
 
 
 class Scorer:
@@ -168,7 +168,7 @@ class Scorer:
     if self._context > 1 or length > self._prefill_chunk:
       return self._divisible(length)
     octave = 1 << (max(length, _SHORTEST_ROW) - 1).bit_length()
-    unit = octave if octave <= _WHOLE_OCTAVES else octave // 8
+    unit = octave if octave <= _WHOLE_OCTAVES else octave // 16
     return min(-(-length // unit) * unit, max(length, int(self._prefill_chunk)))
 
   def _divisible(self, length: int) -> int:
