@@ -17,7 +17,7 @@ from atma_jax.checkpoints.load import load_model
 from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.errors import UserError
 from atma_jax.inference.api import engine_for
-from atma_jax.inference.console import complete_all, read_lines, read_text, stream_one
+from atma_jax.inference.console import complete_all, read_prompts, stream_one
 from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
@@ -50,12 +50,7 @@ def main() -> None:
   if _PROMPTS_FILE.value is not None and (_LOAD_STATE.value or _SAVE_STATE.value):
     raise UserError("--load_state and --save_state take one prompt, so they cannot be used with --prompts_file")
   sampling = _SAMPLING.value
-  if _PROMPTS_FILE.value is not None:
-    prompts = read_lines("prompts_file", _PROMPTS_FILE.value)
-  elif _PROMPT_FILE.value is not None:
-    prompts = [read_text("prompt_file", _PROMPT_FILE.value)]
-  else:
-    prompts = [_PROMPT.value or ""]
+  prompts = read_prompts(_PROMPT.value, _PROMPT_FILE.value, _PROMPTS_FILE.value)
   compilation_cache.use_compilation_cache(_CACHE.value)
   config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, overrides=_OVERRIDES.values())
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)

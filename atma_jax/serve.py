@@ -3,17 +3,15 @@
     python -m atma_jax.serve --checkpoint=DIR [--port=8000 --rows=8 --capacity=4096 --cache_gib=8 --cache_dtype=int8]
     curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "def main(", "max_tokens": 64, "stream": true}'
 
-Paths: /v1/completions, /v1/models, /health, /metrics (Prometheus). After SIGTERM the server answers
-what is running, refuses what arrives, and exits with 0.
+Paths: /v1/completions, /v1/models, /health, /metrics (Prometheus). After SIGTERM it ends what it has begun and exits with 0.
 """
 
 from __future__ import annotations
 
 from absl import flags, logging
 
-from atma_jax import cli
+from atma_jax import cli, compilation_cache
 from atma_jax.checkpoints.load import load_model
-from atma_jax.compilation_cache import HELP, use_compilation_cache
 from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.errors import UserError
 from atma_jax.inference.api import fitting_engine
@@ -42,7 +40,7 @@ _PREFIXES = flags.DEFINE_integer("prefixes", 4, "Prompts whose states are kept f
 _LOGPROBS = flags.DEFINE_integer("max_logprobs", 5, "Most likeliest tokens that a request may ask for.", lower_bound=0)
 _PROMPT_LOGPROBS = flags.DEFINE_boolean("prompt_logprobs", True, "Serve echo with logprobs, for which prompts are scored.")
 _OVERRIDES = cli.define_override_flags()
-_CACHE = flags.DEFINE_string("compilation_cache", "auto", HELP)
+_CACHE = flags.DEFINE_string("compilation_cache", "auto", compilation_cache.HELP)
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share a copy of the model; the others split the rows.", lower_bound=1)
 _LIMITS, _ACCESS = DataclassFlags(Limits), DataclassFlags(Access)
 
@@ -61,7 +59,7 @@ def main() -> int:
     raise UserError(f"--tensor={_TENSOR.value}: {error}") from error
   listener = listen(_HOST.value, _PORT.value)
   warn_of_strangers(listener.getsockname()[0], access)
-  use_compilation_cache(_CACHE.value)
+  compilation_cache.use_compilation_cache(_CACHE.value)
   config, model, tokenizer, step = load_model(_CHECKPOINT.value, _STEP.value, mesh, ema=_EMA.value, overrides=_OVERRIDES.values())
   options = {"capacity": _CAPACITY.value, "prefixes": _PREFIXES.value, "cache_dtype": _CACHE_DTYPE.value}
   sizes = sizes_within(config.model, _CACHE_GIB.value, rows=_ROWS.value, page=_PAGE.value, shards=mesh.shape["data"], **options)
@@ -73,9 +71,7 @@ def main() -> int:
   del model
   logging.info("step %d, %d rows of %d tokens; compiling", step, engine.rows, _CAPACITY.value)
   engine.warm_up()
-  server = CompletionServer(engine, _MODEL_NAME.value or config.name, limits, access)
-  logging.info("serving %s at http://%s:%d/v1", server.model, *listener.getsockname()[:2])
-  return server.run(listener)
+  return CompletionServer(engine, _MODEL_NAME.value or config.name, limits, access).run(listener)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,13 @@ def read_lines(flag: str, path: str) -> list[str]:
   return lines
 
 
+def read_prompts(prompt: str | None, prompt_file: str | None, prompts_file: str | None) -> list[str]:
+  """The prompts that one of the three flags gives. Raises `UserError` as `read_text` and `read_lines` do."""
+  if prompts_file is not None:
+    return read_lines("prompts_file", prompts_file)
+  return [read_text("prompt_file", prompt_file) if prompt_file is not None else prompt or ""]
+
+
 def stream_one(engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
   """Prints the text as it arrives, then, to stderr, the time of the first decoding program and the speed after it."""
   times = [time.perf_counter()]

@@ -122,6 +122,7 @@ class CompletionServer:
                             timeout_graceful_shutdown=5, lifespan="on", ws="none", server_header=False, proxy_headers=False,
                             backlog=BACKLOG)
     self._server = _Server(config)
+    logging.info("serving %s at http://%s:%d/v1", self.model, *listener.getsockname()[:2])
     asyncio.run(self._server.serve(sockets=[listener]))
     return 1 if self.thread.failure else 0
 
