@@ -63,7 +63,8 @@ def test_links_lead_somewhere(path):
 
 
 @pytest.mark.parametrize(("script", "lines", "page"), [
-  ("intervals.py", 6, "README.md"), ("foreign_keys.py", 7, "configs/results/README.md")])
+  ("intervals.py", 6, "README.md"), ("foreign_keys.py", 7, "configs/results/README.md"),
+  ("foreign_steps.py", 15, "configs/results/README.md")])
 def test_tables_are_computed(script, lines, page):
   """The table on the page is what the script prints from the result files."""
   done = subprocess.run([sys.executable, REPOSITORY / "configs" / "results" / script], capture_output=True, text=True, check=True)
