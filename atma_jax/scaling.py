@@ -9,8 +9,7 @@ One table per part; every line names the mesh it ran on:
 * ``training``: the recipe's step at the same tokens per device on one device and on data=N, fsdp=N and tensor=2, and at
   --long_length tokens per sequence on context=2. "Of linear" is the speed per device over that of one device; exposed
   communication is the share of the step in which collectives run and nothing else does, from a profile of the device.
-* ``agreement``: ten float32 steps on every mesh against one device. The bound comes from what one device differs by from itself
-  where only rounding differs (rows in another order; every operation in XLA).
+* ``agreement``: ten float32 steps on every mesh against one device, within a bound for what rounding can change.
 * ``sequence``: the losses of one sequence of --sequence_length tokens split over all devices.
 * ``decoding``: greedy tokens with tensor=2 against one device (in float32), and the time per token (in the recipe's dtype).
 """

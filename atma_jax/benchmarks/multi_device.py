@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -30,6 +31,7 @@ from atma_jax.inference.engine import Engine
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models.definition import ModelDefinition
 from atma_jax.sharding import make_mesh, named_sharding
+from atma_jax.training.optimizer import NEWTON_SCHULZ
 from atma_jax.training.state import TrainState, create_state, optimizer_for
 from atma_jax.training.train_step import make_train_step
 
@@ -121,10 +123,11 @@ def agreement_recipe(devices: int) -> Config:
 def agreement_table(config: Config, devices: int, seed: int) -> None:
   """Prints how far ten float32 steps of `config` on every mesh end from those on one device, beside the bound.
 
-  The distance of two sets of parameters is the norm of their difference over the norm of what the ten steps changed. The bound is
-  three times what one device differs by from itself where only rounding differs: with the rows in another order, and with every
-  operation in XLA, which a mesh takes for some that one device has a kernel for. A loss is a mean of n rounded numbers and may
-  differ by sqrt(n) float32 units more.
+  The distance of two sets of parameters is the norm of their difference over the norm of what the ten steps changed. The bounds
+  follow from float32's unit eps and the n tokens of a batch: a sum over them is off by sqrt(n) eps, taking its roundings for a
+  random walk, which is what losses may differ by. The orthogonalised update multiplies small singular values, and with them what
+  is wrong in a gradient, by up to the product of the linear coefficients of its iterations. For comparison, the first lines show
+  what one device differs by from itself with the rows in another order, and with every operation in XLA.
   """
   def steps(axes: Axes, order: slice = slice(None), implementation: str = "auto") -> Run:
     recipe = copy.deepcopy(config)
@@ -145,9 +148,9 @@ def agreement_table(config: Config, devices: int, seed: int) -> None:
     single = steps({})
     same = {"one device, rows in reverse": distance(steps({}, order=slice(None, None, -1))),
             "one device, every operation in XLA": distance(steps({}, implementation="xla"))}
-    tokens = config.data.batch_size * config.data.sequence_length
-    bounds = [3 * max(differences) for differences in zip(*same.values(), strict=True)]
-    bounds[0] += float(tokens**0.5 * np.finfo(np.float32).eps * np.max(single[0]))
+    rounding = float((config.data.batch_size * config.data.sequence_length) ** 0.5 * np.finfo(np.float32).eps)
+    amplified = math.prod(linear for linear, *_ in NEWTON_SCHULZ[config.optimizer.muon_variant])
+    bounds = [rounding * float(np.max(single[0])), rounding * amplified]
     print(f"\n| {AGREEMENT_STEPS} float32 steps | largest difference of a loss | of the parameters, relative to their change | "
           f"within the bound ({bounds[0]:.1e}, {bounds[1]:.1e}) |\n|---|---|---|---|")
     for name, found in same.items():
