@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 
@@ -66,13 +68,19 @@ def test_too_little_text_is_refused_with_the_numbers(inputs):
     gain_cells(dataclasses.replace(inputs, min_documents=4), GainOptions())
 
 
-@pytest.mark.parametrize("sizes, longest, span, count", [((100, 64, 80), 64, 6, 12), ((1000,), 10, 5, 64), ((64, 64), 64, 8, 9)])
-def test_spans_do_not_overlap_and_have_room(sizes, longest, span, count):
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=6), st.integers(2, 500), st.integers(1, 64), st.integers(1, 200))
+@settings(max_examples=100, deadline=None)
+def test_spans_do_not_overlap_and_have_room(rest, longest, span, count):
+  sizes = [longest + more for more in rest]
   found = candidate_spans(sizes, longest, span, count)
-  assert len(found) == len(set((s.document, s.stop) for s in found))
+  room = [more // span + 1 for more in rest]
+  each = -(-count // len(sizes))
   for document, size in enumerate(sizes):
     stops = sorted(s.stop for s in found if s.document == document)
-    assert stops and stops[0] >= longest and stops[-1] <= size and (len(stops) < 2 or min(np.diff(stops)) >= span)
+    assert len(stops) == min(each, room[document]) and stops[0] >= longest and stops[-1] <= size
+    assert len(stops) < 2 or min(np.diff(stops)) >= span
+  first = found[:len(sizes)]
+  assert len({s.document for s in first}) == len(sizes)  # the first ones are spread over the documents
 
 
 def test_clustered_errors():
