@@ -21,7 +21,8 @@ from atma_jax.errors import UserError
 
 GIB = 2.0**30
 _BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
+_LIMITS = (_CGROUP / "memory.max", _CGROUP / "memory" / "memory.limit_in_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +131,27 @@ def host_bytes() -> int | None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   except (ValueError, OSError, AttributeError):
     return None
-  for path in _CGROUPS:
+  for path in _LIMITS:
     try:
-      total = min(total, int(pathlib.Path(path).read_text()))
+      total = min(total, int(path.read_text()))
     except (OSError, ValueError):  # not there, or "max"
       continue
   return total
+
+
+def free_host_bytes() -> int | None:
+  """Memory that this machine, or the container of this process, has left; None where the system does not say."""
+  try:
+    lines = dict(line.split(":", 1) for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024  # with the caches that the kernel gives back
+  except (OSError, KeyError, ValueError):
+    return None
+  try:  # a container may be limited to less; its inactive file pages are reclaimed on demand and count as free
+    limit, used, statistics = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
+    cached = int(dict(line.split() for line in statistics.splitlines())["inactive_file"])
+    return min(free, int(limit) - int(used) + cached) if limit.strip() != "max" else free
+  except (OSError, KeyError, ValueError):
+    return free
 
 
 def device_bytes() -> tuple[int | None, str]:

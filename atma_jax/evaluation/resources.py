@@ -11,9 +11,9 @@ import subprocess
 import jax
 
 from atma_jax import __version__
+from atma_jax.memory_needs import free_host_bytes
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|ran out of .*memory|exceeds available memory", re.IGNORECASE)
-_CGROUP = pathlib.Path("/sys/fs/cgroup")
 
 
 class OutOfMemory(Exception):
@@ -39,19 +39,7 @@ def available_bytes(device: jax.Device) -> int | None:
   Accelerators refuse an allocation that does not fit. A CPU grants it, and the process is killed when it uses the memory, so
   only there has the size to be checked beforehand.
   """
-  if device.platform != "cpu":
-    return None
-  try:
-    fields = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-  except (OSError, KeyError, ValueError):
-    return None
-  try:  # a container may be limited to less; its inactive file pages are reclaimed on demand and count as free
-    limit, used, stat = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
-    cached = int(dict(line.split() for line in stat.splitlines())["inactive_file"])
-    return min(free, int(limit) - int(used) + cached) if limit.strip() != "max" else free
-  except (OSError, ValueError, KeyError):
-    return free
+  return free_host_bytes() if device.platform == "cpu" else None
 
 
 def hardware() -> str:

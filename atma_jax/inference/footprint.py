@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import math
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 
 from atma_jax.config import ModelConfig
 from atma_jax.errors import UserError
+from atma_jax.memory_needs import free_host_bytes
 from atma_jax.models.cache import PAGE_LIMIT, Cache, nbytes
 
 SPARE_ROWS = 2  # while a prompt is being placed, its own state and that of the row exist twice for a moment
@@ -213,17 +212,8 @@ def free_bytes() -> float | None:
     return float(min(s["bytes_limit"] - s["bytes_in_use"] for s in stats if s))
   if devices[0].platform != "cpu":
     return None
-  host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  try:
-    lines = dict(line.split(":", 1) for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
-    host = int(lines["MemAvailable"].split()[0]) * 1024  # with the caches that the kernel gives back
-    group = pathlib.Path("/sys/fs/cgroup")
-    limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-    host = host if limit == "max" else min(host, int(limit) - int(used) + int(cached))
-  except (OSError, KeyError, ValueError):  # another system, or no container
-    pass
-  return host / len(devices)
+  host = free_host_bytes()
+  return None if host is None else host / len(devices)
 
 
 def _check_gib(memory_gib: float) -> None:
