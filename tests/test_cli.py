@@ -165,7 +165,7 @@ def test_evaluate_flags(main, trained, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "words"), [
   ([], ["--checkpoint"]), (["--checkpoint=/nowhere", "--port=0"], ["/nowhere"]), (["--checkpoint=x", "--port=99999"], ["65535"]),
-  (["--checkpoint=x", "--queue=-1"], ["queue=-1", "at least 0"]), (["--checkpoint=x", "--grace_s=nan"], ["grace_s=nan"]),
+  (["--checkpoint=x", "--queue=-1"], ["queue=-1", "from 0 to"]), (["--checkpoint=x", "--grace_s=nan"], ["grace_s=nan"]),
   (["--checkpoint=x", "--cache_dtype=int4"], ["int4", "int8", "bfloat16"]),
   (["--checkpoint=x", "--tensor=3"], ["--tensor=3", "1 device"]),
   (["--checkpoint=x", "--host=nowhere.invalid", "--port=0"], ["--host=nowhere.invalid"]),

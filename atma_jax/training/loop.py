@@ -63,9 +63,9 @@ def train(config: Config, workdir: str, *, claimed: bool = False) -> str:
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
   check_divides(config, mesh)
-  check_training_fits(config)
   directory = data_directory(config, workdir)
   config.data.directory = str(directory)
+  check_training_fits(config)
   folder = make_workdir(workdir)
   claim, refusal = (None, None) if claimed else claim_workdir(folder, workdir)
   release = claim.release if claim is not None else lambda: None
