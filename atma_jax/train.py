@@ -19,6 +19,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metri
                                "config.data.directory is set.")
 _CACHE = flags.DEFINE_string("compilation_cache", "auto", "Directory of compiled programs; auto is JAX_COMPILATION_CACHE_DIR if "
                              "that is set, otherwise WORKDIR/xla_cache; off keeps none.")
+_WANDB = flags.DEFINE_string("wandb", None, "Project of Weights & Biases that gets the metrics too (extra wandb); its own "
+                             "variables such as WANDB_MODE=offline count.")
 
 
 def main() -> int:
@@ -30,7 +32,7 @@ def main() -> int:
   from atma_jax.training.loop import train
   _DISTRIBUTED.initialize()
   use_compilation_cache(_CACHE.value, _WORKDIR.value)
-  return cli.ENDED.get(train(config, _WORKDIR.value), 0)
+  return cli.ENDED.get(train(config, _WORKDIR.value, wandb=_WANDB.value), 0)
 
 
 if __name__ == "__main__":
