@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import math
 import time
 from typing import Any
 
@@ -69,6 +68,6 @@ class Goodput:
 
 def _seconds(record: Mapping[str, Any] | None, name: str, default: float = 0.0) -> float:
   """A number of seconds in a record that anybody may have written; the default if there is none."""
-  value = None if record is None else record.get(name)
-  usable = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12 and math.isfinite(value)
+  value: Any = None if record is None else record.get(name)
+  usable = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12
   return float(value) if usable else default
