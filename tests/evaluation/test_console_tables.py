@@ -35,5 +35,5 @@ def test_tables_fit_100_columns(columns, lengths, value):
 def test_shares_are_in_percent():
   text = results_text(records([("needle", "needle_exact"), ("loss", "document_loss")]), SUITES, 512)
   assert text.splitlines() == [
-    "  length       x  document_loss  needle_exact %", "     512       1         0.9375            93.8",
-    "   65536     128         0.9375            93.8"]
+    "  length       x  document_loss  needle_exact", "     512       1         0.9375        93.8 %",
+    "   65536     128         0.9375        93.8 %"]

@@ -43,7 +43,7 @@ def _table_by_length(records: Sequence[Record], columns: Sequence[str], training
   stub = [f"{length:>8}  {multiple:>{max(6, *map(len, multiples))}}" for length, multiple in zip(["length", *lengths], multiples)]
   tables, used = [stub], len(stub[0])
   for column in columns:
-    cells = [_heading(column)]
+    cells = [column]
     cells += [_mean_text(values.get((column, n), []), (column, n) in failed, share=_is_share(column)) for n in lengths]
     width = max(map(len, cells))
     if used + 2 + width > _WIDTH and tables[-1] is not stub:
@@ -57,10 +57,6 @@ def _table_by_length(records: Sequence[Record], columns: Sequence[str], training
 def _is_share(measure: str) -> bool:
   """Whether a measure is a share of right answers, shown in percent as in the plots."""
   return measure.endswith(("_exact", "_accuracy"))
-
-
-def _heading(measure: str) -> str:
-  return f"{measure} %" if _is_share(measure) else measure
 
 
 def shares_text(records: Sequence[Record], heading: str, label: Callable[[Record], str]) -> str:
@@ -112,7 +108,7 @@ def cap_sweep_text(results: Sequence[tuple[str, Sequence[Record]]], suites: dict
           if record.get("status", "ok") == "out_of_memory":
             failed.add((name, record["length"]))
     if values:
-      lines.append("  ".join([f"{_heading(measure):>18}", *(f"{f'cap {name}':>16}" for name, _ in results)]))
+      lines.append("  ".join([f"{measure:>18}", *(f"{f'cap {name}':>16}" for name, _ in results)]))
       for length in sorted({length for _, length in values}):
         cells = [_mean_text(values.get((name, length), []), (name, length) in failed, share=_is_share(measure))
                  for name, _ in results]
@@ -127,4 +123,4 @@ def _mean_text(values: Sequence[float | None], out_of_memory: bool, *, share: bo
   if not measured:
     return ""
   mean = sum(measured) / len(measured)
-  return f"{100 * mean:.1f}" if share else f"{mean:.4f}"
+  return f"{100 * mean:.1f} %" if share else f"{mean:.4f}"
