@@ -15,7 +15,7 @@ import pathlib
 from absl import flags
 
 from atma_jax import cli
-from atma_jax.ablation import grid, jobs, summary, sweep
+from atma_jax.ablation import grid, jobs, sweep
 from atma_jax.ablation.worker import FAILED, Worker, cell_command
 from atma_jax.config import Config
 from atma_jax.errors import UserError
@@ -68,11 +68,10 @@ def main() -> int | None:
     return jobs.submit(_JOBS.value, folders, _OUTPUT.value, _LAUNCH.value, dry_run=_DRY_RUN.value)
   worker = Worker(folders, cell_command("atma_jax.ablate"), parallel=_PARALLEL.value, retry_failed=_RETRY.value, gpus=_GPUS.value)
   outcome = None if _REPORT.value else worker.run()
-  if outcome in cli.ENDED:
-    return cli.ENDED[outcome]
-  if _REPORT.value or any(cell.done for cell in sweep.find(directory)):
+  if outcome not in cli.ENDED and (_REPORT.value or any(cell.done for cell in sweep.find(directory))):
+    from atma_jax.ablation import summary  # imports SciPy and matplotlib, for which a mistyped flag should not wait
     summary.write_summary(directory, sweep.find(directory))
-  return sweep.failure_exit_code(folders) if outcome == FAILED else 0
+  return cli.ENDED.get(outcome, sweep.failure_exit_code(folders) if outcome == FAILED else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Times ops, training steps and generation on this machine's default device, and compares the ops with their oracles.
 
-    python -m atma_jax.benchmark [--table=ops,step,forward,generation] [--config=configs/atma_378m.py] [--config.FIELD=VALUE ...]
+    python -m atma_jax.benchmark [--table=ops,step,forward,generation] [--config=atma_378m] [--config.FIELD=VALUE ...]
 
 All tables come from one process, so that their numbers can be compared:
 
@@ -31,7 +31,7 @@ from atma_jax.models.cache import CACHE_DTYPES
 
 TABLES = ("ops", "step", "forward", "generation", "tune")
 
-_CONFIG = cli.define_config_flag("configs/atma_378m.py")
+_CONFIG = cli.define_config_flag("atma_378m")
 _TABLE = flags.DEFINE_list("table", list(TABLES[:-1]), f"Tables to print: {', '.join(TABLES)}.")
 _SHAPES = flags.DEFINE_list("shapes", ["8x2048", "2x8192", "1x32768"], "Shapes BxT, batch and length, of the table of ops.")
 _STEP_TOKENS = flags.DEFINE_integer("step_tokens", 65_536, "Tokens in a microbatch.", lower_bound=1, upper_bound=INT32)

@@ -1,7 +1,7 @@
 """What all mains share: strict flags, the recipe and its overrides, one-line errors, exit codes.
 
-``--config=FILE`` names a recipe, whose ``get_config()`` returns a `Config`. Every field of `Config` has a flag
-(``--config.model.attention=nope``) that overrides the recipe.
+``--config=RECIPE`` names a recipe: one that comes with the package, by its name, or a file (`atma_jax.recipe_files`). Every
+field of `Config` has a flag (``--config.model.attention=nope``) that overrides the recipe; ``--print_config`` shows what results.
 
 Exit codes: 0 done, 1 something outside the program failed, 2 bad input (both say so in one line, without a traceback), 75
 pre-empted after saving, 130 interrupted (Ctrl-C).
@@ -11,10 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import importlib.machinery
-import importlib.util
 import logging as std_logging
-import pathlib
 import re
 import sys
 import typing
@@ -26,7 +23,7 @@ from atma_jax.checkpoints.overrides import OVERRIDES, RETENTION_HEADS_HELP, Over
 from atma_jax.config import AT_LEAST_1, Config, RetentionCap, leaves, within
 from atma_jax.dataclass_flags import FieldParser, define_field
 from atma_jax.errors import RunError, UserError, unknown_name
-from atma_jax.json_input import check_regular
+from atma_jax.recipe_files import load_recipe, recipe_names, to_json
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -38,12 +35,21 @@ flags.disclaim_key_flags()  # --help lists --config among the flags of the main 
 
 
 class ConfigFlag:
-  """``--config=FILE``, and a flag for every field of `Config`."""
+  """``--config=RECIPE``, ``--print_config``, and a flag for every field of `Config`."""
 
   def __init__(self, default: str | None):
-    self._recipe = flags.DEFINE_string("config", default, "Recipe, such as configs/quickstart.py.")
+    self._recipe = flags.DEFINE_string("config", default, f"Recipe: {', '.join(recipe_names())}; or a file, NAME.py with a "
+                                       "get_config(), or NAME.json as --print_config writes it.")
+    self._print = flags.DEFINE_boolean("print_config", False, "Only print the recipe with its overrides as JSON, which "
+                                       "--config=FILE.json takes back.")
     self._fields = {leaf.name: define_field(leaf.name, leaf.hint, None, f"{leaf.help} Default: {leaf.value!r}.")
                     for leaf in leaves(Config())}
+
+  def printed(self) -> bool:
+    """Prints the configuration and returns True, if ``--print_config`` asks for it."""
+    if self._print.value:
+      print(to_json(self.value))
+    return bool(self._print.value)
 
   @property
   def given(self) -> bool:
@@ -54,7 +60,7 @@ class ConfigFlag:
   def value(self) -> Config:
     """The recipe with the overrides that were given, validated; raises `UserError` for anything wrong with either."""
     if self._recipe.value is None:
-      raise UserError("--config=FILE is required: a recipe, e.g. --config=configs/quickstart.py")
+      raise UserError(f"--config=RECIPE is required: {', '.join(recipe_names())}, or a .py or .json file")
     config = load_recipe(self._recipe.value)
     for name, flag in self._fields.items():
       if flag.present:
@@ -66,9 +72,13 @@ class ConfigFlag:
     return config.validate()
 
 
+_config_flags: list[ConfigFlag] = []  # none or one: that of the main
+
+
 def define_config_flag(default: str | None = None) -> ConfigFlag:
-  """Defines ``--config`` and ``--config.FIELD`` for a main; `default` is the recipe if none is named."""
-  return ConfigFlag(default)
+  """Defines ``--config``, ``--print_config`` and ``--config.FIELD`` for a main; `default` is the recipe if none is named."""
+  _config_flags.append(ConfigFlag(default))
+  return _config_flags[-1]
 
 
 class OverrideFlags:
@@ -106,55 +116,6 @@ def define_override_flags() -> OverrideFlags:
   return OverrideFlags()
 
 
-def load_recipe(path: str) -> Config:
-  """The `Config` that ``get_config()`` of the Python file `path` returns.
-
-  Raises:
-    UserError: no such file, it does not run, or it returns something else; what a recipe raises is named with its line.
-  """
-  check_regular(path, lambda problem: UserError(f"--config={problem}"))
-  if not pathlib.Path(path).is_file():
-    near = ", ".join(sorted(str(file) for file in pathlib.Path(path).parent.glob("*.py")))
-    raise UserError(f"--config={path}: no such file" + (f"; recipes there: {near}" if near else ""))
-  loader = importlib.machinery.SourceFileLoader("recipe", path)
-  spec = importlib.util.spec_from_loader("recipe", loader)
-  assert spec is not None
-  recipe = importlib.util.module_from_spec(spec)
-  try:
-    loader.exec_module(recipe)
-    config = recipe.get_config()
-  except KeyboardInterrupt:
-    raise
-  except BaseException as error:  # a recipe is code of the user's and may raise anything, SystemExit too
-    raise UserError(f"--config={path}: {_place_in(path, error)}{_reason(error)}") from error
-  if not isinstance(config, Config):
-    raise UserError(f"--config={path}: get_config() must return an atma_jax.config.Config")
-  return config
-
-
-def _place_in(path: str, error: BaseException) -> str:
-  """The last line of a recipe that led to an error, such as "line 12: "; "" if there is none."""
-  if isinstance(error, SyntaxError):
-    return f"line {error.lineno}: " if error.lineno else ""
-  place, trace = "", error.__traceback__
-  while trace is not None:  # not `traceback.extract_tb`, which reads every source file
-    if trace.tb_frame.f_code.co_filename == path:
-      place = f"line {trace.tb_lineno}: "
-    trace = trace.tb_next
-  return place
-
-
-def _reason(error: BaseException) -> str:
-  """The kind of an error and what it says, shortened."""
-  if isinstance(error, (UserError, SyntaxError)):
-    return str(error.msg if isinstance(error, SyntaxError) else error)
-  try:
-    text = " ".join(str(error).split())
-  except Exception:  # an error of the recipe's own
-    text = ""
-  return type(error).__name__ + (f": {text[:300]}" if text else "")
-
-
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, calls `main` and exits with the code that it returns; None is 0.
 
@@ -165,7 +126,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
       if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: options start with -- (see --help)")
-      code = main() or 0
+      code = 0 if any(flag.printed() for flag in _config_flags) else main() or 0
     except UserError as error:
       bad_input(error)
     except RunError as error:

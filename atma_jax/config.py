@@ -35,6 +35,8 @@ CLIP_BASES = ("sum", "mean")
 MUON_VARIANTS = ("published", "quintic5")
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine")
+WAYS_TO_JOIN = ("auto", "cloud_tpu", "off")  # how the processes of a program find each other
+HEARTBEAT_SECONDS = 100  # without a sign of life, after which a process counts as dead
 REGULARIZERS = ("baseline", "weak", "strong", "discrete", "zipfian")
 
 

@@ -1,4 +1,4 @@
-"""Several processes as one JAX program: `jax.distributed`, initialised from flags or from the environment.
+"""Several processes as one JAX program: `jax.distributed`, from flags (`atma_jax.distributed_flags`) or the environment.
 
 These are looked at in order; if none applies, the process stays alone:
 
@@ -24,44 +24,18 @@ import os
 import sys
 from typing import Any
 
-from absl import flags, logging
+from absl import logging
 import jax
 from jax._src.distributed import global_state  # its key-value store has no public name; Orbax takes it from here too
 
+from atma_jax.config import HEARTBEAT_SECONDS
 from atma_jax.errors import RunError, UserError
 
-HEARTBEAT_SECONDS = 100
 START_SECONDS = 300
 _AGREE_MILLISECONDS = 7 * 24 * 3_600_000  # process 0 may prepare data for long; if a process dies, the wait ends anyway
-MODES = ("auto", "cloud_tpu", "off")
-
-flags.disclaim_key_flags()  # --help lists the flags under the main that defines them
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-
-
-class DistributedFlags:
-  """The five flags of this module; `initialize` acts on them and must be called before anything touches a device."""
-
-  def __init__(self) -> None:
-    self._mode = flags.DEFINE_enum(
-      "distributed", "auto", MODES, "How processes find each other: from flags or environment, from Cloud TPU VM metadata, or "
-      "not at all.")
-    self._address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, the same in all processes.")
-    self._count = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
-    self._id = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
-    self._heartbeat = flags.DEFINE_integer(
-      "heartbeat_seconds", HEARTBEAT_SECONDS, "Seconds without a heartbeat after which a process counts as dead.", lower_bound=1)
-
-  def initialize(self) -> None:
-    """Calls `initialize` with the values of the flags."""
-    initialize(self._mode.value, self._address.value, self._count.value, self._id.value, self._heartbeat.value)
-
-  @property
-  def first(self) -> bool:
-    """Whether this is the process that prints and writes results."""
-    return jax.process_index() == 0
 
 
 def initialize(mode: str = "auto", coordinator_address: str | None = None, num_processes: int | None = None,

@@ -16,7 +16,7 @@ from absl import flags
 from atma_jax import cli
 from atma_jax.compilation_cache import HELP, use_compilation_cache
 from atma_jax.dataclass_flags import DataclassFlags
-from atma_jax.distributed import DistributedFlags
+from atma_jax.distributed_flags import DistributedFlags
 from atma_jax.errors import UserError
 from atma_jax.evaluation.api import evaluate
 from atma_jax.evaluation.options import option_owners, parse_caps

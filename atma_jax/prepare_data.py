@@ -1,6 +1,6 @@
 """Prepares training data: trains or loads the tokenizer, splits by document, writes token shards.
 
-    python -m atma_jax.prepare_data --config=configs/quickstart.py --directory=DIR
+    python -m atma_jax.prepare_data --config=quickstart --directory=DIR
 
 Works in parallel processes and shows progress bars. If it is killed at any moment and started again, it continues after the last
 whole shard and ends with the same bytes. A finished directory is only described; ``--verify`` compares it with the digests in its
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import pathlib
 import time
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from atma_jax import cli
-from atma_jax.data.manifest import Manifest, load_manifest, verify
-from atma_jax.data.prepare import prepare
 from atma_jax.data.process_pool import MOST_WORKERS
 from atma_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from atma_jax.data.manifest import Manifest
 
 _CONFIG = cli.define_config_flag()
 _DIRECTORY = flags.DEFINE_string("directory", None, "Folder to write; default is config.data.directory.")
@@ -36,12 +38,14 @@ def main() -> None:
   if _VERIFY.value:
     print(verification(pathlib.Path(directory)))
     return
+  from atma_jax.data.prepare import prepare  # only now, because a mistyped flag should be answered at once
   print(describe(prepare(config.data, directory, workers=_WORKERS.value)))
   print(f"prepared: {directory}")
 
 
 def verification(directory: pathlib.Path) -> str:
   """Verifies a prepared directory and says how much was read. Raises `UserError` for anything missing or damaged."""
+  from atma_jax.data.manifest import load_manifest, verify
   began = time.perf_counter()
   shards, size, bare = verify(directory, load_manifest(directory))
   seconds = time.perf_counter() - began

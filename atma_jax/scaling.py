@@ -1,6 +1,6 @@
 """Measures one host's devices together against one of them.
 
-    python -m atma_jax.scaling --devices=2 [--config=configs/atma_378m.py] [--parts=recovery,training,agreement,sequence,decoding]
+    python -m atma_jax.scaling --devices=2 [--config=atma_378m] [--parts=recovery,training,agreement,sequence,decoding]
 
 One table per part; every line names the mesh it ran on:
 
@@ -24,7 +24,7 @@ from atma_jax.benchmarks import multi_device
 from atma_jax.benchmarks.multi_device import PARTS
 from atma_jax.errors import UserError
 
-_CONFIG = cli.define_config_flag("configs/atma_378m.py")
+_CONFIG = cli.define_config_flag("atma_378m")
 _PARTS = flags.DEFINE_list("parts", list(PARTS), f"Tables to print: {', '.join(PARTS)}.")
 _DEVICES = flags.DEFINE_integer("devices", None, "Devices to use; default is all. Required by the part recovery.", lower_bound=2)
 _STEP_TOKENS = flags.DEFINE_integer("step_tokens", 65_536, "Tokens per device and step.", lower_bound=1)

@@ -1,4 +1,4 @@
-"""Trains a recipe: ``python -m atma_jax.train --config=configs/quickstart.py --workdir=DIR [--config.FIELD=VALUE ...]``.
+"""Trains a recipe: ``python -m atma_jax.train --config=quickstart --workdir=DIR [--config.FIELD=VALUE ...]``.
 
 Prepares the data if the working directory holds none, goes on from the newest good checkpoint if there is one, and says so if
 there is nothing left to do. Compiled programs are kept in ``WORKDIR/xla_cache``, so that a restart does not compile them again.
@@ -10,10 +10,8 @@ from __future__ import annotations
 from absl import flags
 
 from atma_jax import cli
-from atma_jax.compilation_cache import use_compilation_cache
-from atma_jax.distributed import DistributedFlags
+from atma_jax.distributed_flags import DistributedFlags
 from atma_jax.errors import UserError
-from atma_jax.training.loop import train
 
 _CONFIG = cli.define_config_flag()
 _DISTRIBUTED = DistributedFlags()
@@ -21,6 +19,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metri
                                "config.data.directory is set.")
 _CACHE = flags.DEFINE_string("compilation_cache", "auto", "Directory of compiled programs; auto is JAX_COMPILATION_CACHE_DIR if "
                              "that is set, otherwise WORKDIR/xla_cache; off keeps none.")
+_WANDB = flags.DEFINE_string("wandb", None, "Project of Weights & Biases that gets the metrics too (extra wandb); its own "
+                             "variables such as WANDB_MODE=offline count.")
 
 
 def main() -> int:
@@ -28,9 +28,11 @@ def main() -> int:
   if not _WORKDIR.value:
     raise UserError("--workdir=DIR is required: where checkpoints, metrics and prepared data go")
   config = _CONFIG.value
+  from atma_jax.compilation_cache import use_compilation_cache  # only now, because a mistyped flag should be answered at once
+  from atma_jax.training.loop import train
   _DISTRIBUTED.initialize()
   use_compilation_cache(_CACHE.value, _WORKDIR.value)
-  return cli.ENDED.get(train(config, _WORKDIR.value), 0)
+  return cli.ENDED.get(train(config, _WORKDIR.value, wandb=_WANDB.value), 0)
 
 
 if __name__ == "__main__":

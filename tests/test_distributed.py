@@ -26,7 +26,8 @@ import numpy as np
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 from atma_jax import distributed
-FLAGS = distributed.DistributedFlags()
+from atma_jax.distributed_flags import DistributedFlags
+FLAGS = DistributedFlags()
 
 def main(argv):
   FLAGS.initialize()

@@ -16,10 +16,11 @@ PACKAGE = REPOSITORY / "atma_jax"
 MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generate", "lm_eval", "prepare_data", "scaling",
          "serve", "train")
 ORDER = (  # a unit, that is a folder or module right under atma_jax, imports only from lines above its own, and from itself
-  ("__init__", "errors"),
+  ("__init__", "console_scripts", "errors"),
   ("config", "json_input"),
+  ("recipe_files",),
   ("claims", "compilation_cache", "dataclass_flags", "distributed", "memory_needs", "ops", "progress", "sharding"),
-  ("data", "models"),
+  ("data", "distributed_flags", "models"),
   ("pytorch",),
   ("checkpoints",),
   ("inference", "training"),
@@ -30,7 +31,7 @@ ORDER = (  # a unit, that is a folder or module right under atma_jax, imports on
   MAINS,
 )
 LAYERS = {unit: layer for layer, units in enumerate(ORDER) for unit in units}
-STANDARD_LIBRARY_ONLY = ("__init__", "config", "errors", "json_input")
+STANDARD_LIBRARY_ONLY = ("__init__", "config", "console_scripts", "errors", "json_input", "recipe_files")
 OPS_THIRD_PARTY = {"jax", "jaxlib", "jaxtyping", "numpy"}
 MAIN_LINES = 80
 FILE_LINES = 600

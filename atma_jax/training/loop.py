@@ -28,6 +28,8 @@ from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.models.operations import peak_flops, training_flops_per_token
 from atma_jax.sharding import make_mesh
 from atma_jax.training.batches import GlobalBatches, check_divides
+from atma_jax.training.boards import WeightsAndBiases, check_project
+from atma_jax.training.goodput import Goodput
 from atma_jax.training.interruption import Preemption
 from atma_jax.training.metrics import MetricWriter, log_progress
 from atma_jax.training.state import TrainState, abstract_state, create_state, optimizer_for
@@ -38,7 +40,7 @@ from atma_jax.training.workdir import claim_workdir, data_directory, make_workdi
 DONE, PREEMPTED, INTERRUPTED = "done", "preempted", "interrupted"
 
 
-def train(config: Config, workdir: str, *, claimed: bool = False) -> str:
+def train(config: Config, workdir: str, *, claimed: bool = False, wandb: str | None = None) -> str:
   """Trains to ``config.train.steps``, going on from the newest good checkpoint in `workdir`, if there is one.
 
   The working directory is claimed (see `atma_jax.claims`), so that no other process trains in it. SIGTERM or Ctrl-C before the
@@ -48,6 +50,7 @@ def train(config: Config, workdir: str, *, claimed: bool = False) -> str:
     config: a validated recipe; ``config.data.directory`` is set to the directory in use.
     workdir: where checkpoints, metrics and, without ``config.data.directory``, prepared data go.
     claimed: the caller has claimed `workdir` for this process.
+    wandb: a project of Weights & Biases that gets the metrics too.
 
   Returns:
     `DONE`, or `PREEMPTED` or `INTERRUPTED` if SIGTERM or Ctrl-C arrived: then a checkpoint was saved, and the same call goes on
@@ -56,8 +59,12 @@ def train(config: Config, workdir: str, *, claimed: bool = False) -> str:
   Raises:
     UserError: options, data or checkpoints do not fit together, another process trains in `workdir`, there is no room for a
       checkpoint, or too many non-finite steps in a row.
-    RunError: the last checkpoint could not be written, or another process has taken `workdir` over.
+    RunError: the last checkpoint could not be written, another process has taken `workdir` over, or no run of Weights & Biases
+      could be started.
   """
+  began = time.perf_counter()
+  if wandb is not None:
+    check_project(wandb)
   try:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
   except ValueError as error:
@@ -71,13 +78,13 @@ def train(config: Config, workdir: str, *, claimed: bool = False) -> str:
   release = claim.release if claim is not None else lambda: None
   try:
     with Preemption(release) as preemption:
-      return _train(config, mesh, folder, directory, preemption, claim, refusal)
+      return _train(config, mesh, folder, directory, preemption, claim, refusal, wandb, began)
   finally:
     release()
 
 
 def _train(config: Config, mesh: jax.sharding.Mesh, folder: epath.Path, directory: pathlib.Path, preemption: Preemption,
-           claim: Claim | None, refusal: UserError | None) -> str:
+           claim: Claim | None, refusal: UserError | None, wandb: str | None, began: float) -> str:
   """Does what `train` says in a working directory that is claimed, or that cannot be written, for the reason `refusal`."""
   with distributed.agreed():
     if jax.process_index() == 0:
@@ -117,8 +124,10 @@ def _train(config: Config, mesh: jax.sharding.Mesh, folder: epath.Path, director
   loop = Loop(config, folder, mesh, data, batches, checkpointer, steps, claim=claim, validate=validate,
               flops_per_token=training_flops_per_token(definition, config.data.sequence_length))
   with distributed.agreed():
-    writer = MetricWriter(folder, first_step=first, active=jax.process_index() == 0)
+    board = None if wandb is None else lambda: WeightsAndBiases(wandb, folder, config.name, config.to_dict())
+    writer = MetricWriter(folder, first_step=first, active=jax.process_index() == 0, board=board)
   with writer:
+    loop.goodput = Goodput(began, writer.last_record)
     return loop.run(state, first, preemption, writer)
 
 
@@ -156,6 +165,7 @@ class Loop:
     self.tokens_per_step = config.data.batch_size * config.data.sequence_length
     self.flops_per_step = flops_per_token * self.tokens_per_step
     self.peak = peak_flops(config.train.peak_tflops)
+    self.goodput = Goodput(time.perf_counter(), None)
     self.first = 0
     self.data_wait = 0.0  # seconds, since the start
     self.window_start, self.window_began, self.window_wait = 0, 0.0, 0.0  # since the last record of metrics
@@ -196,28 +206,31 @@ class Loop:
         pause_began = time.perf_counter()
         if due and (last or stop or not bad):  # otherwise at the end of this run of bad steps
           due = False
-          if not self.save(number, state, final=last or stop):
+          with self.goodput.spent("saving"):
+            saved = self.save(number, state, final=last or stop)
+          if not saved:
             retry = number + min(2**checkpointer.failed_in_a_row, train.checkpoint_every)
           writer.flush()
         if validating and not stop and self.validate is not None:
-          results = self.validate(state.params)
+          with self.goodput.spent("validating"):
+            results = self.validate(state.params)
           logging.info("step %d  %s", number, "  ".join(f"{name} {value:.4f}" for name, value in results.items()))
-          writer.write(number, results)
+          writer.write(number, {**results, **self.goodput.values()})
         pause = time.perf_counter() - pause_began
         paused, self.window_began = paused + pause, self.window_began + pause
       if stop and not last:
         checkpointer.close()
         self.data.close()
         interrupted = preemption.signal == signal.SIGINT
-        logging.info("%s: step %d is saved in %s; start the same command again%s", "interrupted" if interrupted else "pre-empted",
-                     number, self.folder, self._lost(writer))
+        logging.info("%s: step %d is saved in %s; start the same command again; %s%s",
+                     "interrupted" if interrupted else "pre-empted", number, self.folder, self.goodput, self._lost(writer))
         return INTERRUPTED if interrupted else PREEMPTED
-    checkpointer.close()
+    with self.goodput.spent("saving"):
+      checkpointer.close()
     self.data.close()
     total = time.perf_counter() - started - paused
-    logging.info("done: %d steps in %.1f s, %.1f%% of it outside data waiting; %.1f s saving and validating; checkpoints in %s%s",
-                 train.steps - first, total, 100 * (1 - self.data_wait / total), paused, checkpointer.directory,
-                 self._lost(writer))
+    logging.info("done: %d steps in %.1f s, %.1f%% of it outside data waiting; %s; checkpoints in %s%s", train.steps - first,
+                 total, 100 * (1 - self.data_wait / total), self.goodput, checkpointer.directory, self._lost(writer))
     return DONE
 
   def _lost(self, writer: MetricWriter) -> str:
@@ -228,10 +241,14 @@ class Loop:
 
   def _compile(self, state: TrainState) -> dict[int, jax.stages.Compiled]:
     began = time.perf_counter()
+    foreign = f", one for each of {list(self.steps)} foreign keys" if len(self.steps) > 1 else ""
+    logging.info("compiling the training step of %s: %d x %d tokens, mesh %s%s ...", self.config.name, self.batches.shape[0],
+                 self.batches.shape[1] - 1, dict(self.mesh.shape), foreign)
     tokens = jax.ShapeDtypeStruct(self.batches.shape, np.int32, sharding=self.batches.sharding)
     with jax.set_mesh(self.mesh):
       compiled = {count: step.lower(state, tokens).compile() for count, step in self.steps.items()}
     logging.info("compiled the step in %.1f s", time.perf_counter() - began)
+    self.goodput.add("compiling", time.perf_counter() - began)
     distributed.exchange("compiled")  # a collective waits less long for another process than its compiler may take
     return compiled
 
@@ -242,6 +259,7 @@ class Loop:
     waited = time.perf_counter() - began
     self.data_wait += waited
     self.window_wait += waited
+    self.goodput.add("data", waited)
     return self.batches.place(tokens)
 
   def report(self, writer: MetricWriter, number: int, metrics: Metrics) -> bool:
@@ -271,7 +289,7 @@ class Loop:
       stats = jax.local_devices()[0].memory_stats()
       values = {**fetched, "tokens": number * self.tokens_per_step, "tokens_per_second": self.tokens_per_step / per_step,
                  "seconds_per_step": per_step, "data_wait": self.window_wait / seconds,
-                 "failed_saves": self.checkpointer.failed_saves,
+                 "failed_saves": self.checkpointer.failed_saves, **self.goodput.values(),
                  "mfu": None if self.peak is None else self.flops_per_step / per_step / self.peak,
                  "device_memory_gib": None if not stats else stats["peak_bytes_in_use"] / 2**30}
       writer.write(number, values)

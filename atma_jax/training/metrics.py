@@ -1,58 +1,54 @@
-"""Metrics to JSON lines, TensorBoard files and the terminal."""
+"""Metrics to the boards (`atma_jax.training.boards`) and the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import contextlib
 import errno
 import json
-import math
 import os
 import pathlib
 import socket
-import struct
 import tempfile
 import time
 from typing import Any
 
 from absl import logging
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import masked_crc32c
 
 from atma_jax.checkpoints.steps import is_remote
 from atma_jax.errors import UserError
+from atma_jax.training.boards import Board, JSONLines, TensorBoard
 
 _RECORDS = "metrics.jsonl"
-_EVENTS: Any = event_pb2  # its classes are made when it is imported, which type checkers do not see
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MetricWriter:
-  """Appends records to ``WORKDIR/metrics.jsonl`` and to the TensorBoard files in ``WORKDIR/tensorboard``.
+  """Appends records to ``WORKDIR/metrics.jsonl``, to the TensorBoard files in ``WORKDIR/tensorboard`` and to other boards.
 
   A record that cannot be written (the disk is full) is counted, the first one is reported, and nothing waits for it. Files under
   a remote WORKDIR (``gs://...``) cannot grow; there they are kept on this machine and copied at every `flush`.
 
   Attributes:
     failed_writes: records and copies that could not be written.
+    last_record: the last record of the goodput of the run that this one goes on from, or None.
   """
 
-  def __init__(self, workdir: epath.Path, *, first_step: int, active: bool):
+  def __init__(self, workdir: epath.Path, *, first_step: int, active: bool, board: Callable[[], Board] | None = None):
     """Opens the files and drops the records past `first_step`, which this run writes again.
 
     Args:
       workdir: the directory of the run.
       first_step: the step that the run goes on from.
       active: False in all processes but one, which then write nothing.
+      board: opens one more board to write to.
 
     Raises:
       UserError: a file of the name of a folder, or the like, stands in the way.
     """
     self.failed_writes = 0
-    self._records: _GrowingFile | None = None
-    self._board: _GrowingFile | None = None
+    self.last_record: dict[str, Any] | None = None
+    self._boards: list[Board | None] = []  # None for one that had no room
     self._scratch: tempfile.TemporaryDirectory[str] | None = None
     self._remote = self._folder = workdir
     self._active = active
@@ -64,13 +60,19 @@ class MetricWriter:
       if (self._remote / _RECORDS).exists():
         (self._remote / _RECORDS).copy(self._folder / _RECORDS)
     folder = pathlib.Path(self._folder)
-    self._records = self._open(folder / _RECORDS, lambda path: _drop_after(path, first_step))
     name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-    self._board = self._open(folder / "tensorboard" / name, lambda path: path.parent.mkdir(exist_ok=True))
-    self._append(self._board, b"".join(map(_framed, (
-      _EVENTS.Event(wall_time=time.time(), file_version="brain.Event:2"),
-      _EVENTS.Event(wall_time=time.time(), step=first_step,  # TensorBoard forgets what an interrupted run wrote past it
-                      session_log=_EVENTS.SessionLog(status=_EVENTS.SessionLog.START))))))
+
+    def records(path: pathlib.Path) -> Board:
+      self.last_record = _drop_after(path, first_step)
+      return JSONLines(path)
+
+    def events(path: pathlib.Path) -> Board:
+      path.parent.mkdir(exist_ok=True)
+      return TensorBoard(path, first_step)
+
+    self._boards = [self._open(folder / _RECORDS, records), self._open(folder / "tensorboard" / name, events)]
+    if board is not None:
+      self._boards.append(board())
 
   def __enter__(self) -> MetricWriter:
     return self
@@ -78,42 +80,35 @@ class MetricWriter:
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def _open(self, path: pathlib.Path, prepare: Callable[[pathlib.Path], object]) -> _GrowingFile | None:
-    """Opens a file to append to; None if there is no room for it."""
+  def _open(self, path: pathlib.Path, make: Callable[[pathlib.Path], Board]) -> Board | None:
+    """Opens a board; None if there is no room for it."""
     try:
-      prepare(path)
-      return _GrowingFile(path)
+      return make(path)
     except OSError as error:
       if error.errno not in _NO_ROOM:
         raise UserError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
       self._failed(path, error)
       return None
 
-  def _append(self, file: _GrowingFile | None, content: bytes) -> None:
-    try:
-      if file is None:
-        self.failed_writes += 1
-      else:
-        file.append(content)
-    except OSError as error:
-      self._failed(file.path if file is not None else self._folder, error)
-
-  def _failed(self, path: os.PathLike[str], error: Exception) -> None:
+  def _failed(self, path: os.PathLike[str] | str, error: Exception) -> None:
     if not self.failed_writes:
       reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())[:300]
       logging.error("metrics cannot be written to %s: %s; training goes on, and what is lost is counted", path, reason)
     self.failed_writes += 1
 
   def write(self, step: int, values: Mapping[str, float | None]) -> None:
-    """Writes one record; values of None are left out, those that are not finite become null, as JSON has no word for them."""
+    """Writes one record to every board; values of None are left out."""
     if not self._active:
       return
-    numbers = {name: value for name, value in values.items() if value is not None}
-    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    now = time.time()
-    self._append(self._records, (json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n").encode())
-    scalars = (_EVENTS.Event(wall_time=now, step=step, summary=summary.scalar(*number)) for number in numbers.items())
-    self._append(self._board, b"".join(map(_framed, scalars)))
+    numbers, now = {name: value for name, value in values.items() if value is not None}, time.time()
+    for board in self._boards:
+      if board is None:
+        self.failed_writes += 1
+        continue
+      try:
+        board.write(step, now, numbers)
+      except OSError as error:
+        self._failed(board.place, error)
 
   def flush(self) -> None:
     """Copies what was written to a remote WORKDIR; after a failure the next flush copies everything."""
@@ -131,42 +126,14 @@ class MetricWriter:
     """Flushes and closes the files."""
     if self._active:
       self.flush()
-      for file in filter(None, (self._records, self._board)):
-        file.close()
+      for board in filter(None, self._boards):
+        try:
+          board.close()
+        except OSError as error:
+          self._failed(board.place, error)
       if self.failed_writes:
         logging.error("%d records of metrics could not be written to %s", self.failed_writes, self._remote)
     self._active = False
-
-
-class _GrowingFile:
-  """A file that grows by whole records or not at all, and never holds one back."""
-
-  def __init__(self, path: pathlib.Path):
-    self.path = path
-    self._file = path.open("ab", buffering=0)
-
-  def append(self, content: bytes) -> None:
-    """Writes `content` to the end; raises `OSError` after which the file is as it was before."""
-    size = os.fstat(self._file.fileno()).st_size
-    try:
-      left = memoryview(content)
-      while left:
-        left = left[self._file.write(left):]
-    except OSError:
-      with contextlib.suppress(OSError):
-        self._file.truncate(size)
-      raise
-
-  def close(self) -> None:
-    with contextlib.suppress(OSError):  # nothing is buffered here
-      self._file.close()
-
-
-def _framed(event: Any) -> bytes:
-  """An event as TensorBoard's files hold it: length and content, each with its checksum."""
-  content = event.SerializeToString()
-  length = struct.pack("<Q", len(content))
-  return b"".join((length, struct.pack("<I", masked_crc32c(length)), content, struct.pack("<I", masked_crc32c(content))))
 
 
 def log_progress(step: int, total: int, values: Mapping[str, Any]) -> None:
@@ -189,21 +156,23 @@ def _duration(seconds: float) -> str:
   return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
+def _drop_after(path: pathlib.Path, step: int) -> dict[str, Any] | None:
   """Removes the records past the step that a run resumes from, and a line cut off by a kill, so that none is written twice.
 
-  Lines that are no records are moved to ``metrics.jsonl.foreign``.
+  Lines that are no records are moved to ``metrics.jsonl.foreign``. Returns the last record that stays and holds the
+  goodput, from which a run that goes on counts.
   """
   if not path.exists():
-    return
+    return None
   if not path.is_file():
     raise OSError(errno.EISDIR, "it is not a regular file", str(path))
   content = path.read_bytes()
-  kept, foreign = [], []
+  kept, foreign, last = [], [], None
   for line in content.splitlines(keepends=True):
     record = parse_record(line)
     if record is not None and record["step"] <= step:
       kept.append(line if line.endswith(b"\n") else line + b"\n")
+      last = record if "goodput" in record else last
     elif record is None and line.strip() and line.endswith(b"\n"):  # otherwise cut off
       foreign.append(line)
   if foreign:
@@ -213,10 +182,11 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     logging.warning("%s: %d lines are no records of this program; they were moved to %s", path, len(foreign), aside.name)
   if content.startswith(b"".join(kept)):  # as a rule; takes no room
     os.truncate(path, sum(map(len, kept)))
-    return
+    return last
   temporary = path.with_suffix(".tmp")
   temporary.write_bytes(b"".join(kept))
   os.replace(temporary, path)
+  return last
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:

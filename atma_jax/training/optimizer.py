@@ -68,8 +68,25 @@ def learning_rates(config: OptimizerConfig, steps: int, count: ArrayLike) -> dic
   return {group: rate * factor for group, rate in _base_rates(config).items()}
 
 
+class RecipeOptimizer(optax.GradientTransformation):
+  """The update rule of a recipe, which knows its learning rates; any other `optax.GradientTransformation` trains without them.
+
+  Attributes:
+    rates: the learning rate of each group, for the update that follows a number of applied ones.
+  """
+
+  rates: Callable[[ArrayLike], dict[str, Float[Array, ""]]]
+
+  @classmethod
+  def of(cls, rule: optax.GradientTransformation, config: OptimizerConfig, steps: int) -> RecipeOptimizer:
+    """The rule itself, with the learning rates of `config`."""
+    made = cls(rule.init, rule.update)
+    made.rates = functools.partial(learning_rates, config, steps)
+    return made
+
+
 def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_step: int,
-                   logical_axes: Mapping[str, tuple[str | None, ...]] | None = None) -> optax.GradientTransformation:
+                   logical_axes: Mapping[str, tuple[str | None, ...]] | None = None) -> RecipeOptimizer:
   """Makes the whole update rule, for gradients of the mean token loss.
 
   Args:
@@ -91,9 +108,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_
     raise ValueError(f"optimizer groups {unknown} are not among {', '.join((*MUON_GROUPS, *ADAM_GROUPS))}")
   rates, factor = _base_rates(config), learning_rate_factor(config, steps)
   if config.kind == "adamw":
-    return optax.chain(*clipping(config, tokens_per_step), optax.adamw(
+    return RecipeOptimizer.of(optax.chain(*clipping(config, tokens_per_step), optax.adamw(
       lambda count: rates["adamw"] * factor(count), config.adam_b1, config.adam_b2, config.adam_eps,
-      weight_decay=config.adamw_weight_decay))
+      weight_decay=config.adamw_weight_decay)), config, steps)
 
   def rate(group: str) -> optax.Schedule:
     return lambda count: rates[group] * factor(count)
@@ -111,7 +128,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, groups: Any, tokens_per_
 
   transforms: dict[Hashable, optax.GradientTransformation] = {
     **{group: muon(group) for group in MUON_GROUPS}, **{group: adam(group) for group in ADAM_GROUPS}}
-  return optax.chain(*clipping(config, tokens_per_step), optax.partition(transforms, groups))
+  return RecipeOptimizer.of(optax.chain(*clipping(config, tokens_per_step), optax.partition(transforms, groups)), config, steps)
 
 
 def orthogonalize_updates(group: str, variant: str = "published",

@@ -16,7 +16,7 @@ from atma_jax.config import Config
 from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.sharding import constrain, named_sharding
 from atma_jax.training.objective import auxiliary_loss, language_model_loss
-from atma_jax.training.optimizer import learning_rates
+from atma_jax.training.optimizer import RecipeOptimizer
 from atma_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]  # scalars
@@ -31,7 +31,7 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
   Args:
     config: the recipe.
     definition: the model.
-    optimizer: made by `atma_jax.training.state.optimizer_for`.
+    optimizer: made by `atma_jax.training.state.optimizer_for`, or any other; only of the former learning rates are reported.
     mesh: the devices.
     state: a state, or its shapes, whose shardings are pinned for input and output, so that the step compiles once.
 
@@ -93,8 +93,8 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
     metrics = {"loss": loss, **({"total": loss} if auxiliary else {}), **terms, "grad_norm": grad_norm,
                "update_norm": optax.tree.norm(updates), "param_norm": optax.tree.norm(params),
                "bad_steps": new_state.bad_steps, "bad_steps_total": new_state.bad_steps_total}
-    metrics |= {f"learning_rate/{group}": rate
-                for group, rate in learning_rates(config.optimizer, train.steps, applied).items()}
+    if isinstance(optimizer, RecipeOptimizer):  # another one may have other groups, or none
+      metrics |= {f"learning_rate/{group}": rate for group, rate in optimizer.rates(applied).items()}
     return new_state, metrics
 
   return jax.jit(step, donate_argnums=0, in_shardings=(shardings, named_sharding(mesh, ("batch", None))),

@@ -65,6 +65,16 @@ def test_run_again_is_done(recipe, finished):
   assert run(recipe, finished) == DONE and losses(finished) == before
 
 
+def test_goodput_is_recorded(finished):
+  """Every record says what the time since the start went into; none of it is lost or counted twice."""
+  records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+  assert all(0 < record["goodput"] < 1 for record in records)
+  walls = [sum(seconds for name, seconds in record.items() if name.startswith("seconds/")) for record in records]
+  assert walls == sorted(walls)
+  assert records[-1]["seconds/compiling"] > 0 and records[-1]["seconds/validating"] > 0 and records[-1]["seconds/restarts"] == 0
+  assert abs(walls[-1] - walls[0] - (records[-1]["time"] - records[0]["time"])) < 0.5
+
+
 @pytest.mark.slow
 def test_damaged_newest_step_is_passed_over_and_resume_is_bitwise(recipe, finished, tmp_path, caplog):
   workdir = tmp_path / "run"

@@ -8,8 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from atma_jax.config import OptimizerConfig
+from atma_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from atma_jax.models.definition import ModelDefinition
+from atma_jax.sharding import make_mesh
 from atma_jax.training import optimizer as lib
+from atma_jax.training.state import abstract_state, optimizer_for
+from atma_jax.training.train_step import make_train_step
 
 # How a golden (out, in) matrix or (channels, 1, taps) filter is stored in each group, and back.
 LAYOUTS = {
@@ -120,6 +124,22 @@ def test_published_schedule_starts_at_full_rate():
 def test_learning_rates_name_every_group():
   rates = lib.learning_rates(OptimizerConfig(), 1000, 650)
   np.testing.assert_allclose([rates[g] for g in ("muon", "embedding", "head", "vector")], [0.01, 0.15, 1 / 640, 0.005])
+
+
+@pytest.mark.parametrize(("kind", "groups"), [
+  ("muon", {"muon", "embedding", "head", "vector"}), ("adamw", {"adamw"}), (None, set())])
+def test_logged_learning_rates_are_those_of_the_optimizer(kind, groups):
+  """An optimizer of somebody else's has no Muon whose rate could be logged."""
+  config = Config(model=ModelConfig(vocab_size=64, num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
+                                    block_pattern=("local",)),
+                  data=DataConfig(sequence_length=16, batch_size=4), optimizer=OptimizerConfig(kind=kind or "muon"))
+  definition, mesh = ModelDefinition(config.model), make_mesh(devices=jax.devices()[:1])
+  optimizer = optimizer_for(config, definition) if kind else optax.sgd(0.1)
+  state = abstract_state(config, definition, optimizer, mesh)
+  with jax.set_mesh(mesh):
+    _, metrics = jax.eval_shape(make_train_step(config, definition, optimizer, mesh, state), state,
+                                jax.ShapeDtypeStruct((4, 17), jnp.int32))
+  assert {name.removeprefix("learning_rate/") for name in metrics if name.startswith("learning_rate/")} == groups
 
 
 def test_clip_basis():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from atma_jax.evaluation.records import Record
 from atma_jax.evaluation.suite import Suite
 
+_WIDTH = 100  # letters of a line
 
 def results_text(records: Sequence[Record], suites: dict[str, Suite], training_length: int, title: str = "") -> str:
   """The tables of one evaluation: all columns of all suites by length, then the tables of single suites.
@@ -28,17 +29,34 @@ def results_text(records: Sequence[Record], suites: dict[str, Suite], training_l
 
 
 def _table_by_length(records: Sequence[Record], columns: Sequence[str], training_length: int) -> str:
-  """One line per length and one column per measure; where a suite measures several settings, their mean."""
+  """One line per length and one column per measure; where a suite measures several settings, their mean.
+
+  Shares are in percent. Columns that do not fit into `_WIDTH` letters are a table of their own below.
+  """
   columns = [column for column in columns if any(r["measure"] == column for r in records)]
   values: dict[tuple[str, int], list[float | None]] = {}
   failed = {(r["measure"], r["length"]) for r in records if r.get("status", "ok") == "out_of_memory"}
   for record in records:
     values.setdefault((record["measure"], record["length"]), []).append(record["value"])
-  lines = ["  ".join(["  length", "     x", *(f"{c:>18}" for c in columns)])]
-  for length in sorted({length for measure, length in values if measure in columns}):
-    cells = [_mean_text(values.get((column, length), []), (column, length) in failed) for column in columns]
-    lines.append("  ".join([f"{length:>8}", f"{length / training_length:>6g}", *(f"{c:>18}" for c in cells)]))
-  return "\n".join(lines)
+  lengths = sorted({length for measure, length in values if measure in columns})
+  multiples = ["x", *(f"{length / training_length:g}" for length in lengths)]
+  stub = [f"{length:>8}  {multiple:>{max(6, *map(len, multiples))}}" for length, multiple in zip(["length", *lengths], multiples)]
+  tables, used = [stub], len(stub[0])
+  for column in columns:
+    cells = [column]
+    cells += [_mean_text(values.get((column, n), []), (column, n) in failed, share=_is_share(column)) for n in lengths]
+    width = max(map(len, cells))
+    if used + 2 + width > _WIDTH and tables[-1] is not stub:
+      tables.append(stub)
+      used = len(stub[0])
+    tables[-1] = [f"{line}  {cell:>{width}}" for line, cell in zip(tables[-1], cells)]
+    used += 2 + width
+  return "\n\n".join("\n".join(table) for table in tables)
+
+
+def _is_share(measure: str) -> bool:
+  """Whether a measure is a share of right answers, shown in percent as in the plots."""
+  return measure.endswith(("_exact", "_accuracy"))
 
 
 def shares_text(records: Sequence[Record], heading: str, label: Callable[[Record], str]) -> str:
@@ -92,13 +110,17 @@ def cap_sweep_text(results: Sequence[tuple[str, Sequence[Record]]], suites: dict
     if values:
       lines.append("  ".join([f"{measure:>18}", *(f"{f'cap {name}':>16}" for name, _ in results)]))
       for length in sorted({length for _, length in values}):
-        cells = [_mean_text(values.get((name, length), []), (name, length) in failed) for name, _ in results]
+        cells = [_mean_text(values.get((name, length), []), (name, length) in failed, share=_is_share(measure))
+                 for name, _ in results]
         lines.append("  ".join([f"{length:>18}", *(f"{c:>16}" for c in cells)]))
   return "\n".join(lines)
 
 
-def _mean_text(values: Sequence[float | None], out_of_memory: bool) -> str:
+def _mean_text(values: Sequence[float | None], out_of_memory: bool, *, share: bool) -> str:
   measured = [value for value in values if value is not None]
   if len(measured) < len(values):
     return "no memory" if out_of_memory else "not finite"
-  return f"{sum(measured) / len(measured):.4f}" if measured else ""
+  if not measured:
+    return ""
+  mean = sum(measured) / len(measured)
+  return f"{100 * mean:.1f} %" if share else f"{mean:.4f}"
