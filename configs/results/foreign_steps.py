@@ -55,8 +55,8 @@ def main() -> None:
 
   spans: dict[tuple[str, ...], dict[tuple[str, str], float]] = defaultdict(dict)
   for row in read("foreign_steps_spans.csv"):
-    run = row["attention"], row["foreign_keys"], row["seed"], row["multiple"]
-    spans[run][row["document"], row["start"]] = float(row["loss"])
+    key = row["attention"], row["foreign_keys"], row["seed"], row["multiple"]
+    spans[key][row["document"], row["start"]] = float(row["loss"])
   print("\n| attention | `train.foreign_keys` | seed | " + " | ".join(f"{a}x to {b}x" for a, b in STEPS) + " |\n"
         + "|---" * (3 + len(STEPS)) + "|")
   for run in RUNS:
