@@ -6,9 +6,13 @@ code's tensor names and configuration, and its logits in float64.
 
 from __future__ import annotations
 
+import functools
 import json
+import pathlib
 
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +31,11 @@ from atma_jax.pytorch import (
   to_state_dict,
   write_published,
 )
+from atma_jax.pytorch.archive import open_state_dict
+from atma_jax.pytorch.published_config import from_published
 from atma_jax.pytorch.published_limits import published_layers, uncarried_fields
 
+GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
 NAMES = ["raven_native", "atma_raven", "atma_raven_titans"]
 
 
@@ -97,7 +104,7 @@ def test_wrong_configurations(golden, tmp_path, fields, message):
 
 @pytest.mark.parametrize("name", ["raven_native", "atma_raven_titans"])
 def test_the_recipes_are_the_published_models(name):
-  model = load_recipe(f"configs/{name}.py").model
+  model = load_recipe(str(GOLDEN.parent.parent / "configs" / f"{name}.py")).model
   assert published_layers(model) == name and uncarried_fields(model) == []
   names = {tensor for tensors, _ in parameter_names(model).values() for tensor in tensors}
   assert {"blocks.2.attn.A_log", "blocks.2.attn.r_proj.weight", "blocks.14.attn.o_proj.weight"} <= names
@@ -106,7 +113,7 @@ def test_the_recipes_are_the_published_models(name):
 
 def test_raven_elsewhere_is_written_in_names_of_ours(tmp_path):
   """With attention in the same model, or with memory in every layer, the public code has no name for it; we read it back."""
-  tokenizer = read_published("tests/golden/checkpoint_raven_native")[2]
+  tokenizer = read_published(GOLDEN / "checkpoint_raven_native")[2]
   for pattern in (("raven",), ("global", "raven", "local")):
     model = ModelConfig(vocab_size=7, num_layers=3, width=16, num_heads=4, num_kv_heads=1, head_dim=4, mlp_width=64,
                         block_pattern=pattern, memory=MemoryConfig(enabled=True))
@@ -128,3 +135,29 @@ def _built(model: ModelConfig) -> tuple[Config, Atma]:
   graphdef, params = nnx.split(nnx.eval_shape(lambda: Atma(model, rngs=nnx.Rngs(0))), nnx.Param)
   rng = np.random.default_rng(0)
   return Config(model=model), nnx.merge(graphdef, jax.tree.map(lambda p: rng.normal(size=p.shape).astype(p.dtype), params))
+
+
+FIELDS = ["arch_type", "attn_type", "attn_window", "bias_rmm", "block_pattern", "conv_kernel_size", "decay_type", "dtype",
+          "hidden_size", "mem_beta_bias", "mem_gamma_bias", "num_heads", "num_hidden_layers", "num_kv_heads", "num_slots",
+          "raven_slots", "raven_top_k", "topk", "vocab_size"]
+ODD = st.sampled_from([None, True, -1, 0, 1, 3, 1e30, 2**31, 2**63, 1.5, float("nan"), "x", "", [], [1], ["local"], [["raven"]],
+                       {}, "float128", "absent"])
+
+
+@given(st.sampled_from(NAMES), st.dictionaries(st.sampled_from(FIELDS), ODD, min_size=1, max_size=3))
+@settings(max_examples=100, deadline=None)
+def test_configurations_of_other_types(name, fields):
+  """A configuration that is legal, or one line that names its source."""
+  published, tensors = opened(name)
+  try:
+    config = from_published({k: v for k, v in (published | fields).items() if v != "absent"}, tensors, "FILE")
+    Config(model=config).validate()
+  except UserError as error:
+    assert str(error).startswith("FILE") and len(str(error).splitlines()) == 1 and len(str(error)) < 1000
+
+
+@functools.cache
+def opened(name: str) -> tuple[dict, dict]:
+  """The fields and the tensors of a golden checkpoint."""
+  folder = GOLDEN / f"checkpoint_{name}"
+  return json.loads((folder / "config.json").read_text()), open_state_dict(folder / "weights.pt")
