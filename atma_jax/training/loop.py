@@ -28,6 +28,7 @@ from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.models.operations import peak_flops, training_flops_per_token
 from atma_jax.sharding import make_mesh
 from atma_jax.training.batches import GlobalBatches, check_divides
+from atma_jax.training.continued import check_start, with_initial_weights
 from atma_jax.training.interruption import Preemption
 from atma_jax.training.metrics import MetricWriter, log_progress
 from atma_jax.training.state import TrainState, abstract_state, create_state, optimizer_for
@@ -64,6 +65,7 @@ def train(config: Config, workdir: str, *, claimed: bool = False) -> str:
     raise UserError(f"config.mesh: {error}") from error
   check_divides(config, mesh)
   check_training_fits(config)
+  check_start(config, workdir)
   directory = data_directory(config, workdir)
   config.data.directory = str(directory)
   folder = make_workdir(workdir)
@@ -95,6 +97,8 @@ def _train(config: Config, mesh: jax.sharding.Mesh, folder: epath.Path, director
   restored = checkpointer.restore(config, target, check_state)
   if restored is None:
     state = create_state(config, definition, optimizer, mesh)
+    if config.train.init_from:
+      state = with_initial_weights(state, config, definition, data.tokenizer, mesh)
   else:
     state, data_state = restored
     data.set_state(data_state)

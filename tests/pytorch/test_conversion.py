@@ -371,6 +371,7 @@ def test_command(main, golden, tmp_path):
   for flags, message in (((f"--input={source}", f"--output={tmp_path / 'back'}", "--format=pytorch"), "something already"),
                          ((f"--input={tmp_path / 'empty'}", f"--output={tmp_path / 'x'}"), "holds no checkpoint step"),
                          ((f"--input={source}", f"--output={tmp_path / 'x'}", "--format=onnx"), "--format"),
+                         ((f"--input={source}", f"--output={tmp_path / 'x'}", "--lossy"), "--lossy: --format=atma carries"),
                          ((f"--input={source}", f"--output={tmp_path / 'x'}", "--tokenizer=none.json"), "--tokenizer=none.json")):
     result = convert(*flags)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
