@@ -226,6 +226,7 @@ class OptimizerConfig:
   adam_b1: float = option(0.8, "Decay of Adam's first moment.", FRACTION_BELOW_1)
   adam_b2: float = option(0.95, "Decay of Adam's second moment.", FRACTION_BELOW_1)
   adam_eps: float = option(1e-10, "Added to Adam's denominator.", within(0, 1, above_low=True))
+  learning_rate_scale: float = option(1.0, "Factor of every learning rate, for continued training.", RATE)
   warmup_steps: int = option(0, "Steps of linear warmup.", NOT_NEGATIVE)
   decay_fraction: float = option(0.7, "Last share of the steps, over which schedule linear falls to zero.", FRACTION)
   clip_norm: float | None = option(1.0, "Largest global norm of the gradient; None does not clip.",
@@ -253,6 +254,8 @@ class TrainConfig:
   steps: int = option(18_722, "Optimizer steps.", POSITIVE)
   seed: int = option(0, "Seed of the initial parameters and of the auxiliary objectives.",
                      within(0, (1 << 32) - 1, why=", because the generator has 32 bits"))
+  init_from: str = option("", "Checkpoint whose weights a new run starts from: a training workdir or a published folder; empty "
+                          "draws them.")
   accumulation: int = option(1, "Microbatches in a step.", POSITIVE)
   z_loss: float = option(0.0, "Weight of the squared log-partition function in the loss.", DECAY)
   auxiliary: AuxiliaryConfig = dataclasses.field(default_factory=AuxiliaryConfig)

@@ -1,9 +1,11 @@
 """Converts checkpoints between the published PyTorch format, safetensors for transformers, and this package's own format.
 
     python -m atma_jax.convert --input=PUBLISHED --output=WORKDIR [--tokenizer=tokenizer.json]
-    python -m atma_jax.convert --input=WORKDIR --output=DIR --format=pytorch|safetensors [--step=N]
+    python -m atma_jax.convert --input=WORKDIR --output=DIR --format=pytorch|safetensors [--step=N] [--lossy]
 
-The format of the input is recognised by its files. Weights are copied bit for bit. PyTorch is not needed.
+The format of the input is recognised by its files. Weights are copied bit for bit. PyTorch is not needed. What the
+public code would compute otherwise is named and refused; `--lossy` writes it in fields and tensor names that only this package
+reads.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ _FORMAT = flags.DEFINE_enum("format", None, ("atma", *FORMATS),
 _TOKENIZER = flags.DEFINE_string("tokenizer", None,
                                 "Tokenizer of a published input: tokenizer.json or SentencePiece .model. Default: its own.")
 _EMA = flags.DEFINE_boolean("ema", False, "Convert the exponential moving average of the weights (config.train.ema_decay).")
+_LOSSY = flags.DEFINE_boolean("lossy", False, "Write a published format even where the public code would compute otherwise, such "
+                              "as for null_length, max_half_life or foreign kinds of block.")
 _STEP = flags.DEFINE_integer("step", None, "Step of a training workdir to convert. Default: the newest good one.")
 
 
@@ -36,6 +40,9 @@ def main() -> None:
     raise UserError(f"--{'output' if source else 'input'}=DIR is required")
   if not pathlib.Path(source).is_dir():
     raise UserError(f"--input={source}: no such directory")
+  kind = _FORMAT.value or ("atma" if is_published(source) else "pytorch")
+  if kind == "atma" and _LOSSY.value:
+    raise UserError("--lossy: --format=atma carries everything; leave it out")
   started = time.perf_counter()
   if is_published(source):
     if _STEP.value or _EMA.value:
@@ -45,11 +52,10 @@ def main() -> None:
     if _TOKENIZER.value is not None:
       raise UserError("--tokenizer: a training workdir holds the tokenizer it was trained with; leave it out")
     config, model, tokenizer, step = load_model(source, _STEP.value, ema=_EMA.value)
-  kind = _FORMAT.value or ("atma" if is_published(source) else "pytorch")
   if kind == "atma":
     save_model(target, config, model, tokenizer, step)
   else:
-    write_published(target, kind, config, model, tokenizer, step)
+    write_published(target, kind, config, model, tokenizer, step, _LOSSY.value)
   logging.info("%s: written as %s in %.1f s", target, kind, time.perf_counter() - started)
 
 

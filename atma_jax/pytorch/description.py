@@ -12,7 +12,7 @@ import numpy as np
 from atma_jax.config import Config
 from atma_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from atma_jax.models import Atma
-from atma_jax.pytorch.published_tensors import to_state_dict
+from atma_jax.pytorch.published_tensors import ROTARY_BUFFER, to_state_dict
 
 _CONFIGURATION = '''"""Configuration of an Atma model, for AutoConfig.from_pretrained(..., trust_remote_code=True)."""
 
@@ -85,10 +85,13 @@ def describe(folder: pathlib.Path, config: Config, model: Atma, tokenizer: Token
 def _card(config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> str:
   """Returns the text of the model card."""
   m = config.model
-  core = {"polar": "polar attention", "nope": "softmax attention without positions", "rope": "softmax attention with rotary "
-          "positions"}[m.attention]
-  kind = core + (" and gated-delta memory" if m.memory.enabled else "")
-  specs, _ = to_state_dict(model)
+  cores = {"polar": "polar attention", "nope": "softmax attention without positions", "rope": "softmax attention with rotary "
+           "positions"}
+  kinds = {kind: cores[m.attention] if kind == "global" else "routed slot memory (Raven)" if kind == "raven" else kind
+           for kind in m.layer_kinds if kind != "local"}
+  kind = ", ".join(kinds.values()) or "short convolutions"
+  kind += " and gated-delta memory" if m.memory.enabled and kinds else ""
+  specs = [spec for spec in to_state_dict(model)[0] if not spec[0].endswith(ROTARY_BUFFER)]
   parameters = sum(math.prod(shape) for _, shape, _ in specs)
   rows = {"layers": m.num_layers, "width": m.width, "heads (keys and values)": f"{m.num_heads} ({m.num_kv_heads})",
           "head size": m.head_dim, "vocabulary": m.vocab_size, "tokenizer": tokenizer.kind,

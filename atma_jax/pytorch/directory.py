@@ -10,6 +10,8 @@ import os
 import pathlib
 import shutil
 
+from absl import logging
+
 from atma_jax.config import Config, DataConfig
 from atma_jax.data.tokenizers import HuggingFaceTokenizer, NamedTokenizer, Tokenizer, load_tokenizer
 from atma_jax.errors import UserError
@@ -17,6 +19,8 @@ from atma_jax.models import Atma
 from atma_jax.pytorch.archive import Tensors, open_safetensors, open_state_dict, read_json, write_safetensors, write_state_dict
 from atma_jax.pytorch.description import describe
 from atma_jax.pytorch.published_config import from_published, model_config, read_config, to_published
+from atma_jax.pytorch.published_limits import uncarried
+from atma_jax.pytorch.published_raven import is_raven
 from atma_jax.pytorch.published_tensors import from_state_dict, to_state_dict
 
 FORMATS = {"pytorch": "weights.pt", "safetensors": "model.safetensors"}  # the file that holds the weights
@@ -68,18 +72,19 @@ def read_published(directory: str | os.PathLike, tokenizer: str | None = None) -
   fields = read_config(folder / "config.json")
   model = from_published(fields, tensors, folder / "config.json")
   text = _read_tokenizer(folder) if tokenizer is None else load_tokenizer(tokenizer)
-  length = fields.get("max_position_embeddings")
+  field = "seq_len" if is_raven(fields) else "max_position_embeddings"
+  length = fields.get(field)
   data = DataConfig() if length is None else DataConfig(sequence_length=length)
   config = Config(name=folder.absolute().name, model=model, data=data)
   try:
     config.validate()
   except UserError as error:
-    raise UserError(f"{folder / 'config.json'}: max_position_embeddings: {error}") from error
+    raise UserError(f"{folder / 'config.json'}: {field}: {error}") from error
   return config, from_state_dict(tensors, model, str(directory)), text
 
 
 def write_published(directory: str | os.PathLike, kind: str, config: Config, model: Atma, tokenizer: Tokenizer,
-                    step: int) -> None:
+                    step: int, lossy: bool = False) -> None:
   """Writes a checkpoint directory, which appears as a whole or not at all.
 
   Args:
@@ -90,10 +95,17 @@ def write_published(directory: str | os.PathLike, kind: str, config: Config, mod
     model: its weights.
     tokenizer: of the model.
     step: the training step of the weights, for the model card.
+    lossy: write a model that the public code would not compute, or not load, too: in fields and names that only this package
+      reads, with a warning for each.
 
   Raises:
-    UserError: the directory is not empty, or cannot be written.
+    UserError: the directory is not empty, or cannot be written; or, without `lossy`, the public code would not compute the model.
   """
+  losses = uncarried(model)
+  if losses and not lossy:
+    raise UserError(f"--lossy is needed, because the public code would compute otherwise: {', '.join(losses)}")
+  for loss in losses:
+    logging.warning("--lossy: the public code would compute otherwise: %s", loss)
   target = pathlib.Path(directory).absolute()
   partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
   if target.exists() and (not target.is_dir() or any(target.iterdir())):

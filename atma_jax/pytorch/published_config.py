@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pathlib
 import re
@@ -11,18 +12,22 @@ from absl import logging
 import jax.numpy as jnp
 import numpy as np
 
-from atma_jax.config import Config, MemoryConfig, ModelConfig
+from atma_jax.config import Config, MemoryConfig, ModelConfig, shown
 from atma_jax.errors import UserError
 from atma_jax.pytorch.archive import Tensors, read_json, required
+from atma_jax.pytorch.published_limits import published_layers, uncarried_fields
+from atma_jax.pytorch.published_raven import PATTERNS, from_raven, is_raven, to_raven
+from atma_jax.pytorch.published_tensors import ROTARY_BUFFER
 
 # Published fields that choose how the public code computes, with its defaults. They are written, and never read.
 _RUNTIME_FIELDS = {"num_random_keys": 0, "attn_online": False, "attn_k_block": 512, "attn_kernel": "triton", "mem_chunk": 128,
                    "mem_kernel": "auto"}
 # Names of ours for fields of `ModelConfig` that the published format lacks, because the public code has one value for them. They
-# are written only if a model has another value.
-_EXTENSIONS = {"block_pattern": "block_pattern", "logit_cap": "logit_cap", "mem_max_half_life": "memory.max_half_life",
-               "mem_reset": "memory_reset", "mem_off": "memory_off", "attn_null_length": "null_length",
-               "attn_count_length": "count_length", "attn_direction_scale": "direction_scale"}
+# are written only if a model has another value. The public code ignores them all (`atma_jax.pytorch.published_limits`).
+_EXTENSIONS = {"block_pattern": "block_pattern", "raven_slots": "raven.slots", "raven_top_k": "raven.top_k",
+               "logit_cap": "logit_cap", "mem_max_half_life": "memory.max_half_life", "mem_reset": "memory_reset",
+               "mem_off": "memory_off", "attn_null_length": "null_length", "attn_count_length": "count_length",
+               "attn_direction_scale": "direction_scale"}
 
 
 def model_config(path: pathlib.Path, tensors: Tensors) -> ModelConfig:
@@ -44,25 +49,13 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
 
 def from_published(published: dict[str, Any], tensors: Tensors, source: pathlib.Path | str) -> ModelConfig:
   """Translates published fields, as `model_config` does; errors name their `source`."""
-  if published.get("wall_gate_bias") is not None:
-    raise UserError(f"{source}: wall_gate_bias={published['wall_gate_bias']!r} is not supported; legal: null")
   try:
-    config = ModelConfig(
-      vocab_size=published["vocab_size"],
-      num_layers=published["num_hidden_layers"],
-      width=published["hidden_size"],
-      head_dim=published["head_dim"],
-      attention=published["attn_type"],
-      window=published["attn_window"],
-      memory=MemoryConfig(enabled=published["mem_enabled"], gamma_bias=published["mem_gamma_bias"],
-                          beta_bias=published["mem_beta_bias"]),
-      conv_taps=published["conv_kernel_size"],
-      canon_taps=published["attn_kernel_size"],
-      norm_eps=published["rms_norm_eps"],
-      activation_dtype=published["dtype"],
-    )
+    config = from_raven(published, source) if is_raven(published) else _from_atma(published, source)
   except KeyError as error:
     raise UserError(f"{source}: not a published configuration: field {error} is missing") from error
+  if "dtype" in published:
+    dtype = published["dtype"]
+    config.activation_dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
   for name, path in _EXTENSIONS.items():
     if name in published:
       owner, leaf = _owner(config, path)
@@ -73,8 +66,10 @@ def from_published(published: dict[str, Any], tensors: Tensors, source: pathlib.
   except UserError as error:
     raise UserError(f"{source}: {error}") from error
   _check_depth(config, tensors, source)
-  first_global = next((i for i in range(config.num_layers) if _kind(config, i) == "global"), None)
-  if first_global is not None:
+  first_global = next((i for i, kind in enumerate(config.layer_kinds) if kind == "global"), None)
+  if "block_pattern" in published and "num_heads" in published and "num_kv_heads" in published:
+    config.num_heads, config.num_kv_heads = published["num_heads"], published["num_kv_heads"]
+  elif first_global is not None:
     config.num_heads = _matrix_shape(tensors, f"blocks.{first_global}.attn.proj.weight", source)[1] // config.head_dim
     config.num_kv_heads = _matrix_shape(tensors, f"blocks.{first_global}.attn.k.weight", source)[0] // config.head_dim
   config.mlp_width = _matrix_shape(tensors, "blocks.0.mlp.proj.weight", source)[1]
@@ -87,9 +82,50 @@ def from_published(published: dict[str, Any], tensors: Tensors, source: pathlib.
 
 
 def to_published(config: Config) -> dict[str, Any]:
-  """Returns the published fields of a configuration, and logs a warning for each field that only this package knows."""
+  """Returns the published fields of a configuration, and fields of ours for what only this package knows.
+
+  What the public code would not compute is in the latter: see `atma_jax.pytorch.published_limits.uncarried`.
+  """
+  model, layers = config.model, published_layers(config.model)
+  plain = ModelConfig()
+  if layers in PATTERNS and not uncarried_fields(model):
+    published = to_raven(config, layers)
+    plain.block_pattern, plain.raven = PATTERNS[layers], model.raven
+  else:
+    published = _to_atma(config)
+    if layers != "atma":
+      published |= {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}
+  for name, path in _EXTENSIONS.items():
+    (owner, leaf), (plain_owner, _) = _owner(model, path), _owner(plain, path)
+    if getattr(owner, leaf) != getattr(plain_owner, leaf):
+      published[name] = getattr(owner, leaf)
+  return published
+
+
+def _from_atma(published: dict[str, Any], source: pathlib.Path | str) -> ModelConfig:
+  """Translates the published fields of a model with attention; raises KeyError for a field that is missing."""
+  for field, legal in (("wall_gate_bias", None), ("polar_variant", "full")):
+    if published.get(field, legal) != legal:
+      raise UserError(f"{source}: {field}={shown(published[field])} is not supported; legal: {json.dumps(legal)}")
+  return ModelConfig(
+    vocab_size=published["vocab_size"],
+    num_layers=published["num_hidden_layers"],
+    width=published["hidden_size"],
+    head_dim=published["head_dim"],
+    attention=published["attn_type"],
+    window=published["attn_window"],
+    memory=MemoryConfig(enabled=published["mem_enabled"], gamma_bias=published["mem_gamma_bias"],
+                        beta_bias=published["mem_beta_bias"]),
+    conv_taps=published["conv_kernel_size"],
+    canon_taps=published["attn_kernel_size"],
+    norm_eps=published["rms_norm_eps"],
+  )
+
+
+def _to_atma(config: Config) -> dict[str, Any]:
+  """Inverts `_from_atma`, with the fields that choose how the public code computes."""
   model = config.model
-  published = {
+  return {
     "vocab_size": model.vocab_size,
     "num_hidden_layers": model.num_layers,
     "hidden_size": model.width,
@@ -110,13 +146,6 @@ def to_published(config: Config) -> dict[str, Any]:
     "mem_beta_bias": model.memory.beta_bias,
     "mem_kernel": _RUNTIME_FIELDS["mem_kernel"],
   }
-  for name, path in _EXTENSIONS.items():
-    (owner, leaf), (default_owner, _) = _owner(model, path), _owner(ModelConfig(), path)
-    if getattr(owner, leaf) != getattr(default_owner, leaf):
-      published[name] = getattr(owner, leaf)
-      logging.warning("the published format has no field for config.model.%s=%r: it is written as %r, which the public code "
-                      "ignores", path, published[name], name)
-  return published
 
 
 def _owner(config: ModelConfig, path: str) -> tuple[Any, str]:
@@ -128,11 +157,6 @@ def _owner(config: ModelConfig, path: str) -> tuple[Any, str]:
   return owner, leaf
 
 
-def _kind(config: ModelConfig, layer: int) -> str:
-  """Returns the kind of a layer's mixer."""
-  return config.block_pattern[layer % len(config.block_pattern)]
-
-
 def _check_depth(config: ModelConfig, tensors: Tensors, source: pathlib.Path | str) -> None:
   """Raises `UserError` for the first missing block, before anything is built for as many layers as the file claims."""
   present = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
@@ -142,8 +166,9 @@ def _check_depth(config: ModelConfig, tensors: Tensors, source: pathlib.Path | s
 
 
 def _param_dtype(tensors: Tensors, source: pathlib.Path | str) -> str:
-  """Returns the narrowest dtype that holds every tensor; float64, in which no model here trains, is rounded to float32."""
-  dtype = np.dtype(jnp.result_type(*{np.dtype(tensor.dtype) for tensor in tensors.values()}))
+  """Returns the narrowest dtype that holds every parameter; float64, in which no model here trains, is rounded to float32."""
+  dtype = np.dtype(jnp.result_type(*{np.dtype(tensor.dtype) for name, tensor in tensors.items()
+                                     if not name.endswith(ROTARY_BUFFER)}))
   if dtype == np.float64:
     logging.warning("%s: float64 tensors are rounded to float32", source)
     return "float32"

@@ -30,6 +30,7 @@ from atma_jax.sharding import make_mesh
 from atma_jax.training.batches import GlobalBatches, check_divides
 from atma_jax.training.boards import WeightsAndBiases, check_project
 from atma_jax.training.goodput import Goodput
+from atma_jax.training.continued import check_start, with_initial_weights
 from atma_jax.training.interruption import Preemption
 from atma_jax.training.metrics import MetricWriter, log_progress
 from atma_jax.training.state import TrainState, abstract_state, create_state, optimizer_for
@@ -73,6 +74,7 @@ def train(config: Config, workdir: str, *, claimed: bool = False, wandb: str | N
   directory = data_directory(config, workdir)
   config.data.directory = str(directory)
   check_training_fits(config)
+  check_start(config, workdir)
   folder = make_workdir(workdir)
   claim, refusal = (None, None) if claimed else claim_workdir(folder, workdir)
   release = claim.release if claim is not None else lambda: None
@@ -102,6 +104,8 @@ def _train(config: Config, mesh: jax.sharding.Mesh, folder: epath.Path, director
   restored = checkpointer.restore(config, target, check_state)
   if restored is None:
     state = create_state(config, definition, optimizer, mesh)
+    if config.train.init_from:
+      state = with_initial_weights(state, config, definition, data.tokenizer, mesh)
   else:
     state, data_state = restored
     data.set_state(data_state)

@@ -204,7 +204,8 @@ def clipping(config: OptimizerConfig, tokens_per_step: int) -> list[optax.Gradie
 
 
 def _base_rates(config: OptimizerConfig) -> dict[str, float]:
+  rates = {"muon": config.muon_learning_rate, "embedding": config.embedding_learning_rate,
+           "head": config.head_learning_rate, "vector": config.vector_learning_rate}
   if config.kind == "adamw":
-    return {"adamw": config.adamw_learning_rate}
-  return {"muon": config.muon_learning_rate, "embedding": config.embedding_learning_rate,
-          "head": config.head_learning_rate, "vector": config.vector_learning_rate}
+    rates = {"adamw": config.adamw_learning_rate}
+  return {group: rate * config.learning_rate_scale for group, rate in rates.items()}

@@ -15,6 +15,7 @@ import zipfile
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig
 from atma_jax.data.tokenizers import ByteTokenizer, NamedTokenizer, tokenizer_from_dict
 from atma_jax.errors import UserError
 from atma_jax.models import Atma
+from atma_jax.ops import rotary_embedding
 from atma_jax.pytorch import (
   FORMATS,
   from_state_dict,
@@ -38,8 +40,10 @@ from atma_jax.pytorch import (
   write_published,
 )
 from atma_jax.pytorch.archive import write_safetensors, write_state_dict
+from atma_jax.pytorch.published_tensors import angular_frequencies
 
-GOLDEN = ["polar_mem1_win0", "polar_mem0_win0", "nope_mem1_win0", "rope_mem1_win0"]
+GOLDEN = ["polar_mem1_win0", "polar_mem0_win0", "nope_mem1_win0", "rope_mem1_win0", "rope_mem1_win0_as_published"]
+ROTARY = "blocks.2.attn.rotary.angular_freq"
 
 
 def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -56,7 +60,8 @@ def test_published_to_published(golden, tmp_path, name, kind):
   write_published(target, kind, config, model, tokenizer, 0)
   read = {"pytorch": read_state_dict, "safetensors": safetensors.numpy.load_file}[kind]
   again = read(target / FORMATS[kind])
-  same_bits(read_state_dict(source / "weights.pt"), again)
+  as_published = golden.folder / ("checkpoint_rope_mem1_win0_as_published" if name.startswith("rope") else source.name)
+  same_bits(read_state_dict(as_published / "weights.pt"), again)
   published, written = (json.loads((folder / "config.json").read_text()) for folder in (source, target))
   assert published.items() <= written.items() and (kind == "safetensors" or published == written)
   assert (source / "tokenizer.json").read_bytes() == (target / "tokenizer.json").read_bytes()
@@ -101,7 +106,7 @@ def test_every_kind_of_model(tmp_path, attention, memory, window, layers, dtype)
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(p.dtype), params)
   for kind in ("pytorch", "safetensors"):
-    write_published(tmp_path / kind, kind, config, nnx.merge(graphdef, params), ByteTokenizer(), 5)
+    write_published(tmp_path / kind, kind, config, nnx.merge(graphdef, params), ByteTokenizer(), 5, lossy=True)
     again, loaded, tokenizer = read_published(tmp_path / kind)
     assert again.model == model and again.data.sequence_length == 32 and isinstance(tokenizer, ByteTokenizer)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(nnx.state(loaded, nnx.Param)), strict=True):
@@ -242,7 +247,9 @@ def copy(golden, tmp_path, **fields) -> pathlib.Path:
   ({"mem_enabled": False}, r"unexpected tensor 'blocks\.2\.attn\.mem"),
   ({"attn_window": 0}, "config.model.window=0"),
   ({"head_dim": 0}, "config.model.head_dim=0"),
-  ({"wall_gate_bias": 1.0}, "wall_gate_bias=1.0 is not supported"),
+  ({"wall_gate_bias": 1.0}, "wall_gate_bias=1.0 is not supported; legal: null"),
+  ({"polar_variant": "fixed_null"}, "polar_variant='fixed_null' is not supported; legal: \"full\""),
+  ({"arch_type": "mamba3_native"}, "arch_type='mamba3_native': must be one of raven_native, atma_raven, atma_raven_titans"),
   ({"max_position_embeddings": -1}, "max_position_embeddings"),
 ])
 def test_wrong_configurations(golden, tmp_path, fields, message):
@@ -288,13 +295,68 @@ def test_named_tokenizer():
 
 
 def test_state_dict_round_trip_names_what_is_wrong(golden):
-  folder = golden.folder / "checkpoint_rope_mem1_win0"
+  folder = golden.folder / "checkpoint_rope_mem1_win0_as_published"
   tensors = read_state_dict(folder / "weights.pt")
   config = model_config(folder / "config.json", tensors)
   shapes, arrays = to_state_dict(from_state_dict(tensors, config))
   same_bits(tensors, {name: array for (name, _, _), array in zip(shapes, arrays, strict=True)})
   with pytest.raises(UserError, match=r"'blocks\.1\.attn\.conv\.weight' gives shape \(64, 2, 3\), .* wants \(64, 1, 3\)"):
     from_state_dict(tensors | {"blocks.1.attn.conv.weight": np.zeros((64, 2, 3))}, dataclasses.replace(config))
+
+
+@pytest.fixture(scope="module")
+def rope(golden):
+  """Tensors and configuration of the golden checkpoint with rope as the published code writes it."""
+  folder = golden.folder / "checkpoint_rope_mem1_win0_as_published"
+  tensors = read_state_dict(folder / "weights.pt")
+  return tensors, model_config(folder / "config.json", tensors), folder / "config.json"
+
+
+def test_angular_frequencies_may_be_absent_or_of_another_dtype(rope):
+  tensors, config, path = rope
+  narrow = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+  assert model_config(path, narrow | {ROTARY: tensors[ROTARY]}).param_dtype == "bfloat16"
+  stored = [from_state_dict(tensors | {ROTARY: tensors[ROTARY].astype(ml_dtypes.bfloat16)}, config),
+            from_state_dict({name: tensor for name, tensor in tensors.items() if name != ROTARY}, config)]
+  for a, b in zip(*(jax.tree.leaves(nnx.state(model, nnx.Param)) for model in stored), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+  (ROTARY, lambda x: x[::-1], r"holds other values than \(1/1024\)\^linspace\(0, 1, 4\) and 4 zeros"),
+  (ROTARY, lambda x: x * np.float32([1, 1, 1.00001, 1, 1, 1, 1, 1]), "holds other values"),
+  (ROTARY, lambda x: (x * 1.02).astype(ml_dtypes.bfloat16), "holds other values"),
+  (ROTARY, lambda x: x * np.nan, "holds other values"),
+  (ROTARY, lambda x: x[:4], r"gives shape \(4,\), the configuration wants \(8,\)"),
+  ("blocks.1.attn.rotary.angular_freq", lambda x: x, "unexpected"),
+  ("blocks.2.attn.rotary.base", lambda x: x, "unexpected")])
+def test_other_angular_frequencies(rope, name, change, message):
+  tensors, config, _ = rope
+  with pytest.raises(UserError, match=message) as caught:
+    from_state_dict(tensors | {name: change(tensors[ROTARY])}, config)
+  assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 16, 128])
+def test_angular_frequencies_are_those_of_the_op(rope, head_dim):
+  frequencies = angular_frequencies(head_dim)
+  if head_dim == 16:
+    np.testing.assert_array_equal(frequencies, rope[0][ROTARY])
+  assert frequencies.shape == (head_dim // 2,) and frequencies.dtype == np.float32
+  turned = rotary_embedding(jnp.ones((1, 2, 1, head_dim)), jnp.arange(2))[0, 1, 0]  # cos + sin and cos - sin of the angles
+  expected = np.concatenate([np.cos(frequencies) + np.sin(frequencies), np.cos(frequencies) - np.sin(frequencies)])
+  np.testing.assert_allclose(turned, expected, atol=2e-6)
+
+
+def test_the_embedding_keeps_its_dtype(golden):
+  """The published code keeps the embedding in bfloat16 beside float32 weights."""
+  folder = golden.folder / "checkpoint_polar_mem0_win0"
+  tensors = read_state_dict(folder / "weights.pt")
+  tensors["embed.weight"] = tensors["embed.weight"].astype(ml_dtypes.bfloat16)
+  config = model_config(folder / "config.json", tensors)
+  assert config.param_dtype == "float32"
+  shapes, arrays = to_state_dict(from_state_dict(tensors, config))
+  same_bits(tensors, {name: array for (name, _, _), array in zip(shapes, arrays, strict=True)})
 
 
 def test_command(main, golden, tmp_path):
@@ -309,6 +371,7 @@ def test_command(main, golden, tmp_path):
   for flags, message in (((f"--input={source}", f"--output={tmp_path / 'back'}", "--format=pytorch"), "something already"),
                          ((f"--input={tmp_path / 'empty'}", f"--output={tmp_path / 'x'}"), "holds no checkpoint step"),
                          ((f"--input={source}", f"--output={tmp_path / 'x'}", "--format=onnx"), "--format"),
+                         ((f"--input={source}", f"--output={tmp_path / 'x'}", "--lossy"), "--lossy: --format=atma carries"),
                          ((f"--input={source}", f"--output={tmp_path / 'x'}", "--tokenizer=none.json"), "--tokenizer=none.json")):
     result = convert(*flags)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
