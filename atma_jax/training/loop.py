@@ -29,8 +29,8 @@ from atma_jax.models.operations import peak_flops, training_flops_per_token
 from atma_jax.sharding import make_mesh
 from atma_jax.training.batches import GlobalBatches, check_divides
 from atma_jax.training.boards import WeightsAndBiases, check_project
-from atma_jax.training.goodput import Goodput
 from atma_jax.training.continued import check_start, with_initial_weights
+from atma_jax.training.goodput import Goodput
 from atma_jax.training.interruption import Preemption
 from atma_jax.training.metrics import MetricWriter, log_progress
 from atma_jax.training.state import TrainState, abstract_state, create_state, optimizer_for
