@@ -71,7 +71,7 @@ def main() -> int | None:
   if outcome not in cli.ENDED and (_REPORT.value or any(cell.done for cell in sweep.find(directory))):
     from atma_jax.ablation import summary  # imports SciPy and matplotlib, for which a mistyped flag should not wait
     summary.write_summary(directory, sweep.find(directory))
-  return cli.ENDED.get(outcome, sweep.failure_exit_code(folders) if outcome == FAILED else 0)
+  return cli.ENDED.get(outcome or "", sweep.failure_exit_code(folders) if outcome == FAILED else 0)
 
 
 if __name__ == "__main__":
