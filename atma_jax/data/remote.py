@@ -272,8 +272,8 @@ def _http_options(path: str) -> dict[str, Any]:
   import aiohttp
   headers = {"Accept-Encoding": "identity"}  # parts of a compressed answer would be of no use
   if path.startswith(hub_address() + "/"):
-    import huggingface_hub
-    headers |= huggingface_hub.utils.build_hf_headers()  # the token, if there is one; a redirect elsewhere goes without
+    from huggingface_hub.utils import build_hf_headers
+    headers |= build_hf_headers()  # the token, if there is one; a redirect elsewhere goes without
   return {"headers": headers, "client_kwargs": {
     "trust_env": True, "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)}}
 
