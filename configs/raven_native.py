@@ -4,9 +4,9 @@
 
 Routed slot memory (goombalab/raven): 256 slots of which a token writes 32, no convolution; AdamW at 3e-4 with a cosine to a
 tenth. The published runs add Gumbel noise to the router, which is left out here. Data: 1,900 steps of 524,288 tokens, the
-published run of 1B tokens (--config.data.max_mib=5000 prepares no more). Hardware: that of configs/atma_378m.py; the backward pass recomputes blocks, and a microbatch of
-65,536 tokens takes 16 GiB (the compiler's plan for an H200). Expected (the published run): validation loss 3.88 nats, needle at
-chance.
+published run of 1B tokens (--config.data.max_mib=5000 prepares no more). Hardware: that of configs/atma_378m.py; the backward
+pass recomputes blocks, and a microbatch of 65,536 tokens takes 16 GiB (the compiler's plan for an H200). Expected (the published
+run): validation loss 3.88 nats, needle at chance.
 """
 
 from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, TrainConfig
