@@ -10,6 +10,7 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import io
+import logging as std_logging
 import os
 import pathlib
 import re
@@ -92,7 +93,8 @@ def find_files(pattern: str, what: str) -> list[RemoteEntry]:
     return {path: info for path, info in (found | below).items() if info["type"] == "file"}
 
   try:
-    found = retried(find, what, attempts=FIRST_ATTEMPTS)
+    # The clients of gs:// and s3:// try again themselves.
+    found = retried(find, what, attempts=FIRST_ATTEMPTS if pattern.startswith("http") else 1)
   except FileNotFoundError:
     found = {}
   entries = [RemoteEntry(str(system.unstrip_protocol(path)), info.get("size")) for path, info in found.items()]
@@ -162,17 +164,23 @@ def retried(call: Callable[[], _T], what: str, *, attempts: int | None = None) -
   for attempt in range(1, attempts + 1):
     try:
       return call()
-    except (UserError, RunError, FileNotFoundError):
+    except (UserError, RunError):
       raise
     except Exception as error:  # every client has its own
-      status, reason = _status(error), " ".join(f"{type(error).__name__}: {error}".split())[:300]
+      cause = error
+      if isinstance(error, FileNotFoundError):  # fsspec says so of anything that goes wrong on http
+        cause = error.__cause__
+        if not isinstance(cause, Exception) or (not _is_temporary(cause, _status(cause)) and _status(cause) in (None, 404)):
+          raise
+      status, reason = _status(cause), " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
       if status == 404:
         raise FileNotFoundError(reason) from error
-      if not _is_temporary(error, status):
+      if not _is_temporary(cause, status):
         raise UserError(f"{what} cannot be read: {reason}") from error
       if attempt == attempts:
-        raise RunError(f"{what} cannot be read, tried {attempts} times: {reason}") from error
-      wait = min(max(pause, _asked_to_wait(error)), LONGEST_WAIT)
+        tried = f", tried {attempts} times" if attempts > 1 else ""
+        raise RunError(f"{what} cannot be read{tried}: {reason}") from error
+      wait = min(max(pause, _asked_to_wait(cause)), LONGEST_WAIT)
       logging.warning("%s: %s; trying again in %.3g s (%d of %d)", what, reason, wait, attempt + 1, attempts)
       time.sleep(wait)
       pause = min(2 * pause, LONGEST_PAUSE)
@@ -261,6 +269,7 @@ def _file_system(path: str, what: str) -> Any:
   """The client for an address. Raises `UserError` if the extra that brings it is not installed."""
   scheme = path.partition("://")[0]
   extra = EXTRAS.get(scheme)
+  std_logging.getLogger("gcsfs").setLevel(std_logging.CRITICAL)  # it prints a traceback before the error that is reported here
   try:
     options = _http_options(path) if scheme in ("http", "https") else {}
     return fsspec.filesystem(scheme, use_listings_cache=False, **options)  # what is listed may change while a run waits

@@ -23,7 +23,7 @@ import sentencepiece
 import tokenizers
 
 from atma_jax.config import ModelConfig, shown
-from atma_jax.data.remote import FIRST_ATTEMPTS, hub_address, retried
+from atma_jax.data.remote import hub_address, retried
 from atma_jax.errors import UserError
 from atma_jax.json_input import MalformedJSON, parse_json, read_bytes
 
@@ -286,7 +286,7 @@ def _from_hub(spec: str) -> pathlib.Path:
   what = f"config.data.tokenizer={spec!r}: no such file here; on the hub it"
   for file in _HUB_FILES:
     try:
-      return pathlib.Path(retried(functools.partial(fetch, file), what, attempts=FIRST_ATTEMPTS))
+      return pathlib.Path(retried(functools.partial(fetch, file), what, attempts=1))  # the hub's client tries again itself
     except FileNotFoundError:
       continue
   raise UserError(f"config.data.tokenizer={spec!r}: no such file here, and {hub_address()} has no model of that name with "

@@ -179,6 +179,12 @@ def test_files_behind_addresses(hub, tmp_path, ranges):
   assert texts_of(f"text:{hub.address}/files/list/*.txt") == ["a", "b"]
   with pytest.raises(UserError, match="matches no file"):
     texts_of(f"text:{hub.address}/files/none.txt")
+  with pytest.raises(RunError, match="cannot be read, tried 4 times: ClientConnectorError"):
+    texts_of("text:http://127.0.0.1:9/x.txt")
+  hub.faults = {"x.txt": [403] * 4}
+  with pytest.raises(UserError, match="cannot be read: ClientResponseError: 403"):
+    texts_of(f"text:{hub.address}/files/x.txt")
+  hub.faults = {}
   write_shard(tmp_path / "x.bin", np.tile(np.arange(1, 250), 20), np.dtype("<u2"))
   hub.files["x.bin"] = (tmp_path / "x.bin").read_bytes()
   config = config_of(f"bin:{hub.address}/files/x.bin", heldout_documents=0, validation_documents=0)
@@ -253,7 +259,7 @@ def test_a_tokenizer_of_the_hub(hub, tmp_path, monkeypatch):
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
   manifest = prepare(config, tmp_path / "data", workers=1, progress=False)
   assert manifest.tokenizer["fingerprint"] == tokenizer.fingerprint
-  with pytest.raises(RunError, match=r"config\.data\.tokenizer='gpt2': no such file here; on the hub it cannot be read, tried 4"):
+  with pytest.raises(RunError, match=r"config\.data\.tokenizer='gpt2': no such file here; on the hub it cannot be read: Conn"):
     load_tokenizer("gpt2")
 
 
