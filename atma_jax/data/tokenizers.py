@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import functools
 import hashlib
 import io
+import os
 import pathlib
 import re
 from typing import Any, ClassVar, TypeVar
@@ -245,7 +246,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
   """
   if spec == ByteTokenizer.kind:
     return ByteTokenizer()
-  path = _from_hub(spec) if is_hub_name(spec) else pathlib.Path(spec).expanduser()
+  path = _from_hub(spec) if is_hub_name(spec) else pathlib.Path(os.path.expanduser(spec))
   try:
     content = read_bytes(path, most_bytes=_MOST_BYTES)
   except (OSError, ValueError) as error:
