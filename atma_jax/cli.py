@@ -141,7 +141,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 def _is_library_chatter(record: std_logging.LogRecord) -> bool:
   """Whether a library logs its own workings: below a warning, or as the warning of a checkpoint that is only read."""
-  if not any(part in record.pathname for part in ("/orbax/", "/grain/", "/jax/")):
+  if not any(part in record.pathname for part in ("/orbax/", "/grain/", "/jax/", "/httpx")):
     return False
   return record.levelno < std_logging.WARNING or re.search("read.only=", record.getMessage()) is not None
 

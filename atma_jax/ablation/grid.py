@@ -16,7 +16,7 @@ from typing import Any
 
 from atma_jax.config import REGULARIZERS, Config
 from atma_jax.data.sources import parse_source
-from atma_jax.data.tokenizers import load_tokenizer
+from atma_jax.data.tokenizers import is_hub_name, load_tokenizer
 from atma_jax.errors import UserError, unknown_name
 
 # Names of axes in ids and tables, by field. Other axes are called by the last part of their field.
@@ -142,6 +142,8 @@ def expand(axes: Sequence[Axis], base: Config, exclude: Sequence[str] = ()) -> l
     except UserError as error:
       raise UserError(f"cell {cell}: {error}") from error
   for spec in {cell.config.data.tokenizer for cell in cells} - {base.data.tokenizer, "sentencepiece"}:
+    if is_hub_name(spec):
+      continue  # the hub is asked when data is prepared, not by a list of cells
     try:
       load_tokenizer(spec)
     except (UserError, ValueError) as error:

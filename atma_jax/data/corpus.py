@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import itertools
+import pathlib
 from typing import Any
 
 from absl import logging
@@ -15,6 +16,8 @@ from atma_jax.config import DataConfig
 from atma_jax.data.documents import LEGAL_FILES, Entry, SourceFile
 from atma_jax.data.near_duplicates import EvaluationLines, text_digest
 from atma_jax.data.process_pool import Pool
+from atma_jax.data.remote import fetch_file, is_remote_path
+from atma_jax.data.scan_log import ScanLog, ScanResult
 from atma_jax.data.shards import file_digest, open_shard
 from atma_jax.data.source import TextSource, TokenSource
 from atma_jax.data.tokenizers import Tokenizer, check_tokens
@@ -58,16 +61,28 @@ class Split:
 class TextCorpus:
   """The distinct documents of a text source.
 
-  Attributes:
+  Args:
     source: where the documents come from.
-    files: the files of the source.
+    most_bytes: of text that is trained on; None is no limit.
+    folder: where the progress of scanning remote files is kept; None keeps none.
+
+  Attributes:
+    source: as given.
+    files: the files of the source that are scanned.
     entries: the distinct documents in the source's order, filled by `scan`; `take_evaluation` leaves those to train on.
     report: what the scan found, as the manifest records it.
   """
 
-  def __init__(self, source: TextSource):
+  def __init__(self, source: TextSource, most_bytes: int | None = None, folder: pathlib.Path | None = None):
     self.source = source
-    self.files = source.files()
+    self._log = ScanLog(folder, (source.entry, most_bytes)) if folder is not None else None
+    files = self._log.files() if self._log is not None else None
+    self.files = source.choose(source.files(), most_bytes) if files is None else files
+    if self._log is not None and files is None:
+      if any(is_remote_path(file.path) for file in self.files):
+        self._log.begin(self.files)
+      else:
+        self._log = None  # a scan of this disk is soon repeated, and sees what has changed
     self.entries: list[Entry] = []
     self.report: dict[str, Any] = {"source": source.entry, "files": len(self.files), "documents": 0, "bytes": 0, "skipped": 0,
                                    "duplicates": 0, "unreadable": 0, "problems": []}
@@ -86,7 +101,7 @@ class TextCorpus:
     portions = portions_of(self.source, self.files)
     report, entry_name = self.report, self.source.entry
     with progress_bar(len(self.files), " files", description=f"scan {entry_name}", scale=False, enabled=progress) as bar:
-      for (_, files), (entries, problems, skipped) in zip(portions, pool.map(portions)):
+      for (_, files), (entries, problems, skipped) in zip(portions, self._scanned(pool, portions)):
         if problems and not self.source.skips_unreadable:
           raise UserError(f"config.data.sources: {entry_name!r}: {problems[0]}; legal: {LEGAL_FILES}")
         for entry in entries:
@@ -106,6 +121,22 @@ class TextCorpus:
                       f"that the sources before it lack; legal: {LEGAL_FILES}")
     if report["problems"]:
       logging.info("%s: %d unreadable files left out, the first: %s", entry_name, report["unreadable"], report["problems"][0])
+
+  def _scanned(self, pool: Pool, portions: Sequence[Portion]) -> Iterator[ScanResult]:
+    """What was found in each portion: out of the log as far as it goes, then by a scan."""
+    done = 0
+    for result in self._log.results() if self._log is not None else ():
+      done += 1
+      yield result
+    for result in pool.map(portions[done:]):
+      if self._log is not None:
+        self._log.add(result)
+      yield result
+
+  def finish(self) -> None:
+    """Removes what was kept for a scan that is interrupted."""
+    if self._log is not None:
+      self._log.remove()
 
   def read(self, entries: Sequence[Entry]) -> Iterator[tuple[str, str]]:
     """Yields (name, text) of `entries`, which must be in the source's order."""
@@ -201,7 +232,7 @@ def portions_of(source: TextSource, files: Sequence[SourceFile]) -> list[Portion
   return portions
 
 
-def scan_files(portion: Portion) -> tuple[list[Entry], list[str], int]:
+def scan_files(portion: Portion) -> ScanResult:
   """Reads a portion of a source's files. Runs in worker processes.
 
   Returns:
@@ -226,14 +257,21 @@ class ReadyTokens:
 
   The evaluation documents taken from here are looked for in all training data; those of text sources are not looked for here.
 
-  Attributes:
+  Args:
     source: where the shards come from.
+    folder: where remote shards are fetched to, in the prepared directory.
+    progress: whether to show a progress bar meanwhile.
+
+  Attributes:
+    source: as given.
     shards: in order.
   """
 
-  def __init__(self, source: TokenSource):
+  def __init__(self, source: TokenSource, folder: pathlib.Path, progress: bool):
     self.source = source
-    self.shards = [open_shard(path) for path in source.shards()]
+    self._folder = folder
+    remote = source.remote_shards()
+    self.shards = [open_shard(path) for path in (_fetched(source, remote, folder, progress) if remote else source.shards())]
     self._train_tokens = [shard.tokens for shard in self.shards]  # at the start of each shard
 
   def take_evaluation(self, split: Split, heldout: int, validation: int, tokenizer: Tokenizer) -> None:
@@ -293,9 +331,24 @@ class ReadyTokens:
   def record(self) -> dict[str, Any]:
     """Returns the source's entry of the manifest."""
     pairs = [(shard.path, count) for shard, count in zip(self.shards, self._train_tokens) if count]
-    shards = [{"path": path, "tokens": count, "sha256": file_digest(path)} for path, count in pairs]
+    root = self._folder.parent
+    shards = [{"path": str(pathlib.Path(path).relative_to(root) if pathlib.Path(path).parent == self._folder else path),
+               "tokens": count, "sha256": file_digest(path)} for path, count in pairs]
     return {"source": self.source.entry, "shards": shards,
             "tokens": sum(self._train_tokens), "documents": None, "near_duplicates": 0}
+
+
+def _fetched(source: TokenSource, files: Sequence[SourceFile], folder: pathlib.Path, progress: bool) -> list[str]:
+  """Fetches remote shards that are not there yet; returns their paths here."""
+  total = sum(file.size for file in files)
+  key = hashlib.sha256(source.entry.encode()).hexdigest()[:8]
+  paths = []
+  with progress_bar(total, "B", description=f"fetch {source.entry}", enabled=progress) as bar:
+    for number, file in enumerate(files):
+      path = folder / f"{key}-{number:05d}.bin"
+      fetch_file(file.path, path, file.remote_size, bar.update)
+      paths.append(str(path))
+  return paths
 
 
 def _token_digest(tokens: np.ndarray) -> bytes:

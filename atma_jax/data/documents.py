@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -19,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from atma_jax.data.remote import file_name, is_remote_path, open_remote
 from atma_jax.errors import UserError
 from atma_jax.json_input import check_regular
 
@@ -33,16 +35,26 @@ class SourceFile:
   """One file of a source.
 
   Attributes:
-    path: where the file is.
+    path: where the file is: a path, or an address such as ``gs://BUCKET/FILE``.
     name: what its documents are called in manifests and error messages.
+    remote_size: bytes of a file behind an address; None if not known.
+    row_group: the only row group wanted of a Parquet file, from 0; None wants all of it.
+    group_size: bytes of text in that row group.
+    column: the field or column that holds the text of a row.
   """
 
   path: str
   name: str
+  remote_size: int | None = None
+  row_group: int | None = None
+  group_size: int | None = None
+  column: str = _TEXT_FIELD
 
   @property
   def size(self) -> int:
-    """Bytes on disk; 0 for a missing file, about which `read_documents` complains."""
+    """Bytes to read; 0 for a missing file, about which `read_documents` complains."""
+    if self.group_size is not None or self.remote_size is not None:
+      return self.group_size or self.remote_size or 0
     return os.path.getsize(self.path) if os.path.exists(self.path) else 0
 
 
@@ -82,8 +94,8 @@ class Entry(NamedTuple):
 def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Iterator[Document]:
   """Reads the documents of one file in order.
 
-  The suffix decides the format: ``.jsonl`` and ``.parquet`` hold one document per row in the field "text"; any other file is a
-  single document of UTF-8 text. Text and JSON lines may be compressed (``.gz``, ``.zst``).
+  The suffix decides the format: ``.jsonl`` and ``.parquet`` hold one document per row in a field, "text" unless the file says
+  otherwise; any other file is a single document of UTF-8 text. Text and JSON lines may be compressed (``.gz``, ``.zst``).
 
   Args:
     file: the file to read.
@@ -93,10 +105,12 @@ def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Ite
     The documents. One that cannot be read has a `problem` and no text; after damage to the file itself it is the last.
 
   Raises:
-    UserError: the file is a FIFO, a socket or a device.
+    UserError: the file is a FIFO, a socket or a device; or it is behind an address where nobody may read it.
+    RunError: the server of an address does not answer.
   """
-  check_regular(file.path)
-  suffixes = pathlib.PurePath(file.path).suffixes
+  if not is_remote_path(file.path):
+    check_regular(file.path)
+  suffixes = pathlib.PurePath(file_name(file.path)).suffixes
   compression = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
   readers = {".jsonl": _json_rows, ".parquet": _parquet_rows}
   read = readers[suffixes[-1]] if suffixes and suffixes[-1] in readers else _whole_text
@@ -121,7 +135,7 @@ class _TooLarge(Exception):
 
 
 def _whole_text(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
-  with _open(file.path, compression) as stream:
+  with _open(file, compression) as stream:
     content = stream.read(_MOST_BYTES + 1)
   if len(content) > _MOST_BYTES:
     raise _TooLarge
@@ -129,30 +143,53 @@ def _whole_text(file: SourceFile, compression: str) -> Iterator[Callable[[int], 
 
 
 def _json_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
-  with _open(file.path, compression) as stream:
+  with _open(file, compression) as stream:
     while line := stream.readline(_MOST_BYTES + 1):
       if len(line) > _MOST_BYTES:
         raise _TooLarge
-      yield lambda row, line=line: _json_document(f"{file.name}:{row + 1}", row, line)
+      yield lambda row, line=line: _json_document(f"{file.name}:{row + 1}", row, line, file.column)
 
 
 def _parquet_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
   del compression  # Parquet has its own
-  with pyarrow.parquet.ParquetFile(file.path) as table:
-    if _TEXT_FIELD not in table.schema_arrow.names:
-      raise UserError(f"{file.path} has no column {_TEXT_FIELD!r}; its columns: {', '.join(table.schema_arrow.names)}")
-    for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[_TEXT_FIELD]):
+  with open_parquet(file) as table:
+    if file.column not in table.schema_arrow.names:
+      raise UserError(f"{file.path} has no column {file.column!r}; its columns: {', '.join(table.schema_arrow.names)}")
+    groups = range(table.num_row_groups) if file.row_group is None else [file.row_group]
+    for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[file.column], row_groups=groups):
       for value in batch.column(0):
-        yield lambda row, value=value: _parquet_document(f"{file.name}:{row + 1}", row, value)
+        yield lambda row, value=value: _parquet_document(f"{file.name}:{row + 1}", row, value, file.column)
 
 
-def _open(path: str, compression: str) -> io.BufferedIOBase:
+def open_parquet(file: SourceFile) -> pyarrow.parquet.ParquetFile:
+  """Opens a Parquet file; the description at the end of a remote one is fetched once in a process."""
+  if not is_remote_path(file.path):
+    return pyarrow.parquet.ParquetFile(file.path)
+  stream = open_remote(file.path, file.remote_size)
+  return pyarrow.parquet.ParquetFile(stream, metadata=parquet_metadata(file.path, file.remote_size))
+
+
+@functools.lru_cache(maxsize=8)
+def parquet_metadata(path: str, size: int | None) -> pyarrow.parquet.FileMetaData:
+  """The description at the end of a Parquet file behind an address, of `size` bytes if that is known."""
+  with open_remote(path, size) as stream:
+    return pyarrow.parquet.read_metadata(stream)
+
+
+def _open(file: SourceFile, compression: str) -> io.BufferedIOBase:
+  if not is_remote_path(file.path):
+    return _unpacked(file.path, compression) or open(file.path, "rb")
+  stream = open_remote(file.path, file.remote_size)
+  return _unpacked(stream, compression) or stream
+
+
+def _unpacked(source: str | io.BufferedReader, compression: str) -> io.BufferedIOBase | None:
   match compression:
     case ".gz":
-      return gzip.open(path, "rb")
+      return gzip.open(source, "rb")
     case ".zst":
-      return io.BufferedReader(zstandard.open(path, "rb"), 1 << 20)
-  return open(path, "rb")
+      return io.BufferedReader(zstandard.open(source, "rb"), 1 << 20)
+  return None
 
 
 def _text_document(name: str, row: int, content: bytes) -> Document:
@@ -162,14 +199,14 @@ def _text_document(name: str, row: int, content: bytes) -> Document:
     return Document(name, row, None, f"not UTF-8 at byte {error.start}")
 
 
-def _parquet_document(name: str, row: int, value: pyarrow.Scalar) -> Document:
+def _parquet_document(name: str, row: int, value: pyarrow.Scalar, column: str) -> Document:
   try:
-    return _checked(name, row, value.as_py())
+    return _checked(name, row, value.as_py() if value.is_valid else "", column)  # a null is a row without text
   except UnicodeDecodeError as error:
-    return Document(name, row, None, f"not UTF-8 at byte {error.start} of field {_TEXT_FIELD!r}")
+    return Document(name, row, None, f"not UTF-8 at byte {error.start} of field {column!r}")
 
 
-def _json_document(name: str, row: int, line: bytes) -> Document:
+def _json_document(name: str, row: int, line: bytes, column: str) -> Document:
   if line.isspace():
     return Document(name, row, "")
   try:
@@ -182,16 +219,16 @@ def _json_document(name: str, row: int, line: bytes) -> Document:
     return Document(name, row, None, "not JSON that can be read: lists and objects too deep inside each other")
   except ValueError:
     return Document(name, row, None, "not JSON that can be read: a whole number of thousands of digits")
-  if not isinstance(value, dict) or _TEXT_FIELD not in value:
+  if not isinstance(value, dict) or column not in value:
     found = "fields: " + ", ".join(value)[:200] if isinstance(value, dict) else f"a {type(value).__name__}, not an object"
-    return Document(name, row, None, f"no field {_TEXT_FIELD!r} ({found})")
-  return _checked(name, row, value[_TEXT_FIELD])
+    return Document(name, row, None, f"no field {column!r} ({found})")
+  return _checked(name, row, value[column], column)
 
 
-def _checked(name: str, row: int, text: object) -> Document:
+def _checked(name: str, row: int, text: object, column: str) -> Document:
   """A document of the value found in a row's text field, which must be a string that UTF-8 can encode."""
   if not isinstance(text, str):
-    return Document(name, row, None, f"field {_TEXT_FIELD!r} is not a string but a {type(text).__name__}")
+    return Document(name, row, None, f"field {column!r} is not a string but a {type(text).__name__}")
   try:
     text.encode()
   except UnicodeEncodeError as error:

@@ -4,6 +4,8 @@
     DIR/tokenizer.json          the tokenizer; `atma_jax.data.tokenizers.load_tokenizer` reads it
     DIR/train/I-SOURCE/*.bin    the documents of source I, each followed by end-of-text
     DIR/validation/*.bin, DIR/heldout/*.bin
+    DIR/fetched/*.bin           shards that a source of tokens names by an address
+    DIR/scans/*.scan            what was found in remote text so far, removed at the end
 
 The result depends only on the text and the options, so a run that was killed and started again, with any number of workers, ends
 with the same bytes as an undisturbed one. A shard is whole or absent; ``progress.json`` beside the shards says how many documents
@@ -89,8 +91,8 @@ def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | 
 
 def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Path, workers: int | None,
              progress: bool) -> None:
-  sources, text, ready = _open_sources(config)
-  tokenizer = None if config.tokenizer == "sentencepiece" else tokenizers.load_tokenizer(config.tokenizer)
+  tokenizer = _configured_tokenizer(config, directory / TOKENIZER)
+  sources, text, ready = _open_sources(config, directory, progress)
   for source in ready:
     if tokenizer is None:
       raise UserError(f"config.data.tokenizer='sentencepiece': {source.prefix}: sources hold ready tokens, so name the tokenizer "
@@ -119,10 +121,12 @@ def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Pa
       heldout=heldout, tokenizer={"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
                                   "eot_id": tokenizer.eot_id, "fingerprint": tokenizer.fingerprint})
   write_manifest(directory, manifest)
+  for corpus in text.values():
+    corpus.finish()
 
 
-def _open_sources(config: DataConfig) -> tuple[list[TextSource | TokenSource], dict[TextSource, TextCorpus],
-                                               dict[TokenSource, ReadyTokens]]:
+def _open_sources(config: DataConfig, directory: pathlib.Path, progress: bool) -> tuple[
+    list[TextSource | TokenSource], dict[TextSource, TextCorpus], dict[TokenSource, ReadyTokens]]:
   """Opens every source.
 
   Returns:
@@ -134,10 +138,10 @@ def _open_sources(config: DataConfig) -> tuple[list[TextSource | TokenSource], d
   for entry in config.sources:
     source = parse_source(entry)
     if isinstance(source, TokenSource):
-      ready[source] = ReadyTokens(source)
+      ready[source] = ReadyTokens(source, directory / "fetched", progress)
     elif isinstance(source, TextSource):
       if source.base not in text:
-        text[source.base] = TextCorpus(source.base)
+        text[source.base] = TextCorpus(source.base, None if config.max_mib is None else config.max_mib << 20, directory / "scans")
     else:
       raise TypeError(f"{type(source).__name__} is neither a TextSource nor a TokenSource")
     sources.append(source)
@@ -165,6 +169,18 @@ def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[
 
 
 # --- Tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def _configured_tokenizer(config: DataConfig, path: pathlib.Path) -> Tokenizer | None:
+  """The tokenizer that the options name, None if one is to be trained.
+
+  One that is named as on the hub is taken from `path` if an earlier run has put it there.
+  """
+  if config.tokenizer == "sentencepiece":
+    return None
+  if path.exists() and tokenizers.is_hub_name(config.tokenizer):
+    return tokenizers.load_tokenizer(str(path))
+  return tokenizers.load_tokenizer(config.tokenizer)
 
 
 def _settle_tokenizer(tokenizer: Tokenizer | None, config: DataConfig, corpora: Iterable[TextCorpus],

@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from atma_jax.config import DataConfig
 from atma_jax.data.documents import Document, Entry, SourceFile, read_documents
+from atma_jax.data.remote import find_files
 from atma_jax.errors import UserError
 from atma_jax.json_input import check_regular
 
@@ -58,8 +59,22 @@ class Source:
     """The source whose files this one reads: itself, unless its documents are made of another source's."""
     return self
 
+  @property
+  def label(self) -> str:
+    """The source as error messages name it."""
+    return f"config.data.sources: {self.entry!r}"
+
+  def find(self) -> list[SourceFile]:
+    """Returns the files that the argument, an address such as ``gs://BUCKET/*.jsonl``, matches, sorted by name.
+
+    Raises:
+      UserError: nothing matches, or the extra that reads such addresses is not installed.
+      RunError: the server does not answer.
+    """
+    return [SourceFile(found.path, found.path, found.size) for found in find_files(self.argument, self.label)]
+
   def glob(self) -> list[str]:
-    """Returns the absolute paths that match the argument (``**`` and ``~`` work), sorted.
+    """Returns the absolute paths on this machine that match the argument (``**`` and ``~`` work), sorted.
 
     Raises:
       UserError: nothing matches.
@@ -93,6 +108,19 @@ class TextSource(Source):
   def files(self) -> list[SourceFile]:
     """Returns the files of the source in a fixed order. Raises `UserError` if there are none."""
     raise NotImplementedError
+
+  def choose(self, files: list[SourceFile], most_bytes: int | None) -> list[SourceFile]:
+    """Decides what is scanned of `files`; here all of it.
+
+    A source whose files are far away leaves out what it would take too long to read, or cuts large files into pieces that can be
+    read apart.
+
+    Args:
+      files: what `files` returned.
+      most_bytes: of text that will be trained on (``config.data.max_mib``); None is no limit.
+    """
+    del most_bytes
+    return files
 
   def read(self, file: SourceFile, rows: Collection[int] | None = None) -> Iterator[Document]:
     """Reads the documents of a file, or only those at `rows`, in order. Runs in worker processes, and more than once."""
@@ -139,3 +167,7 @@ class TokenSource(Source):
   def shards(self) -> list[str]:
     """Returns the paths of the shards in order. Raises `UserError` if there are none."""
     raise NotImplementedError
+
+  def remote_shards(self) -> list[SourceFile]:
+    """Returns the shards, in order, that have to be fetched before they can be used, instead of `shards`; here none."""
+    return []

@@ -1,4 +1,4 @@
-"""Text to token ids and back: SentencePiece (trained here or loaded), bytes, or a local Hugging Face tokenizer.json.
+"""Text to token ids and back: SentencePiece (trained here or loaded), bytes, or a tokenizer.json from a file or the hub.
 
 Every tokenizer has one end-of-text id, `eot_id`, which separates documents and which no text encodes to. A SentencePiece model
 trained here is lossless, ``decode(encode(text)) == text`` for any text: it uses identity normalisation and no dummy prefix, makes
@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Sequence
+import functools
 import hashlib
 import io
+import os
 import pathlib
+import re
 from typing import Any, ClassVar, TypeVar
 
+import huggingface_hub
 from jaxtyping import Int
 import numpy as np
 import sentencepiece
 import tokenizers
 
 from atma_jax.config import ModelConfig, shown
+from atma_jax.data.remote import hub_address, retried
 from atma_jax.errors import UserError
 from atma_jax.json_input import MalformedJSON, parse_json, read_bytes
 
@@ -28,6 +33,10 @@ _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _KNOWN_VOCABULARIES = {"gpt2": (50_257, 50_256)}  # size and end-of-text id
 _MOST_BYTES = 256 << 20  # of a tokenizer's file
 _MOST_IDS = 1 << 28  # as many as a model may have
+_LEGAL = ("'sentencepiece' (train one), 'bytes', a SentencePiece .model file, a Hugging Face tokenizer.json, or the name of a "
+          "model on the hub, such as gpt2")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?(?<!\.json)(?<!\.model)")
+_HUB_FILES = ("tokenizer.json", "tokenizer.model")  # the first that a model has
 _T = TypeVar("_T")
 _SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
 
@@ -228,21 +237,21 @@ def load_tokenizer(spec: str) -> Tokenizer:
   """Loads a tokenizer.
 
   Args:
-    spec: ``"bytes"``, a SentencePiece ``.model``, a Hugging Face ``tokenizer.json``, or the ``tokenizer.json`` of a
-      prepared directory.
+    spec: ``"bytes"``, a SentencePiece ``.model``, a Hugging Face ``tokenizer.json``, the ``tokenizer.json`` of a prepared
+      directory, or the name of a model on the hub, such as ``"gpt2"`` (see `is_hub_name`).
 
   Raises:
     UserError: the file is missing or of another kind, or it names a tokenizer without holding its vocabulary.
+    RunError: the hub does not answer, and the tokenizer is not in its cache on this machine.
   """
   if spec == ByteTokenizer.kind:
     return ByteTokenizer()
-  path = pathlib.Path(spec).expanduser()
-  legal = "'sentencepiece' (train one), 'bytes', a SentencePiece .model file or a Hugging Face tokenizer.json"
+  path = _from_hub(spec) if is_hub_name(spec) else pathlib.Path(os.path.expanduser(spec))
   try:
     content = read_bytes(path, most_bytes=_MOST_BYTES)
   except (OSError, ValueError) as error:
     reason = error.strerror if isinstance(error, OSError) else None
-    raise UserError(f"config.data.tokenizer={spec!r}: {reason or error}; legal: {legal}") from error
+    raise UserError(f"config.data.tokenizer={spec!r}: {reason or error}; legal: {_LEGAL}") from error
   if path.suffix != ".json":
     return SentencePieceTokenizer(content, spec)
   try:
@@ -255,6 +264,34 @@ def load_tokenizer(spec: str) -> Tokenizer:
   if isinstance(values, dict) and "kind" in values:
     return tokenizer_from_dict(values, spec)
   return HuggingFaceTokenizer(content.decode(), spec)
+
+
+def is_hub_name(spec: str) -> bool:
+  """Whether a tokenizer is one of a model on the Hugging Face hub: MODEL or OWNER/MODEL, also @REVISION, and no file here."""
+  reserved = (ByteTokenizer.kind, SentencePieceTokenizer.kind)
+  return spec not in reserved and _HUB_NAME.fullmatch(spec) is not None and not pathlib.Path(spec).exists()
+
+
+def _from_hub(spec: str) -> pathlib.Path:
+  """Fetches the tokenizer of a model on the hub into the hub's cache, or finds it there."""
+  from huggingface_hub.errors import LocalEntryNotFoundError  # takes a quarter of a second
+
+  name, _, revision = spec.partition("@")
+
+  def fetch(file: str) -> str:
+    try:
+      return huggingface_hub.hf_hub_download(name, file, revision=revision or None, endpoint=hub_address())
+    except LocalEntryNotFoundError as error:  # which hides why the hub could not be asked
+      raise ConnectionError(f"not in the cache, and the hub does not answer: {error.__cause__ or error}") from error
+
+  what = f"config.data.tokenizer={spec!r}: no such file here; on the hub it"
+  for file in _HUB_FILES:
+    try:
+      return pathlib.Path(retried(functools.partial(fetch, file), what, attempts=1))  # the hub's client tries again itself
+    except FileNotFoundError:
+      continue
+  raise UserError(f"config.data.tokenizer={spec!r}: no such file here, and {hub_address()} has no model of that name with "
+                  f"{' or '.join(_HUB_FILES)}; legal: {_LEGAL}")
 
 
 def tokenizer_from_dict(values: dict[str, Any], name: str = "stored tokenizer") -> Tokenizer:

@@ -9,6 +9,8 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 
 import pytest
 
@@ -125,6 +127,33 @@ def test_save_after_one_that_was_refused(main, storage, recipe, monkeypatch):
   assert done.returncode == 0 and "checkpoints/2 could not be written (1 failed so far)" in done.stderr, done.stderr
   assert refused[0].startswith("refused/checkpoints/2/") and "(2 failed so far)" not in done.stderr
   assert (bucket / "refused" / "checkpoints" / "4" / "commit_success.txt").exists()
+
+
+@pytest.mark.slow
+def test_text_and_tokens_in_a_bucket(main, storage, recipe, tmp_path):
+  """``text:gs://`` and ``bin:gs://`` prepare the same data as the same files on this machine."""
+  environ, _ = storage
+  for path in recipe.parent.glob("*.txt"):
+    upload(environ["STORAGE_EMULATOR_HOST"], f"corpus/{path.name}", path.read_bytes())
+
+  def prepared(name: str, source: str, shards: str = "train/*/*.bin") -> bytes:
+    done = main("prepare_data", f"--config={recipe}", f"--directory={tmp_path / name}", f"--config.data.sources={source}",
+                environ=os.environ | environ)
+    assert done.returncode == 0, done.stderr
+    [shard] = (tmp_path / name).glob(shards)
+    return shard.read_bytes()
+
+  content = prepared("here", f"text:{recipe.parent}/*.txt")
+  assert prepared("there", "text:gs://bucket/corpus") == content
+  upload(environ["STORAGE_EMULATOR_HOST"], "tokens/0.bin", content)
+  assert prepared("tokens", "bin:gs://bucket/tokens/*.bin", "fetched/*.bin") == content
+
+
+def upload(address: str, name: str, content: bytes) -> None:
+  """Puts an object into the emulator's bucket."""
+  query = urllib.parse.urlencode({"uploadType": "media", "name": name})
+  request = urllib.request.Request(f"{address}/upload/storage/v1/b/bucket/o?{query}", content, {"Content-Type": "text/plain"})
+  urllib.request.urlopen(request).close()
 
 
 def test_prepared_data_needs_a_directory_of_this_machine():

@@ -7,6 +7,7 @@ import os
 import pathlib
 
 from atma_jax.data.documents import SourceFile
+from atma_jax.data.remote import is_remote_path
 from atma_jax.data.sources.text import GlobSource
 from atma_jax.errors import UserError
 
@@ -18,6 +19,10 @@ class FolderSource(GlobSource):
   prefix = "folders"
   syntax = "folders:GLOB"
   help = "the files of folders, whole folders held out"
+
+  def __post_init__(self) -> None:
+    if is_remote_path(self.argument):
+      raise ValueError("must be a pattern on this machine: no folder behind an address is held out")
 
   def files(self) -> list[SourceFile]:
     if loose := [path for path in self.glob() if not os.path.isdir(path)]:

@@ -6,6 +6,7 @@ import os
 import pathlib
 
 from atma_jax.data.documents import SourceFile
+from atma_jax.data.remote import check_scheme, is_remote_path
 from atma_jax.data.source import TextSource
 from atma_jax.errors import UserError
 
@@ -15,9 +16,15 @@ class GlobSource(TextSource):
 
   prefix = "text"
   syntax = "text:GLOB"
-  help = "text, .jsonl and .parquet files"
+  help = "text, .jsonl and .parquet files; also gs://, s3:// and https://"
+
+  def __post_init__(self) -> None:
+    if is_remote_path(self.argument):
+      check_scheme(self.argument)
 
   def files(self) -> list[SourceFile]:
+    if is_remote_path(self.argument):
+      return self.find()
     files = []
     for path in self.glob():
       if not os.path.isdir(path):

@@ -1,0 +1,133 @@
+"""A Hugging Face hub and a plain file server on the loopback address, with faults on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import hashlib
+import http.server
+import json
+import re
+import threading
+from typing import Any
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubStandIn:
+  """Serves datasets, models and files.
+
+  Attributes:
+    address: of the server.
+    datasets: by name, the files by path, and the card's metadata.
+    models: by name, the files by path.
+    files: by path, what is served under ``/files/``; with ``ranges`` False always whole.
+    faults: regular expression of a path -> faults to answer with, one after the other: a status, "cut", or "cut at once".
+    requests: method, path and range of every request.
+    authorizations: first part of the path and Authorization header of every request.
+  """
+
+  def __init__(self, address: str):
+    self.address = address
+    self.datasets: dict[str, tuple[dict[str, bytes], dict[str, Any] | None]] = {}
+    self.models: dict[str, dict[str, bytes]] = {}
+    self.files: dict[str, bytes] = {}
+    self.ranges = True
+    self.faults: dict[str, list[int | str]] = {}
+    self.requests: list[tuple[str, str, str]] = []
+    self.authorizations: set[tuple[str, str | None]] = set()
+
+  def fault(self, path: str) -> int | str | None:
+    """The next fault for a request."""
+    for pattern, faults in self.faults.items():
+      if faults and re.search(pattern, path):
+        return faults.pop(0)
+    return None
+
+  def find(self, path: str) -> tuple[str, Any]:
+    """What is at a path: ("json", value), ("move", path), ("file", content) or ("missing", None)."""
+    none: tuple[dict[str, bytes], None] = ({}, None)
+    if match := re.fullmatch(rf"/api/datasets/(.+?)(?:/revision/(main|{SHA}))?", path):
+      files, card = self.datasets.get(match[1], none)
+      siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
+      found = {"id": match[1], "sha": SHA, "siblings": siblings, "cardData": card, "private": False, "tags": []}
+      return ("json", found) if files else ("missing", None)
+    if match := re.fullmatch(rf"/datasets/(.+)/resolve/{SHA}/(.+)", path):
+      known = match[2] in self.datasets.get(match[1], none)[0]
+      return ("move", f"/cdn/{match[1]}/{match[2]}") if known else ("missing", None)
+    if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
+      return "file", self.datasets[match[1]][0][match[2]]
+    if match := re.fullmatch(r"/(.+)/resolve/main/([^/]+)", path):
+      content = self.models.get(match[1], {}).get(match[2])
+    else:
+      content = self.files.get(path.removeprefix("/files/"))
+    return ("file", content) if content is not None else ("missing", None)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+  protocol_version = "HTTP/1.1"
+  wbufsize = 1 << 16  # header and body in one packet, for which no acknowledgement is awaited
+  hub: HubStandIn
+
+  def do_HEAD(self) -> None:
+    self._answer(body=False)
+
+  def do_GET(self) -> None:
+    self._answer(body=True)
+
+  def _answer(self, body: bool) -> None:
+    path = self.path.partition("?")[0]
+    wanted = self.headers.get("Range", "")
+    self.hub.requests.append((self.command, path, wanted))
+    self.hub.authorizations.add((path.split("/")[1], self.headers.get("Authorization")))
+    fault = self.hub.fault(path)
+    if isinstance(fault, int):
+      return self._send(fault, b"busy", {"Retry-After": "0"}, body)
+    if fault == "cut at once":
+      self.close_connection = True
+      return None
+    kind, found = self.hub.find(path)
+    if kind == "json":
+      return self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, body)
+    if kind == "move":
+      return self._send(302, b"", {"Location": found}, body)
+    if kind == "missing":
+      return self._send(404, b"", {"X-Error-Code": "RepoNotFound" if "/api/" in path else "EntryNotFound"}, body)
+    headers = {"ETag": f'"{hashlib.sha1(found).hexdigest()}"', "X-Repo-Commit": SHA}
+    status = 200
+    if wanted and self.hub.ranges:
+      first, last = wanted.removeprefix("bytes=").split("-")
+      start, stop = int(first), min(int(last) + 1 if last else len(found), len(found))
+      status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{len(found)}"
+      found = found[start:stop]
+    return self._send(status, found, headers, body, cut=fault == "cut")
+
+  def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool, cut: bool = False) -> None:
+    self.send_response(status)
+    for name, value in ({"Content-Length": str(len(content))} | headers).items():
+      self.send_header(name, value)
+    self.end_headers()
+    if body:
+      self.wfile.write(content[: len(content) // 2] if cut else content)
+    if cut:
+      self.close_connection = True
+
+  def log_message(self, format: str, *args: object) -> None:
+    del format, args
+
+
+@contextlib.contextmanager
+def serve_hub() -> Iterator[HubStandIn]:
+  """Runs a stand-in in a thread."""
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+  server.daemon_threads = True
+  hub = HubStandIn(f"http://127.0.0.1:{server.server_address[1]}")
+  server.RequestHandlerClass = type("Handler", (_Handler,), {"hub": hub})
+  thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.02), daemon=True)
+  thread.start()
+  try:
+    yield hub
+  finally:
+    server.shutdown()
+    server.server_close()
+    thread.join()
