@@ -61,6 +61,7 @@ for line in sys.stdin:
   child = os.fork()
   if child == 0:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a run of tests in the background ignores it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     for stream, name in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
       os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)

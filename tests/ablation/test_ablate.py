@@ -61,7 +61,7 @@ def test_a_cell_is_reproduced_from_its_recipe(finished, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
   (["--preset=paper12", "--list"], "paper120"),
   (["--output=OUT"], "holds no cells; give a grid"),
-  (["--preset=paper120", "--output=OUT"], "--config=FILE is required"),
+  (["--preset=paper120", "--output=OUT"], "--config=RECIPE is required"),
   (["--axis=model.attention=polar", "--config=configs/debug.py"], "--output=DIR is required"),
 ])
 def test_bad_input_is_one_line(main, tmp_path, arguments, words):

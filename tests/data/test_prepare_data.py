@@ -111,7 +111,7 @@ def test_prints_what_was_written_and_does_nothing_twice(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--directory=x"], "--config=FILE is required"),
+    (["--directory=x"], "--config=RECIPE is required"),
     (["--config={recipe}"], "--directory is missing"),
     (["--config={recipe}", "--directory={tmp}/x", "--config.data.sources=('text:{tmp}/none/*',)",
       "--config.data.weights=(1.0,)"], "matches no file or folder"),
