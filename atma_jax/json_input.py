@@ -6,6 +6,7 @@ Layer 0: standard library only. Whatever the file holds, reading it ends in a va
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+import hashlib
 import json
 import math
 import os
@@ -118,6 +119,11 @@ def read_json(path: str | os.PathLike[str], schema: Schema = None, *, most_bytes
   if schema is not None and (problem := mismatch(value, schema)):
     raise UserError(f"{os.fspath(path)}: {problem}")
   return value
+
+
+def json_digest(value: Any) -> str:
+  """The sha256, in hexadecimal, of a JSON value; the order of an object's fields makes no difference."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def parse_lines(content: bytes, problem: Callable[[Any], str | None]) -> tuple[list[Any], list[str]]:

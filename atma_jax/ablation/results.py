@@ -16,8 +16,10 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 
 from atma_jax.ablation.sweep import CellFolder
-from atma_jax.data.manifest import misshapen
+from atma_jax.config import AT_LEAST_1
+from atma_jax.data.manifest import COUNT
 from atma_jax.errors import UserError
+from atma_jax.json_input import mismatch
 
 Row = dict[str, Any]
 COLUMNS = ("measure", "length", "multiple", "value", "n", "standard_error", "low", "high")
@@ -58,23 +60,21 @@ def gather(cells: Sequence[CellFolder]) -> tuple[list[str], list[Row], list[dict
 
 
 _NUMBER = (int, float)
-_SHAPE: dict[str, Any] = {
-  "id": str, "labels": {}, "parameters": int, "hardware": str,
-  "config": {"data": {"sequence_length": int, "batch_size": int}, "train": {"steps": int}},
-  "training": {"loss": [list], "validation": [list]}, "measures": [{"measure": str, "length": int}]}
+_SCHEMA: dict[str, Any] = {
+  "id": str, "labels": {}, "parameters": COUNT, "hardware": str,
+  "config": {"data": {"sequence_length": AT_LEAST_1, "batch_size": AT_LEAST_1}, "train": {"steps": COUNT}},
+  "training": {"loss": [list], "validation": [list]}, "measures": [{"measure": str, "length": COUNT}]}
 
 
 def _problem(result: dict[str, Any], cell: str) -> str:
   """What keeps a result from being reported, or ""."""
-  problem = misshapen(result, _SHAPE)
+  problem = mismatch(result, _SCHEMA)
   if problem:
     return problem
   if result["id"] != cell:
     return f"it is of cell {result['id'][:80]!r}"
   if not all(isinstance(label, str) for label in result["labels"].values()):
     return "labels are no texts"
-  if result["config"]["data"]["sequence_length"] < 1:
-    return "config.data.sequence_length is 0"
   for name in ("loss", "validation"):
     if not all(len(pair) == 2 and isinstance(pair[0], int) and _is_number(pair[1]) for pair in result["training"][name]):
       return f"training.{name} is no list of pairs of numbers"
@@ -86,8 +86,8 @@ def _problem(result: dict[str, Any], cell: str) -> str:
       return f"{measure['measure'][:40]!r} has an interval of another kind"
     if not all(measure.get(name) is None or _is_number(measure[name]) for name in ("n", "standard_error")):
       return f"{measure['measure'][:40]!r} has an n or standard_error that is no number"
-    if not 0 <= measure["length"] < 2**62 or not isinstance(measure.get("n", 0), (int, type(None))):
-      return f"{measure['measure'][:40]!r} has an illegal length or n"
+    if not isinstance(measure.get("n", 0), (int, type(None))):
+      return f"{measure['measure'][:40]!r} has an n that is no whole number"
   return ""
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -22,11 +21,11 @@ from typing import Any, TypeVar
 
 from atma_jax.ablation.grid import Cell
 from atma_jax.config import Config
-from atma_jax.data.files import read_json
-from atma_jax.data.manifest import misshapen, settings_of
+from atma_jax.data.manifest import COUNT, settings_of
 from atma_jax.errors import UserError, unknown_name
 from atma_jax.evaluation.options import Options
 from atma_jax.evaluation.suites import check_names
+from atma_jax.json_input import json_digest, mismatch, read_json
 
 SCHEMA = 1
 _CellT = TypeVar("_CellT", Cell, "CellFolder")
@@ -77,7 +76,7 @@ class CellFolder:
     """
     path = self.path / "cell.json"
     values = read_json(path)
-    problem = misshapen(values, {"schema": int, "id": str, "labels": {}, "config": {}, "evaluation": {}})
+    problem = mismatch(values, {"schema": COUNT, "id": str, "labels": {}, "config": {}, "evaluation": {}})
     if not problem and (values["schema"], values["id"]) != (SCHEMA, self.id):
       problem = f"it is of cell {str(values['id'])[:80]!r}, schema {values['schema']}; legal: {self.id!r}, {SCHEMA}"
     if not problem and not all(isinstance(label, str) for label in values["labels"].values()):
@@ -100,8 +99,7 @@ class CellFolder:
     except UserError as error:
       raise UserError(f"{self.path / 'cell.json'}: {error}") from error
     if not config.data.directory:
-      settings = json.dumps(settings_of(config.data), sort_keys=True)
-      name = hashlib.sha256(settings.encode()).hexdigest()[:12]
+      name = json_digest(settings_of(config.data))[:12]
       config.data.directory = str((self.path.parent.parent / "data" / name).absolute())
     return config
 
@@ -168,9 +166,9 @@ class CellFolder:
       values = read_json(path)
     except UserError as error:
       return {"error": str(error), "exit_code": 1, "attempt": 0}
-    problem = misshapen(values, {"error": str, "attempt": int})
-    if problem or not isinstance(values.get("exit_code"), int):
-      return {"error": f"{path} is damaged: {problem or 'exit_code is no number'}", "exit_code": 1, "attempt": 0}
+    problem = mismatch(values, {"error": str, "attempt": COUNT, "exit_code": int})
+    if problem:
+      return {"error": f"{path} is damaged: {problem}", "exit_code": 1, "attempt": 0}
     return values
 
   def fail(self, error: str, code: int) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 import contextlib
 import functools
-import hashlib
 import json
 import logging as std_logging
 import os
@@ -27,6 +26,7 @@ import orbax.checkpoint as ocp
 
 from atma_jax import distributed
 from atma_jax.errors import UserError
+from atma_jax.json_input import json_digest
 
 FOLDER = "checkpoints"
 SCHEMA = 2
@@ -75,8 +75,9 @@ def make_meta(step: int, config: dict[str, Any], tokenizer: dict[str, Any], arra
     arrays: the `checksums` of the state.
     data: the content of ``STEP/data``.
   """
-  meta = {"schema": SCHEMA, "step": step, "config": config, "tokenizer": tokenizer, "checksums": arrays, "data": _digest(data)}
-  return meta | {"digest": _digest(meta)}
+  meta = {"schema": SCHEMA, "step": step, "config": config, "tokenizer": tokenizer, "checksums": arrays,
+          "data": json_digest(data)}
+  return meta | {"digest": json_digest(meta)}
 
 
 def read_meta(step: epath.Path) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def read_meta(step: epath.Path) -> dict[str, Any]:
   if meta.get("schema") == 1 and meta.keys() == _WITHOUT_DIGESTS:
     _say_once(step.parent)
     return meta
-  if meta.get("schema") != SCHEMA or meta.pop("digest", None) != _digest(meta):
+  if meta.get("schema") != SCHEMA or meta.pop("digest", None) != json_digest(meta):
     raise ValueError("the digest of its meta differs")
   if str(meta["step"]) != step.name:
     raise ValueError(f"its meta is of step {meta['step']}")
@@ -95,17 +96,13 @@ def read_meta(step: epath.Path) -> dict[str, Any]:
 def read_data(step: epath.Path, meta: dict[str, Any]) -> dict[str, Any]:
   """The content of ``STEP/data``, whose digest is the one in `meta`. Raises an error of any kind if it is damaged."""
   data = _read_json(step / "data")
-  if "data" in meta and meta["data"] != _digest(data):
+  if "data" in meta and meta["data"] != json_digest(data):
     raise ValueError("the digest of its data differs")
   return data
 
 
 def _read_json(item: epath.Path) -> dict[str, Any]:
   return dict(ocp.JsonCheckpointHandler().restore(item))
-
-
-def _digest(values: dict[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache

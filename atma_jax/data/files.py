@@ -11,7 +11,6 @@ import pathlib
 from typing import Any, BinaryIO
 
 from atma_jax.errors import UserError
-from atma_jax.json_input import parse_json, read_bytes
 
 
 def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
@@ -44,16 +43,6 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes `value` as JSON, atomically. Equal values yield equal bytes."""
   text = json.dumps(value, indent=1, sort_keys=True) + "\n"
   write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """Reads a JSON file. Raises a `UserError` that names the file if it cannot be read or parsed."""
-  try:
-    return parse_json(read_bytes(path))
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 @contextlib.contextmanager

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from typing import Any
 
 from absl import logging
 
-from atma_jax.config import DataConfig
-from atma_jax.data.files import read_json, write_json
+from atma_jax.config import DataConfig, within
+from atma_jax.data.files import write_json
 from atma_jax.data.shards import Shard, TokenStream, open_shard
 from atma_jax.data.sources import parse_source
 from atma_jax.data.tokenizers import Tokenizer, load_tokenizer
 from atma_jax.errors import UserError
+from atma_jax.json_input import json_digest, mismatch, read_json
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -54,7 +54,7 @@ class Manifest:
   @property
   def fingerprint(self) -> str:
     """sha256 of the manifest, and so of the tokens."""
-    return _digest(dataclasses.asdict(self))
+    return json_digest(dataclasses.asdict(self))
 
   @property
   def fingerprints(self) -> set[str]:
@@ -63,11 +63,7 @@ class Manifest:
     for record in (*values["train"], values["validation"], values["heldout"]):
       for shard in record["shards"]:
         shard.pop("sha256", None)
-    return {self.fingerprint, _digest(values)}
-
-
-def _digest(values: dict[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return {self.fingerprint, json_digest(values)}
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
@@ -92,7 +88,7 @@ def check_settings(stored: dict[str, Any], settings: dict[str, Any], directory: 
 def write_manifest(directory: pathlib.Path, manifest: Manifest) -> None:
   """Writes the manifest with a digest of itself, which completes a prepared directory."""
   values = dataclasses.asdict(manifest)
-  write_json(pathlib.Path(directory) / MANIFEST, values | {"digest": _digest(values)})
+  write_json(pathlib.Path(directory) / MANIFEST, values | {"digest": json_digest(values)})
 
 
 def load_manifest(directory: pathlib.Path) -> Manifest:
@@ -112,7 +108,7 @@ def load_manifest(directory: pathlib.Path) -> Manifest:
     raise UserError(f"{path} is not a manifest of version 1 or {_VERSION}: prepare the data again")
   if values["version"] == 1:
     _say_once(path)
-  elif digest != _digest(values):
+  elif digest != json_digest(values):
     raise UserError(f"{path} is damaged, its digest differs: prepare the data again")
   problem = _problem(values)
   if problem:
@@ -125,19 +121,20 @@ def _say_once(path: pathlib.Path) -> None:
   logging.warning("%s is of the first version, without digests of the token shards: their content is not checked", path)
 
 
-_SHARDS = [{"path": str, "tokens": int}]
-_DOCUMENTS = [{"source": str, "name": str, "start": int, "tokens": int}]
-_SHAPE: dict[str, Any] = {
-  "settings": {}, "tokenizer": {"kind": str, "vocab_size": int, "eot_id": int, "fingerprint": str},
-  "scanned": [{"source": str, "documents": int, "bytes": int, "duplicates": int, "skipped": int, "unreadable": int}],
-  "train": [{"source": str, "shards": _SHARDS, "tokens": int, "documents": (int, type(None)), "near_duplicates": int}],
-  "validation": {"shards": _SHARDS, "tokens": int, "documents": _DOCUMENTS},
-  "heldout": {"shards": _SHARDS, "tokens": int, "documents": _DOCUMENTS}}
+COUNT = within(0, 2**62)
+_SHARDS = [{"path": str, "tokens": COUNT, "sha256?": str}]
+_DOCUMENTS = [{"source": str, "name": str, "start": COUNT, "tokens": COUNT}]
+_SCHEMA: dict[str, Any] = {
+  "settings": {}, "tokenizer": {"kind": str, "vocab_size": COUNT, "eot_id": COUNT, "fingerprint": str},
+  "scanned": [{"source": str, **dict.fromkeys(("documents", "bytes", "duplicates", "skipped", "unreadable"), COUNT)}],
+  "train": [{"source": str, "shards": _SHARDS, "tokens": COUNT, "documents": (COUNT, None), "near_duplicates": COUNT}],
+  "validation": {"shards": _SHARDS, "tokens": COUNT, "documents": _DOCUMENTS},
+  "heldout": {"shards": _SHARDS, "tokens": COUNT, "documents": _DOCUMENTS}}
 
 
 def _problem(values: Any) -> str:
   """What is wrong with the content of a manifest, or ""."""
-  problem = misshapen(values, _SHAPE)
+  problem = mismatch(values, _SCHEMA)
   if problem:
     return problem
   if not values["train"]:
@@ -149,33 +146,6 @@ def _problem(values: Any) -> str:
   for record in (*values["train"], values["validation"], values["heldout"]):
     if sum(shard["tokens"] for shard in record["shards"]) != record["tokens"]:
       return f"shards hold other numbers of tokens than the {record['tokens']} recorded"
-    if any(not isinstance(shard.get("sha256", ""), str) for shard in record["shards"]):
-      return "a sha256 is no text"
-  return ""
-
-
-def misshapen(value: Any, shape: Any, path: str = "") -> str:
-  """Says where JSON-like `value` is not of a shape, or returns "".
-
-  Args:
-    value: what was read.
-    shape: a type or several; a list of the shape of each element; or a dict of the shapes of entries that must be there. Whole
-      numbers must not be negative.
-    path: of the value within what was read.
-  """
-  if isinstance(shape, dict):
-    if not isinstance(value, dict):
-      return f"{path or 'it'} is no object"
-    missing = next((name for name in shape if name not in value), None)
-    if missing is not None:
-      return f"{path}.{missing} is missing".lstrip(".")
-    return next(filter(None, (misshapen(value[name], part, f"{path}.{name}".lstrip(".")) for name, part in shape.items())), "")
-  if isinstance(shape, list):
-    if not isinstance(value, list):
-      return f"{path} is no list"
-    return next(filter(None, (misshapen(item, shape[0], f"{path}[{i}]") for i, item in enumerate(value))), "")
-  if not isinstance(value, shape) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
-    return f"{path}={str(value)[:40]!r} is not legal"
   return ""
 
 

@@ -34,14 +34,14 @@ from atma_jax.config import DataConfig
 from atma_jax.data import tokenizers
 from atma_jax.data.corpus import EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
 from atma_jax.data.documents import Entry
-from atma_jax.data.files import exclusive, read_json, write_json
+from atma_jax.data.files import exclusive, write_json
 from atma_jax.data.manifest import (
+  COUNT,
   MANIFEST,
   TOKENIZER,
   Manifest,
   check_settings,
   load_manifest,
-  misshapen,
   settings_of,
   write_manifest,
 )
@@ -52,6 +52,7 @@ from atma_jax.data.source import TextSource, TokenSource
 from atma_jax.data.sources import parse_source
 from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.errors import UserError
+from atma_jax.json_input import mismatch, read_json
 from atma_jax.progress import progress_bar
 
 _BEGUN = "begun.json"
@@ -160,7 +161,7 @@ def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[
     write_json(path, begun)
     return
   stored = read_json(path)
-  problem = misshapen(stored, {"settings": {}, "corpus": str})
+  problem = mismatch(stored, {"settings": {}, "corpus": str})
   if problem:
     raise UserError(f"{path} is damaged, {problem}: remove {directory} to start again")
   check_settings(stored["settings"], settings, directory)
@@ -273,7 +274,7 @@ class _SourceWriter:
     """
     path = self._folder / _PROGRESS
     shards = read_json(path) if path.exists() else []
-    problem = misshapen(shards, [{"tokens": int, "documents": int, "near_duplicates": int}], "list")
+    problem = mismatch(shards, [dict.fromkeys(("tokens", "documents", "near_duplicates"), COUNT)], "the list")
     if problem or sum(shard["documents"] for shard in shards) > len(self._groups):
       raise UserError(f"{path} is damaged, {problem or 'it counts too many documents'}: remove {self._folder} to start again")
     done = sum(shard["documents"] for shard in shards)

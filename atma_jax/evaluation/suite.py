@@ -59,8 +59,8 @@ class Inputs:
   config: Config
   model: Atma
   mesh: Mesh
+  trials: int
   directory: pathlib.Path | None = None
-  trials: int = 24
 
 
 @dataclasses.dataclass(frozen=True)

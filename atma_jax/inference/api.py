@@ -22,12 +22,14 @@ from atma_jax.sharding import LOGICAL_AXES
 
 @overload
 def generate(model: Atma | str | os.PathLike[str], prompt: str, *, tokenizer: Tokenizer | None = None, rows: int = 8,
-             **sampling: Any) -> str: ...
+             **sampling: Any) -> str:
+  """One prompt, one text."""
 
 
 @overload
 def generate(model: Atma | str | os.PathLike[str], prompt: Sequence[str], *, tokenizer: Tokenizer | None = None, rows: int = 8,
-             **sampling: Any) -> list[str]: ...
+             **sampling: Any) -> list[str]:
+  """Several prompts, their texts in order."""
 
 
 def generate(model: Atma | str | os.PathLike[str], prompt: str | Sequence[str], *, tokenizer: Tokenizer | None = None,

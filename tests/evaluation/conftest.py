@@ -68,6 +68,6 @@ def inputs_of(random_model) -> Callable[..., Inputs]:
     texts = [tokenizer.encode(document) for document in documents]
     scorer = Scorer(random_model, mesh, batch_tokens=batch_tokens, chunk=32, **scorer_options)
     return Inputs(scorer, tokenizer, texts, np.concatenate(texts), lengths, seed=0, min_documents=1, config=config,
-                  model=random_model, mesh=mesh)
+                  model=random_model, mesh=mesh, trials=24)
 
   return make

@@ -42,7 +42,7 @@ def make_inputs(config: Config = CONFIG) -> Inputs:
   mesh = make_mesh(devices=jax.devices()[:1])
   scorer = Scorer(model, mesh, batch_tokens=512, chunk=16)
   documents = [rng.integers(0, 256, n).astype(np.int32) for n in (60, 52, 47, 46)]
-  return Inputs(scorer, ByteTokenizer(), documents, documents[0], LENGTHS, 0, 2, config, model, mesh)
+  return Inputs(scorer, ByteTokenizer(), documents, documents[0], LENGTHS, 0, 2, config, model, mesh, trials=24)
 
 
 @pytest.fixture(scope="module")

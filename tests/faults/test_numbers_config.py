@@ -18,7 +18,7 @@ import pytest
 from atma_jax.cli import load_recipe
 from atma_jax.config import Config, DataConfig, Leaf, MeshConfig, ModelConfig, Range, TrainConfig, leaves
 from atma_jax.errors import UserError
-from atma_jax.memory_needs import check_generation_fits, check_training_fits, generation_needs, training_needs
+from atma_jax.memory_needs import check_generation_fits, check_training_fits, device_bytes, generation_needs, training_needs
 from atma_jax.models.cache import Cache, nbytes
 from atma_jax.models.definition import ModelDefinition
 from atma_jax.sharding import make_mesh
@@ -171,7 +171,10 @@ def test_a_cache_too_large_for_this_machine():
 
 
 def test_what_fits_is_not_refused():
+  available, _ = device_bytes()
+  assert available is not None and training_needs(SMALL).total < available
   check_training_fits(SMALL)
+  assert generation_needs(SMALL.model, 8, 4096).total < available
   check_generation_fits(SMALL.model, 8, 4096)
 
 

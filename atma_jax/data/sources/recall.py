@@ -117,6 +117,7 @@ def _gap(rng: np.random.Generator, longest: int) -> int:
 
 
 def log_uniform(rng: np.random.Generator, low: int, high: int) -> float:
+  """A number from `low` up to `high`, or up to `low` + 1 if that is more, whose logarithm is uniformly distributed."""
   return np.exp(rng.uniform(np.log(low), np.log(max(high, low + 1))))
 
 

@@ -40,15 +40,16 @@ def _table_by_length(records: Sequence[Record], columns: Sequence[str], training
     values.setdefault((record["measure"], record["length"]), []).append(record["value"])
   lengths = sorted({length for measure, length in values if measure in columns})
   multiples = ["x", *(f"{length / training_length:g}" for length in lengths)]
-  stub = [f"{length:>8}  {multiple:>{max(6, *map(len, multiples))}}" for length, multiple in zip(["length", *lengths], multiples)]
-  tables, used = [stub], len(stub[0])
+  width = max(6, *map(len, multiples))
+  labels = [f"{length:>8}  {multiple:>{width}}" for length, multiple in zip(["length", *lengths], multiples)]
+  tables, used = [labels], len(labels[0])
   for column in columns:
     cells = [column]
     cells += [_mean_text(values.get((column, n), []), (column, n) in failed, share=_is_share(column)) for n in lengths]
     width = max(map(len, cells))
-    if used + 2 + width > _WIDTH and tables[-1] is not stub:
-      tables.append(stub)
-      used = len(stub[0])
+    if used + 2 + width > _WIDTH and tables[-1] is not labels:
+      tables.append(labels)
+      used = len(labels[0])
     tables[-1] = [f"{line}  {cell:>{width}}" for line, cell in zip(tables[-1], cells)]
     used += 2 + width
   return "\n\n".join("\n".join(table) for table in tables)
