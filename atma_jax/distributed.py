@@ -29,7 +29,7 @@ import jax
 from jax._src.distributed import global_state  # its key-value store has no public name; Orbax takes it from here too
 
 from atma_jax.config import HEARTBEAT_SECONDS
-from atma_jax.errors import RunError, UserError
+from atma_jax.errors import RunError, UserError, described
 
 START_SECONDS = 300
 _AGREE_MILLISECONDS = 7 * 24 * 3_600_000  # process 0 may prepare data for long; if a process dies, the wait ends anyway
@@ -138,7 +138,7 @@ def attempt(work: Callable[[], object]) -> str:
   try:
     work()
   except Exception as error:
-    message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    message = described(error)
   messages = exchange(message)
   if len(messages) == 1:
     return messages[0]

@@ -17,6 +17,11 @@ class RunError(Exception):
   """
 
 
+def described(error: BaseException) -> str:
+  """The kind and the message of an error that another library raised, in one line of at most 300 characters."""
+  return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def divides_over_context(length: int, context: int) -> bool:
   """Whether the devices of a context axis can share a sequence: causal attention gives each two chunks, one from either half."""
   return context <= 1 or length % (2 * context) == 0

@@ -21,7 +21,7 @@ import pyarrow.parquet
 import zstandard
 
 from atma_jax.data.remote import file_name, is_remote_path, open_remote
-from atma_jax.errors import UserError
+from atma_jax.errors import UserError, described
 from atma_jax.json_input import check_regular
 
 LEGAL_FILES = "UTF-8 text files, and .jsonl or .parquet rows with a string in field 'text'"
@@ -121,7 +121,7 @@ def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Ite
       if wanted is None or row in wanted:
         yield parse(row)
   except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, _TooLarge) as error:
-    yield Document(file.name, row + 1, None, " ".join(f"{type(error).__name__}: {error}".split()))
+    yield Document(file.name, row + 1, None, described(error))
 
 
 class _TooLarge(Exception):

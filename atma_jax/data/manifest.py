@@ -18,7 +18,7 @@ from atma_jax.data.files import write_json
 from atma_jax.data.shards import Shard, TokenStream, open_shard
 from atma_jax.data.sources import parse_source
 from atma_jax.data.tokenizers import Tokenizer, load_tokenizer
-from atma_jax.errors import UserError
+from atma_jax.errors import UserError, described
 from atma_jax.json_input import json_digest, mismatch, read_json
 
 MANIFEST = "manifest.json"
@@ -155,8 +155,7 @@ def load_prepared_tokenizer(directory: pathlib.Path, manifest: Manifest) -> Toke
   try:
     tokenizer = load_tokenizer(str(path))
   except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:  # of a library, from a damaged file
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    raise UserError(f"{path} is damaged: {reason}") from error
+    raise UserError(f"{path} is damaged: {described(error)}") from error
   if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
     raise UserError(f"{path} is not the tokenizer that {MANIFEST} records: prepare the data again")
   return tokenizer

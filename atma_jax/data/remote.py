@@ -23,7 +23,7 @@ from absl import logging
 import fsspec
 
 from atma_jax.data.files import write_atomically
-from atma_jax.errors import RunError, UserError
+from atma_jax.errors import RunError, UserError, described
 
 EXTRAS = {"gs": "gcs", "s3": "s3", "https": "hf", "http": "hf"}  # the extra of this package that reads each scheme
 PIECE = 16 << 20  # bytes asked for at a time
@@ -172,7 +172,7 @@ def retried(call: Callable[[], _T], what: str, *, attempts: int | None = None) -
         cause = error.__cause__
         if not isinstance(cause, Exception) or (not _is_temporary(cause, _status(cause)) and _status(cause) in (None, 404)):
           raise
-      status, reason = _status(cause), " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+      status, reason = _status(cause), described(cause)
       if status == 404:
         raise FileNotFoundError(reason) from error
       if not _is_temporary(cause, status):

@@ -139,8 +139,7 @@ def _make_inputs(loaded: LoadedModel, model: Atma, mesh: Mesh, options: Options)
     stream=validation_stream(directory),
     lengths=tuple(sorted({multiple * loaded.config.data.sequence_length for multiple in options.multiples})),
     seed=options.seed, min_documents=options.min_documents, config=loaded.config, model=model, mesh=mesh,
-    directory=directory,
-    trials=options.trials)
+    trials=options.trials, directory=directory)
 
 
 def _under_caps(inputs: Inputs,

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from atma_jax.checkpoints.steps import is_remote
-from atma_jax.errors import RunError, UserError
+from atma_jax.errors import RunError, UserError, described
 
 _PROJECT = re.compile(r"[^/\\#?%:\x00-\x1f]{1,128}")  # what Weights & Biases takes
 
@@ -143,7 +143,7 @@ class WeightsAndBiases:
       self._run: Any = wandb.init(project=project, name=name, config=dict(config), id=file.read_text().strip(), resume="allow",
                                   dir=folder, settings={"console": "off"})
     except Exception as error:  # of its own kinds
-      raise RunError(f"--wandb={project}: no run could be started: {_line(error)}; WANDB_MODE=offline needs no connection"
+      raise RunError(f"--wandb={project}: no run could be started: {described(error)}; WANDB_MODE=offline needs no connection"
                      ) from error
 
   def write(self, step: int, now: float, numbers: Mapping[str, float]) -> None:
@@ -182,8 +182,4 @@ def _as_os_error() -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    raise OSError(errno.EIO, _line(error)) from error
-
-
-def _line(error: Exception) -> str:
-  return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    raise OSError(errno.EIO, described(error)) from error

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 
 from atma_jax.checkpoints.steps import is_remote
-from atma_jax.errors import UserError
+from atma_jax.errors import UserError, described
 from atma_jax.training.boards import Board, JSONLines, TensorBoard
 
 _RECORDS = "metrics.jsonl"
@@ -92,7 +92,7 @@ class MetricWriter:
 
   def _failed(self, path: os.PathLike[str] | str, error: Exception) -> None:
     if not self.failed_writes:
-      reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())[:300]
+      reason = getattr(error, "strerror", None) or described(error)
       logging.error("metrics cannot be written to %s: %s; training goes on, and what is lost is counted", path, reason)
     self.failed_writes += 1
 

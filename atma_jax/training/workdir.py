@@ -12,7 +12,7 @@ from atma_jax import distributed
 from atma_jax.checkpoints.steps import absolute, is_remote
 from atma_jax.claims import Claim, hold
 from atma_jax.config import Config
-from atma_jax.errors import UserError
+from atma_jax.errors import UserError, described
 
 
 def data_directory(config: Config, workdir: str) -> pathlib.Path:
@@ -48,7 +48,7 @@ def make_workdir(workdir: str) -> epath.Path:
         if jax.process_count() > 1:
           (folder / ".shared").write_text(token)
       except Exception as error:  # cloud file systems raise errors of their own
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = getattr(error, "strerror", None) or described(error)
         raise UserError(f"--workdir={workdir}: cannot be written: {reason}") from error
   token = distributed.from_first(token)
   with distributed.agreed():
