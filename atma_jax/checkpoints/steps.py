@@ -146,6 +146,8 @@ def newest_good_step(directory: epath.Path, steps: list[int],
       except UserError:
         raise
       except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or a decoder raise
+        if _is_of_this_machine(error):
+          raise
         reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
     reason = next(filter(None, distributed.exchange(reason)), "")
     if loaded is not None and not reason:
@@ -208,3 +210,8 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
     return jnp.sum(bits.astype(jnp.uint32) * (2 * weights + 1), dtype=jnp.uint32)
 
   return [checksum(leaf) for leaf in leaves]
+
+
+def _is_of_this_machine(error: Exception) -> bool:
+  """Whether an error speaks of the installation or of a device's free memory, and not of the file that was read."""
+  return isinstance(error, ImportError) or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
