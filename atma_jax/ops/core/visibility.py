@@ -2,7 +2,7 @@
 
 Positions count from 0 over queries and keys together. A query sees the keys up to its own position, of which a window leaves
 the last `window`, its own included; ``window=None`` leaves all. Where a row packs several documents, a query sees no key before
-the start of its own: `document_starts` finds the starts, which ops take as `starts` (B, T). The functions of positions take Python
+the start of its own: `document_starts` finds the starts, which ops take as `starts` (B, T). Functions of positions take Python
 numbers and traced arrays alike, so that masks, counts and the block ranges of streams and kernels follow from the same lines.
 """
 

@@ -56,6 +56,11 @@ class Decays:
     """In a kernel: the values of some rows of the references."""
     return Decays(self.log_g[rows], None if self.starts is None else self.starts[rows])
 
+  @functools.cached_property
+  def last(self) -> jax.Array:
+    """``log g_n``."""
+    return _last(self.log_g)
+
   @property
   def ratios(self) -> jax.Array:
     """``g_p / g_s`` for s <= p, else 0, as (n, n); masked first because exp overflows for s > p."""
@@ -73,13 +78,13 @@ class Decays:
   @property
   def to_end(self) -> jax.Array:
     """d_s (n,), by which what a step writes decays until the chunk's end."""
-    d = _last(self.log_g) - self.log_g
+    d = self.last - self.log_g
     return jnp.exp(d if self.starts is None else jnp.where(jnp.arange(CHUNK) >= _last(self.starts), d, -1e30))
 
   @property
   def total(self) -> jax.Array:
     """g_n, by which the state before the chunk decays in it."""
-    g = jnp.exp(_last(self.log_g))
+    g = jnp.exp(self.last)
     return g if self.starts is None else jnp.where(_last(self.starts) < 0, g, 0)
 
 

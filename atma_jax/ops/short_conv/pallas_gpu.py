@@ -102,7 +102,8 @@ def _call(direction: str, kernel: Callable[..., None], arrays: Sequence[jax.Arra
   return pl.pallas_call(
     functools.partial(kernel, taps=vectors[0].shape[0], T=T, C=C, steps=steps),
     name="gated_short_conv" if direction == "forward" else "gated_short_conv_back", grid=grid,
-    in_specs=[None if starts is None else _sequence(starts), *map(_sequence, arrays), *(pl.BlockSpec((z.shape[0], channels), lambda c, t, b: (0, c)) for z in vectors)],
+    in_specs=[None if starts is None else _sequence(starts), *map(_sequence, arrays),
+              *(pl.BlockSpec((z.shape[0], channels), lambda c, t, b: (0, c)) for z in vectors)],
     out_shape=shapes, out_specs=specs, interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=max(1, channels // (32 * THREAD_CHANNELS)), num_stages=1),
   )(starts, *arrays, *vectors)
@@ -142,13 +143,13 @@ class _Starts:
   def __init__(self, ref: Any, T: int):
     self.ref, self.T = ref, T
 
-  def of(self, t: jax.Array) -> jax.Array | None:
-    """Returns the step at which the document of step t starts; past the sequence that of its last step, None if none starts."""
-    return None if self.ref is None else self.ref[jnp.clip(t, 0, self.T - 1)]
+  def of(self, t: jax.Array, ahead: int = 0) -> jax.Array | None:
+    """Returns the start of the document of step t + ahead, past the sequence that of its last step; None if none starts."""
+    return None if self.ref is None else self.ref[jnp.clip(t + ahead, 0, self.T - 1)]
 
-  def reached(self, value: jax.Array, t: jax.Array, start: jax.Array | None) -> jax.Array:
-    """Returns a `value` that joins step t to a later one if the document of the later step, which starts at `start`, has t."""
-    return value if start is None else jnp.where(t >= start, value, 0)
+  def reached(self, value: jax.Array, t: jax.Array, before: int, start: jax.Array | None) -> jax.Array:
+    """Returns `value` if step t - before is not before `start`, else zeros."""
+    return value if start is None else jnp.where(t - before >= start, value, 0)
 
 
 def _vectors(ref: Any) -> list[jax.Array]:
@@ -182,7 +183,7 @@ def _forward_kernel(starts_ref: Any, *refs: Any, taps: int, T: int, C: int, step
     times = [first + i * UNROLLED + j for j in range(UNROLLED)]
     loaded = [([array.load(t) for array in arrays], starts.of(t)) for t in times]
     for t, ((gate, output_gate, x), start) in zip(times, loaded, strict=True):
-      products = *(starts.reached(product, t - i, start) for i, product in zip(range(taps - 1, 0, -1), products)), (
+      products = *(starts.reached(product, t, i, start) for i, product in zip(range(taps - 1, 0, -1), products)), (
         gate + gate_bias) * (x + x_bias)
       y.store(t, (output_gate + output_gate_bias) * _filtered(weight, products), t < T)
       products = products[1:]
@@ -209,7 +210,7 @@ def _backward_kernel(starts_ref: Any, *refs: Any, taps: int, T: int, C: int, ste
   def store_delayed(t: jax.Array, gate: jax.Array, x: jax.Array, dfiltered: Values, sums: Values) -> Values:
     """Stores the gradients of gate and x at step t - taps + 1, given the filter outputs' gradients from there to t."""
     t -= taps - 1
-    dfiltered = dfiltered[0], *(starts.reached(value, t, starts.of(t + i)) for i, value in enumerate(dfiltered[1:], 1))
+    dfiltered = dfiltered[0], *(starts.reached(value, t, 0, starts.of(t, i)) for i, value in enumerate(dfiltered[1:], 1))
     dproduct = jnp.where(t >= first, _filtered(weight[::-1], dfiltered), 0)
     dgate, dx = dproduct * x, dproduct * gate
     for array, gradient in ((dgates, dgate), (dxs, dx)):
@@ -223,7 +224,7 @@ def _backward_kernel(starts_ref: Any, *refs: Any, taps: int, T: int, C: int, ste
     for t, (gate, output_gate, x, dy) in zip(times, loaded, strict=True):
       start = starts.of(t)
       gates, xs, dfiltered = (*gates, gate + gate_bias), (*xs, x + x_bias), (*dfiltered, dy * (output_gate + output_gate_bias))
-      products = tuple(starts.reached(gate * x, t - i, start) if i else gate * x
+      products = tuple(starts.reached(gate * x, t, i, start) if i else gate * x
                        for i, gate, x in zip(range(taps - 1, -1, -1), gates, xs, strict=True))
       doutput_gate = dy * _filtered(weight, products)
       doutput_gates.store(t, doutput_gate, t < T)
