@@ -28,7 +28,7 @@ from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 from atma_jax.ops.squared_gate.api import CHECKPOINT_NAME, squared_gate, squared_gate_gradients
 from atma_jax.sharding import LOGICAL_AXES, active_mesh, shard_count, spec
 
-Documents = dict[str, Int[Array, "B T"]]  # the keyword `starts` of an op, or nothing
+Documents = dict[str, Any]  # the keyword `starts` of an op, or nothing
 _CONTEXT, = LOGICAL_AXES["sequence"]
 _TENSOR, = LOGICAL_AXES["heads"]
 

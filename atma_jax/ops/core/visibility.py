@@ -46,14 +46,13 @@ def document_ends(starts: Int[Array, "B T"]) -> Int[Array, "B T"]:
   return jnp.concatenate([following[:, 1:], jnp.full_like(following[:, :1], T)], axis=1) - 1
 
 
-def check_starts(op: str, starts: Int[Array, "B T"] | None, rows: int, length: int, keys: int | None = None) -> dict[str, Any]:
+def check_starts(op: str, starts: Int[Array, "B T"] | None, shape: tuple[int, ...], keys: int | None = None) -> dict[str, Any]:
   """The keyword that passes `starts` on to an implementation: none where there are none, so that no other call changes.
 
   Args:
     op: the name of the operation.
     starts: see `document_starts`.
-    rows: B.
-    length: T.
+    shape: (B, T).
     keys: S of an attention, which must be T.
 
   Raises:
@@ -61,9 +60,9 @@ def check_starts(op: str, starts: Int[Array, "B T"] | None, rows: int, length: i
   """
   if starts is None:
     return {}
-  if starts.shape != (rows, length) or not jnp.issubdtype(starts.dtype, jnp.integer) or keys not in (None, length):
-    raise ValueError(f"{op}: starts {starts.dtype} {starts.shape} must be integers (B, T) = {(rows, length)}"
-                     + ("" if keys in (None, length) else f", with as many keys as queries and not {keys}"))
+  if starts.shape != shape or not jnp.issubdtype(starts.dtype, jnp.integer) or keys not in (None, shape[1]):
+    raise ValueError(f"{op}: starts {starts.dtype} {starts.shape} must be integers (B, T) = {shape}"
+                     + ("" if keys in (None, shape[1]) else f", with as many keys as queries and not {keys}"))
   return {"starts": starts}
 
 

@@ -65,7 +65,7 @@ def gated_delta(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float
   elif initial_state.shape != (B, H, Dv, D):
     raise ValueError(f"gated_delta: initial_state {initial_state.shape} must be (B, H, Dv, D) = {(B, H, Dv, D)}")
   gates: dict[str, Any] = {"log_gamma": log_gamma, "beta": beta, "initial_state": initial_state.astype(dtype)}
-  gates |= visibility.check_starts("gated_delta", starts, B, T)
+  gates |= visibility.check_starts("gated_delta", starts, (B, T))
   name = OP.resolve(implementation, q, k, v, **gates)
   if name != "pallas_gpu":
     k, v = repeat_heads(k, H), repeat_heads(v, H)

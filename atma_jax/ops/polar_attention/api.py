@@ -75,7 +75,7 @@ def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Arra
            implementation: str = "auto") -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
   """`polar_attention` with its parameters and its specification as one argument each."""
   dispatch.check_attention("polar_attention", q, k, v)
-  documents = visibility.check_starts("polar_attention", starts, *q.shape[:2], k.shape[1])
+  documents = visibility.check_starts("polar_attention", starts, q.shape[:2], k.shape[1])
   return ATTENTION(implementation, q, k, v, params, spec, **documents)
 
 
@@ -89,5 +89,5 @@ def attention_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"],
     or wider.
   """
   dispatch.check_attention("polar_attention", q, k, v)
-  documents = visibility.check_starts("polar_statistics", starts, *q.shape[:2], k.shape[1])
+  documents = visibility.check_starts("polar_statistics", starts, q.shape[:2], k.shape[1])
   return STATISTICS(implementation, q, k, v, params, spec, **documents)

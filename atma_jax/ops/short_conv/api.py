@@ -49,7 +49,7 @@ def short_conv(x: Float[Array, "B T C"], weight: Float[Array, "taps C"], *,
   dtype = jnp.result_type(jnp.float32, x)
   padded = jnp.concatenate([history.astype(x.dtype), x], axis=1).astype(dtype)
   weight = weight.astype(dtype)
-  visibility.check_starts("short_conv", starts, B, T)
+  visibility.check_starts("short_conv", starts, (B, T))
   y: Any = sum(weight[i] * reached(padded[:, i : i + T], starts, taps - 1 - i) for i in range(taps))
   return y.astype(x.dtype)
 
@@ -78,4 +78,4 @@ def gated_short_conv(projected: Sequence[Float[Array, "B T C"]] | Sequence[Float
   if len(shapes) not in (1, 3) or set(shapes) != {expected} or weight.ndim != 2 or (bias is not None and bias.shape != (3, C)):
     raise ValueError(f"gated_short_conv: projected {shapes}, weight {weight.shape}, bias {None if bias is None else bias.shape} "
                      "must be three times (B, T, C) or once (B, T, 3 C), (taps, C), and (3, C) or None")
-  return GATED(implementation, projected, weight, bias, **visibility.check_starts("gated_short_conv", starts, *shapes[0][:2]))
+  return GATED(implementation, projected, weight, bias, **visibility.check_starts("gated_short_conv", starts, shapes[0][:2]))

@@ -35,5 +35,5 @@ def softmax_attention(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v:
   """
   dispatch.check_attention("softmax_attention", q, k, v)
   visibility.check_window(window)
-  documents = visibility.check_starts("softmax_attention", starts, *q.shape[:2], k.shape[1])
+  documents = visibility.check_starts("softmax_attention", starts, q.shape[:2], k.shape[1])
   return ATTENTION(implementation, q, k, v, scale=scale, window=window, **documents)
