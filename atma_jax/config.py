@@ -263,6 +263,8 @@ class TrainConfig:
   foreign_keys: tuple[int, ...] = option(
     (0,), "Keys of other rows that attention sees before a row's own, in training only: each step draws one of these numbers.",
     each(NOT_NEGATIVE, empty=False))
+  document_masks: bool = option(False, "Keep the documents of a row apart, in training only: attention, memory and convolutions "
+                                "begin anew at every end-of-text token.")
   ema_decay: float | None = option(None, "Decay of the moving average of the parameters; None keeps none.", PROPER_FRACTION)
   loss_chunk: int = option(512, "Time steps of a sequence whose logits exist at once.", POSITIVE)
   max_bad_steps: int = option(20, "Consecutive non-finite steps after which the run stops.", POSITIVE)
@@ -469,6 +471,12 @@ def _validate_train(c: Config) -> None:
            f"at most {most}, what the other rows of a microbatch hold")
   _require(max(c.train.foreign_keys) == 0 or (c.mesh.context == 1 and distractors == 0), "train.foreign_keys",
            c.train.foreign_keys, "(0,) with mesh.context or train.auxiliary.distractors")
+  if c.train.document_masks:
+    _require(max(c.train.foreign_keys) == 0, "train.foreign_keys", c.train.foreign_keys, "(0,) with train.document_masks")
+    _require(distractors == 0, "train.auxiliary.distractors", distractors, "0 with train.document_masks")
+    _require(c.mesh.context == 1, "mesh.context", c.mesh.context, "1 with train.document_masks")
+    _require("raven" not in c.model.layer_kinds, "train.document_masks", True,
+             "False with mixer raven, whose slots are not cleared between documents")
 
 
 def _matches(value: Any, annotation: Any) -> bool:

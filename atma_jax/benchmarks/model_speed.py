@@ -51,7 +51,7 @@ def step_table(config: Config, step_tokens: int, repeats: int, seed: int) -> Non
       tokens = jax.random.randint(jax.random.key(seed), (config.data.batch_size, T + 1), 0, config.model.vocab_size)
       tokens = jax.device_put(tokens, named_sharding(mesh, ("batch", None)))
       start = time.perf_counter()
-      step = make_train_step(config, definition, optimizer, mesh, state).lower(state, tokens).compile()
+      step = make_train_step(config, definition, optimizer, mesh, state, end_of_text=0).lower(state, tokens).compile()
       compile_s = time.perf_counter() - start
       if accumulation == 1:
         update = jax.jit(optimizer.update).lower(state.params, state.opt_state, state.params).compile()

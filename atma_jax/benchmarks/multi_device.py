@@ -61,7 +61,7 @@ class Training:
     state = create_state(config, definition, optimizer, mesh)
     with jax.set_mesh(mesh):
       tokens = [jax.device_put(rows, named_sharding(mesh, ("batch", None))) for rows in _rows(config, seed, batches)]
-      step = make_train_step(config, definition, optimizer, mesh, state).lower(state, tokens[0]).compile()
+      step = make_train_step(config, definition, optimizer, mesh, state, end_of_text=0).lower(state, tokens[0]).compile()
     return cls(step, state, tokens)
 
   def run(self, number: int = 0) -> dict[str, jax.Array]:

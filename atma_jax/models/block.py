@@ -51,7 +51,8 @@ class Block(nnx.Module):
     self.mlp = MLP(config, rngs=rngs)
 
   def __call__(self, x: ResidualStream, cache: LayerCache | None = None, span: TokenSpan | None = None,
-               trace: Trace | None = None) -> tuple[ResidualStream, LayerCache | None]:
+               trace: Trace | None = None,
+               starts: Int[Array, "B T"] | None = None) -> tuple[ResidualStream, LayerCache | None]:
     """The stream after the block, and the update of the cache; arguments as for `Mixer.__call__`.
 
     A `trace` receives ``input``, ``output`` and the normed ``mixer_input``, (B, T, C) each, besides what the mixer puts there.
@@ -59,7 +60,7 @@ class Block(nnx.Module):
     normed = x.norm(self.norm1)
     if trace is not None:
       trace |= {"input": x.value, "mixer_input": normed}
-    mixed, update = self.mixer(normed, cache, span, trace)
+    mixed, update = self.mixer(normed, cache, span, trace, **({} if starts is None else {"starts": starts}))
     x = x + mixed
     x = x + self.mlp(x.norm(self.norm2))
     if trace is not None:
@@ -74,21 +75,22 @@ class Group(nnx.Module):
     self.implementation = config.implementation
     self.blocks = nnx.List([Block(config, kind, rngs=rngs) for kind in pattern])
 
-  def __call__(self, x: ResidualStream, tap: Tap | None = None,
-               first: Int[Array, ""] | int = 0) -> tuple[ResidualStream, list[Any]]:
+  def __call__(self, x: ResidualStream, tap: Tap | None = None, first: Int[Array, ""] | int = 0,
+               starts: Int[Array, "B T"] | None = None) -> tuple[ResidualStream, list[Any]]:
     """The stream of whole sequences after the blocks, and the results of a tap for each block.
 
     Args:
       x: the stream before the blocks.
       tap: see `Tap`.
       first: index of the group's first layer.
+      starts: of the documents in the sequences, see `Mixer`.
     """
     results = []
     if sums_in_norms(self.implementation):
       x = x.deferred(self.implementation)
     for index, block in enumerate(self.blocks):
       trace = None if tap is None else {}
-      x, _ = block(x, trace=trace)
+      x, _ = block(x, trace=trace, starts=starts)
       if tap is not None and trace is not None:
         layer: Any = first + index
         results.append(tap(block, trace, layer))

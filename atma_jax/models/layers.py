@@ -17,7 +17,7 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import parallel
@@ -238,9 +238,9 @@ class DepthwiseFilter(nnx.Module):
   def __init__(self, config: ModelConfig, taps: int, channels: int, *, rngs: nnx.Rngs):
     self.weight = parameter(config, rngs, weight_init(config, taps), (taps, channels), (None, None), "muon_depthwise")
 
-  def __call__(self, x: Float[Array, "B T F"], channels: str) -> Float[Array, "B T F"]:
-    """The convolution of whole sequences; `channels` is the logical axis of x's last dimension."""
-    return parallel.short_conv(x, self.weight[...], channels=channels)
+  def __call__(self, x: Float[Array, "B T F"], channels: str, starts: Int[Array, "B T"] | None = None) -> Float[Array, "B T F"]:
+    """The convolution of whole sequences; `channels` is the logical axis of x's last dimension, `starts` see `Mixer`."""
+    return parallel.short_conv(x, self.weight[...], channels=channels, starts=starts)
 
   def extend(self, x: Float[Array, "B T F"], history: Float[Array, "B taps-1 F"],
              span: TokenSpan) -> tuple[Float[Array, "B T F"], Float[Array, "B taps-1 F"]]:

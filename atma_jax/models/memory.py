@@ -8,7 +8,7 @@ import math
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers
@@ -49,7 +49,7 @@ class Memory(nnx.Module):
 
   def read(self, gates: Sequence[Array], q: Float[Array, "B T H D"], k: Float[Array, "B T K D"],
            v: Float[Array, "B T K D"], state: Array | None, span: TokenSpan | None, trace: Trace | None,
-           layer: int | None = None) -> tuple[Float[Array, "B T H*D"], Array]:
+           layer: int | None = None, starts: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T H*D"], Array]:
     """What `out_proj` takes, and the state after the tokens.
 
     Args:
@@ -60,6 +60,7 @@ class Memory(nnx.Module):
       trace: receives ``log_gamma`` and ``beta`` (B, T, H), the ``readout`` before its norm (B, T, H, D) and ``memory``, the state
         after the last token (B, H, D, D).
       layer: which to read and write where the state is that of several layers, (layers, B, H, D, D); T is then 1.
+      starts: of the documents in whole sequences, see `Mixer`; the state is zero where one starts.
     """
     gamma, beta, gate = gates
     config, wide, (B, T) = self.config, jnp.promote_types(jnp.float32, gate.dtype), q.shape[:2]
@@ -67,6 +68,7 @@ class Memory(nnx.Module):
     log_gamma = self.log_gamma(gamma)
     if config.memory_reset is not None:
       positions = jnp.arange(T) if span is None else span.lengths[:, None] + jnp.arange(T)
+      positions = positions if starts is None else positions - starts
       log_gamma = jnp.where((positions % config.memory_reset == 0)[..., None], FORGETS, log_gamma)
     beta = jax.nn.sigmoid(beta.astype(wide) + config.memory.beta_bias)
     if span is not None:
@@ -76,7 +78,7 @@ class Memory(nnx.Module):
       readout, state = gated_delta_step(q, k, v, log_gamma=log_gamma, beta=beta, state=state, layer=layer,
                                         implementation=config.implementation)
     else:
-      readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state,
+      readout, state = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, initial_state=state, starts=starts,
                                    implementation=config.implementation)
     if trace is not None:
       trace |= {"log_gamma": log_gamma, "beta": beta, "readout": readout, "memory": state}

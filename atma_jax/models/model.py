@@ -17,6 +17,7 @@ from atma_jax.config import ModelConfig
 from atma_jax.models import layers
 from atma_jax.models.block import Group, Tap
 from atma_jax.models.cache import Cache, LayerCache, TokenSpan
+from atma_jax.models.mixers import without_documents
 from atma_jax.models.parallel import check_length
 from atma_jax.models.residual import ACTIVATIONS, ResidualStream
 from atma_jax.ops.core import dispatch
@@ -107,13 +108,23 @@ class Atma(nnx.Module):
     """The logits in (-cap, cap), float32 (float64 for float64 activations)."""
     return self.head(self.hidden(tokens))
 
-  def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T C"]:
-    """The output of the final norm, from which `token_losses` and its like compute what they need without storing logits."""
-    return self._forward(tokens, None)[0]
+  def hidden(self, tokens: Int[Array, "B T"], starts: Int[Array, "B T"] | None = None) -> Float[Array, "B T C"]:
+    """The output of the final norm, from which `token_losses` and its like compute what they need without storing logits.
 
-  def tapped(self, tokens: Int[Array, "B T"], tap: Tap) -> tuple[Float[Array, "B T C"], list[Any]]:
+    Args:
+      tokens: whole sequences.
+      starts: the position at which each token's document starts, for rows that pack documents which are not to see each other
+        (`atma_jax.ops.document_starts`); None makes one document of every row.
+
+    Raises:
+      ValueError: a mixer of the model, or the mesh, does not serve `starts`.
+    """
+    return self._forward(tokens, None, starts)[0]
+
+  def tapped(self, tokens: Int[Array, "B T"], tap: Tap,
+             starts: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T C"], list[Any]]:
     """`hidden`, and what `tap` (see `atma_jax.models.block.Tap`) returned for every layer, in order."""
-    hidden, results = self._forward(tokens, tap)
+    hidden, results = self._forward(tokens, tap, starts)
     stacked = results.get("groups", [])
     layers = [jax.tree.map(lambda leaf, g=g: leaf[g], block) for g in range(self._repeats) for block in stacked]
     return hidden, [*layers, *results.get("tail", [])]
@@ -155,10 +166,13 @@ class Atma(nnx.Module):
   def _repeats(self) -> int:
     return self.config.num_layers // len(self.config.block_pattern)
 
-  def _forward(self, tokens: Int[Array, "B T"], tap: Tap | None) -> tuple[Float[Array, "B T C"], dict[str, list[Any]]]:
+  def _forward(self, tokens: Int[Array, "B T"], tap: Tap | None,
+               starts: Int[Array, "B T"] | None) -> tuple[Float[Array, "B T C"], dict[str, list[Any]]]:
     """The output of the final norm, and the tap's results: stacked over the groups, and those of the tail."""
     _check_tokens(tokens)
     check_length(tokens.shape[1])
+    if starts is not None and (without := without_documents(self.config)):
+      raise ValueError(f"starts: mixer {without!r} lets documents of a row see each other, so it takes none")
     x, results = ResidualStream(constrain(self.embed(tokens), ACTIVATIONS)), {}
     pattern = len(self.config.block_pattern)
     if self.groups is not None:
@@ -167,7 +181,7 @@ class Atma(nnx.Module):
 
       def apply(x: ResidualStream, inputs: tuple[nnx.State, Array]) -> tuple[ResidualStream, list[Any]]:
         params, first = inputs
-        return nnx.merge(graphdef, params)(x, tap, first)
+        return nnx.merge(graphdef, params)(x, tap, first, starts)
 
       def scanned(x: Array, inputs: tuple[nnx.State, Array]) -> tuple[Array, list[Any]]:
         stream, result = apply(ResidualStream(x), inputs)
@@ -184,7 +198,7 @@ class Atma(nnx.Module):
           found.append(result)
         results["groups"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
     if self.tail is not None:
-      x, results["tail"] = self._rematerialised(lambda x, group: group(x, tap, pattern * self._repeats))(x, self.tail)
+      x, results["tail"] = self._rematerialised(lambda x, group: group(x, tap, pattern * self._repeats, starts))(x, self.tail)
     return x.norm(self.norm), results
 
   def _rematerialised(self, apply: Callable[..., Any]) -> Callable[..., Any]:

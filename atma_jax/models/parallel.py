@@ -16,7 +16,7 @@ import chex
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from atma_jax import ops
 from atma_jax.errors import divides_over_context
@@ -28,6 +28,7 @@ from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 from atma_jax.ops.squared_gate.api import CHECKPOINT_NAME, squared_gate, squared_gate_gradients
 from atma_jax.sharding import LOGICAL_AXES, active_mesh, shard_count, spec
 
+Documents = dict[str, Any]  # the keyword `starts` of an op, or nothing
 _CONTEXT, = LOGICAL_AXES["sequence"]
 _TENSOR, = LOGICAL_AXES["heads"]
 
@@ -41,39 +42,50 @@ def check_length(T: int) -> None:
 
 
 def polar_attention(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], params: PolarParams,
-                    spec: AttentionSpec, *, implementation: str) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+                    spec: AttentionSpec, *, starts: Int[Array, "B T"] | None = None,
+                    implementation: str) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
   """`atma_jax.ops.polar_attention` of whole sequences."""
   chex.assert_rank([q, k, v], 4)
+  check_documents(starts)
   op = attend if shard_count("sequence") == 1 else functools.partial(context_parallel.polar_attention, axis=_CONTEXT)
 
-  def call(q: jax.Array, k: jax.Array, v: jax.Array, params: PolarParams) -> tuple[jax.Array, jax.Array]:
-    return op(q, k, v, params, spec, implementation=implementation)
+  def call(q: jax.Array, k: jax.Array, v: jax.Array, others: tuple[PolarParams, Documents]) -> tuple[jax.Array, jax.Array]:
+    params, documents = others
+    return op(q, k, v, params, spec, **documents, implementation=implementation)
 
+  others = params, _documents(starts)
   if active_mesh() is None:
-    return call(q, k, v, params)
+    return call(q, k, v, others)
   axes, activations = jax.tree.map(lambda x: ("heads", *(None,) * (x.ndim - 1)), params), _activations(q)
-  return _over_heads(call, q, k, v, params, axes, (activations, activations[:3]))
+  return _over_heads(call, q, k, v, others, (axes, dict.fromkeys(others[1], activations[:2])), (activations, activations[:3]))
 
 
 def softmax_attention(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], *, scale: float,
-                      spec: AttentionSpec, implementation: str) -> Float[Array, "B T H D"]:
+                      spec: AttentionSpec, starts: Int[Array, "B T"] | None = None,
+                      implementation: str) -> Float[Array, "B T H D"]:
   """`atma_jax.ops.softmax_attention` of whole sequences."""
   chex.assert_rank([q, k, v], 4)
+  check_documents(starts)
   if shard_count("sequence") == 1:
     op = functools.partial(ops.softmax_attention, scale=scale, window=spec.window, implementation=implementation)
   else:
     op = functools.partial(context_parallel.softmax_attention, scale=scale, spec=spec, axis=_CONTEXT,
                            implementation=implementation)
+  documents = _documents(starts)
   if active_mesh() is None:
-    return op(q, k, v)
-  return _over_heads(lambda q, k, v, _: op(q, k, v), q, k, v, {}, {}, _activations(q))
+    return op(q, k, v, **documents)
+  activations = _activations(q)
+  return _over_heads(lambda q, k, v, documents: op(q, k, v, **documents), q, k, v, documents,
+                     dict.fromkeys(documents, activations[:2]), activations)
 
 
 def gated_delta(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], *,
                 log_gamma: Float[Array, "B T H"], beta: Float[Array, "B T H"], initial_state: Float[Array, "B H Dv D"] | None,
+                starts: Int[Array, "B T"] | None = None,
                 implementation: str) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H Dv D"]]:
   """`atma_jax.ops.gated_delta`: of whole sequences without an initial state, else of tokens that follow those behind it."""
   chex.assert_rank([q, k, v, log_gamma, beta], [4, 4, 4, 3, 3])
+  check_documents(starts)
   if shard_count("heads") > 1 or shard_count("sequence") > 1:
     k, v = (repeat_heads(z, q.shape[2]) for z in (k, v))  # which divide over tensor as the query heads do
   inputs = {"q": q, "k": k, "v": v, "log_gamma": log_gamma, "beta": beta}
@@ -87,22 +99,26 @@ def gated_delta(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float
   axes = {name: activations[: x.ndim] for name, x in inputs.items()}
   if initial_state is not None:
     inputs, axes = inputs | {"initial_state": initial_state}, axes | {"initial_state": state}
+  if starts is not None:
+    inputs, axes = inputs | {"starts": starts}, axes | {"starts": activations[:2]}
   if active_mesh() is None:
     return call(**inputs)
   return _mapped(lambda inputs: call(**inputs), (inputs,), (axes,), (activations, state))
 
 
-def short_conv(x: Float[Array, "B T C"], weight: Float[Array, "taps C"], *, channels: str) -> Float[Array, "B T C"]:
+def short_conv(x: Float[Array, "B T C"], weight: Float[Array, "taps C"], *, channels: str,
+               starts: Int[Array, "B T"] | None = None) -> Float[Array, "B T C"]:
   """`atma_jax.ops.short_conv`; `channels` is the logical axis of x's last dimension."""
   chex.assert_rank([x, weight], [3, 2])
+  check_documents(starts)
   if shard_count("sequence") == 1:  # shifts along time and products along channels: nothing to communicate
-    return ops.short_conv(x, weight)
+    return ops.short_conv(x, weight, starts=starts)
   return _mapped(functools.partial(context_parallel.short_conv, axis=_CONTEXT), (x, weight),
                  ((*_activations(x)[:2], channels), (None, channels)), (*_activations(x)[:2], channels))
 
 
 def gated_short_conv(project: Callable[[int], tuple[Sequence[jax.Array], jax.Array]], weight: Float[Array, "taps C"], *,
-                     channels: str, implementation: str) -> Float[Array, "B T C"]:
+                     channels: str, starts: Int[Array, "B T"] | None = None, implementation: str) -> Float[Array, "B T C"]:
   """`atma_jax.ops.gated_short_conv`.
 
   Args:
@@ -111,19 +127,26 @@ def gated_short_conv(project: Callable[[int], tuple[Sequence[jax.Array], jax.Arr
       pass, nor a mesh split again.
     weight: of the convolution.
     channels: logical axis of C.
+    starts: where each token's document starts; None is 0.
     implementation: one of `dispatch.NAMES`.
   """
+  check_documents(starts)
   if shard_count("sequence") > 1:
     arrays, bias = project(3)
     gate, output_gate, x = (z + b.astype(z.dtype) for z, b in zip(arrays, bias, strict=True))
     return output_gate * short_conv(gate * x, weight, channels=channels)
   one = dispatch.may_run_kernels(implementation, "gpu") and shard_count(channels) == 1
   arrays, bias = project(1 if one else 3)
-  call = functools.partial(ops.gated_short_conv, implementation=implementation)
+  documents = _documents(starts)
+
+  def call(arrays: Sequence[jax.Array], weight: jax.Array, bias: jax.Array, documents: Documents) -> jax.Array:
+    return ops.gated_short_conv(arrays, weight, bias, **documents, implementation=implementation)
+
   if active_mesh() is None:
-    return call(arrays, weight, bias)
+    return call(arrays, weight, bias, documents)
   activations, vector = (*_activations(arrays[0])[:2], channels), (None, channels)
-  return _mapped(call, (list(arrays), weight, bias), ([activations] * len(arrays), vector, vector), activations)
+  return _mapped(call, (list(arrays), weight, bias, documents),
+                 ([activations] * len(arrays), vector, vector, dict.fromkeys(documents, activations[:2])), activations)
 
 
 def gated_projection(x: Float[Array, "B T C"], kernel: Float[Array, "C 2*F"], bias: Float[Array, " 2*F"], *,
@@ -192,6 +215,17 @@ def sum_and_norm(x: Float[Array, "B T C"], added: Sequence[Float[Array, "B T C"]
 def sums_in_norms(implementation: str) -> bool:
   """Whether sums of the residual stream are best made by the kernel that norms them: on a GPU."""
   return dispatch.may_run_kernels(implementation, "gpu")
+
+
+def check_documents(starts: Int[Array, "B T"] | None) -> None:
+  """Raises ValueError where rows pack documents and the mesh splits time, which the ops over a context axis do not serve."""
+  if starts is not None and shard_count("sequence") > 1:
+    raise ValueError(f"document masks: must be off with mesh {_CONTEXT}={shard_count('sequence')}, which knows no documents")
+
+
+def _documents(starts: Int[Array, "B T"] | None) -> Documents:
+  """The keywords of an op for `starts`: none without documents, so that a program without them stays as it is."""
+  return {} if starts is None else {"starts": starts}
 
 
 def _activations(x: jax.Array) -> tuple[str | None, ...]:

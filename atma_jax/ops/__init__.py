@@ -1,5 +1,6 @@
 """Pure array functions and kernels, each with an oracle and one test suite that every implementation passes."""
 
+from atma_jax.ops.core.visibility import document_starts
 from atma_jax.ops.cross_entropy.api import cross_entropy, token_losses, token_predictions
 from atma_jax.ops.cross_entropy.formula import soft_cap
 from atma_jax.ops.gated_delta.api import gated_delta
@@ -11,6 +12,7 @@ from atma_jax.ops.softmax_attention.api import softmax_attention
 
 __all__ = [
   "cross_entropy",
+  "document_starts",
   "gated_delta",
   "gated_short_conv",
   "polar_attention",

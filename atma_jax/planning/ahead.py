@@ -205,7 +205,7 @@ def _lower_training(config: Config, definition: ModelDefinition, mesh: Mesh) -> 
   optimizer = optimizer_for(config, definition)
   state = abstract_state(config, definition, optimizer, mesh)
   tokens = _tokens(config.data.batch_size, config.data.sequence_length, mesh, "config.data.batch_size")
-  step = make_train_step(config, definition, optimizer, mesh, state)
+  step = make_train_step(config, definition, optimizer, mesh, state, end_of_text=0)
   return _Lowered(step.lower(state, tokens), state.params, state.opt_state, tokens)
 
 

@@ -123,7 +123,8 @@ def _train(config: Config, mesh: jax.sharding.Mesh, folder: epath.Path, director
   checkpointer.check_room(target)
 
   validate = make_validation(config, definition, mesh, directory) if config.train.validate_every else None
-  steps = {count: make_train_step(config, ModelDefinition(config.model, foreign_keys=count), optimizer, mesh, state)
+  steps = {count: make_train_step(config, ModelDefinition(config.model, foreign_keys=count), optimizer, mesh, state,
+                                  end_of_text=data.tokenizer.eot_id)
            for count in dict.fromkeys(config.train.foreign_keys)}
   loop = Loop(config, folder, mesh, data, batches, checkpointer, steps, claim=claim, validate=validate,
               flops_per_token=training_flops_per_token(definition, config.data.sequence_length))

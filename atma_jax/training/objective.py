@@ -11,11 +11,12 @@ from atma_jax.config import AuxiliaryConfig
 from atma_jax.errors import UserError
 from atma_jax.models import Atma
 from atma_jax.models.block import Block, Trace
+from atma_jax.ops import document_starts
 from atma_jax.ops.regularizers import draw_sketch, regularizer
 
 
-def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], *, z_loss: float,
-                        chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], *, z_loss: float, chunk: int,
+                        first_token: int | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """The next-token loss.
 
   Args:
@@ -23,16 +24,21 @@ def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], *, z_loss: flo
     tokens: the inputs are the first T of each row, the targets the last T.
     z_loss: weight of the squared log-partition function in the loss.
     chunk: time steps of each sequence whose logits exist at once.
+    first_token: the token that documents start with, end-of-text, to keep the documents of a row apart. Every target still
+      counts: a document's last token predicts the end-of-text after it, and the first token of the next is predicted from that
+      end-of-text alone. None makes one document of every row.
 
   Returns:
     The mean loss per target token, in nats, and the mean squared log-partition function.
   """
   chex.assert_rank(tokens, 2)
-  return _token_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], z_loss, chunk)
+  inputs = tokens[:, :-1]
+  hidden = model.hidden(inputs, _starts(inputs, first_token))
+  return _token_loss(model, hidden, tokens[:, 1:], z_loss, chunk)
 
 
 def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""], options: AuxiliaryConfig, *, z_loss: float,
-                   chunk: int) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+                   chunk: int, first_token: int | None = None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """The next-token loss combined with auxiliary objectives, ``(1 - a) L_lm + a L_reg + d L_distractor``.
 
   L_reg is the mean over blocks of the regulariser of the block's output, whose rows are all tokens of the call. L_distractor is
@@ -46,6 +52,7 @@ def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""]
     options: which objectives are on, and their weights.
     z_loss: weight of the squared log-partition function in L_lm.
     chunk: time steps of each sequence whose logits exist at once.
+    first_token: as for `language_model_loss`; without distractors.
 
   Returns:
     The combined loss, and its terms by name: ``loss`` (L_lm), ``z``, and ``regularizer`` and ``distractor`` if they are on.
@@ -65,7 +72,8 @@ def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""]
         found["distractor"] = distractor_loss
     return found
 
-  hidden, results = model.tapped(tokens[:, :-1], tap)
+  inputs = tokens[:, :-1]
+  hidden, results = model.tapped(inputs, tap, _starts(inputs, first_token))
   loss, z = _token_loss(model, hidden, tokens[:, 1:], z_loss, chunk)
   terms, total = {"loss": loss, "z": z}, loss
   if regularize:
@@ -78,6 +86,10 @@ def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""]
     terms["distractor"] = jnp.mean(jnp.stack(distractor_losses))
     total = total + options.distractor_weight * terms["distractor"]
   return total, terms
+
+
+def _starts(tokens: Int[Array, "B T"], first_token: int | None) -> Int[Array, "B T"] | None:
+  return None if first_token is None else document_starts(tokens, first_token)
 
 
 def _token_loss(model: Atma, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"], z_loss: float,

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 import optax
 
 from atma_jax.config import Config
+from atma_jax.errors import UserError
 from atma_jax.models.definition import ModelDefinition, Params
+from atma_jax.models.mixers import without_documents
 from atma_jax.sharding import constrain, named_sharding
 from atma_jax.training.objective import auxiliary_loss, language_model_loss
 from atma_jax.training.optimizer import RecipeOptimizer
@@ -25,7 +27,7 @@ _AUXILIARY_STREAM = 0x617578  # folded into the seed, so that the draws are not 
 
 
 def make_train_step(config: Config, definition: ModelDefinition, optimizer: optax.GradientTransformation, mesh: Mesh,
-                    state: TrainState) -> TrainStep:
+                    state: TrainState, *, end_of_text: int | None = None) -> TrainStep:
   """Makes the jitted training step.
 
   Args:
@@ -34,6 +36,10 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
     optimizer: made by `atma_jax.training.state.optimizer_for`, or any other; only of the former learning rates are reported.
     mesh: the devices.
     state: a state, or its shapes, whose shardings are pinned for input and output, so that the step compiles once.
+    end_of_text: the tokenizer's id, which `train.document_masks` needs; without them it has no part in the step.
+
+  Raises:
+    UserError: document masks, and a mixer that does not know of them.
 
   Returns:
     ``(state, tokens (B, T + 1) int32) -> (state, metrics)``, which reuses the buffers of the state it is given. The metrics are
@@ -44,11 +50,19 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
   train, decay = config.train, config.train.ema_decay
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   replicated = NamedSharding(mesh, PartitionSpec())
+  if train.document_masks and end_of_text is None:
+    raise ValueError("end_of_text: must be given with config.train.document_masks")
+  if train.document_masks and (kind := without_documents(config.model)):
+    raise UserError(f"config.train.document_masks=True: must be False with mixer {kind}, which does not keep documents apart")
+  first_token = end_of_text if train.document_masks else None
   auxiliary = train.auxiliary.regularizer != "baseline" or train.auxiliary.distractors > 0
 
   def loss_fn(params: Params, tokens: Int[Array, "B T+1"], number: Int[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
     """The loss to minimise, and its reported terms; ``loss`` is one of them if other objectives are added to it."""
-    model, options = definition.merge(params), {"z_loss": train.z_loss, "chunk": train.loss_chunk}
+    model = definition.merge(params)
+    options: dict[str, Any] = {"z_loss": train.z_loss, "chunk": train.loss_chunk}
+    if first_token is not None:
+      options["first_token"] = first_token
     if auxiliary:
       key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), _AUXILIARY_STREAM), number)
       return auxiliary_loss(model, tokens, key, train.auxiliary, **options)

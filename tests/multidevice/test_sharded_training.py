@@ -91,7 +91,8 @@ def test_accumulation_on_devices_equals_one_device(recipe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}], ids=["data2-fsdp2-tensor2"])
-def test_gradients_equal_one_device(recipe, axes):
+@pytest.mark.parametrize("first_token", [None, 3], ids=["whole-rows", "documents"])
+def test_gradients_equal_one_device(recipe, axes, first_token):
   definition = ModelDefinition(recipe.model)
   params = {name: 0.1 * jax.random.normal(jax.random.key(i), value.shape)
             for i, (name, value) in enumerate(sorted(definition.init(jax.random.key(0)).items()))}
@@ -101,7 +102,7 @@ def test_gradients_equal_one_device(recipe, axes):
     tokens = jax.device_put(batch(0), named_sharding(mesh, ("batch", None)))
 
     def loss(p):
-      return language_model_loss(definition.merge(p), tokens, z_loss=1e-4, chunk=8)[0]
+      return language_model_loss(definition.merge(p), tokens, z_loss=1e-4, chunk=8, first_token=first_token)[0]
 
     with jax.default_matmul_precision("highest"), jax.set_mesh(mesh):
       return jax.jit(jax.value_and_grad(loss))(put)

@@ -34,6 +34,23 @@ def lowered(call, *shapes, mesh=HOPPER) -> str:
     return both.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_packed_documents():
+  """All kernels of a layer that know of documents: attention, memory, gated convolution."""
+  B, T, H, D = 2, 300, 2, 64
+  vectors, scalars = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+  starts = jnp.zeros((B, T), jnp.int32)
+
+  def call(q, k, v, log_gamma, beta):
+    params = PolarParams.initial(H, D)
+    initial = {"initial_state": jnp.zeros((B, H, D, D)), "starts": starts}
+    readout, _ = delta_gpu.gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, **initial)
+    flat = [x.reshape(B, T, H * D) for x in (q, k, v)]
+    convolved = gated_short_conv(flat, jnp.ones((3, H * D)), starts=starts, implementation="pallas_gpu")
+    return *pallas_gpu.attend(q, k, v, params, AttentionSpec(100), starts=starts), readout, convolved
+
+  assert lowered(call, *[vectors] * 3, *[scalars] * 2).count("@__gpu$xla.gpu.triton") == 3 + 7 + 2
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("T, K, D, window, count_length", [
   (300, 2, 64, 100, None), (256, 4, 128, None, 77), (1, 4, 64, None, None)])

@@ -79,6 +79,23 @@ def test_gated_delta(chip, generation, B, T, D, dtype):
   assert traffic(program.as_text()).kernels == 2
 
 
+@pytest.mark.slow
+def test_packed_documents(chip):
+  """Attention and memory of rows that pack documents."""
+  B, T, H, K, D = 8, 2048, 8, 2, 128
+
+  def op(arguments):
+    q, k, v, log_gamma, beta = arguments
+    raw = {name: jnp.zeros(H) for name in SCALARS}
+    starts = jnp.cumsum(log_gamma[..., 0] > 0, axis=1)
+    readout, _ = gated_delta(q, k, v, log_gamma=log_gamma, beta=beta, starts=starts, implementation="pallas_tpu")
+    return *polar_attention(q, k, v, v_null=jnp.zeros((H, D)), **raw, starts=starts, implementation="pallas_tpu"), readout
+
+  vectors = [jax.ShapeDtypeStruct((B, T, n, D), jnp.bfloat16) for n in (H, K, K)]
+  scalar = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+  assert traffic(compiled(op, chip("v5e"), *vectors, scalar, scalar).as_text()).kernels == 5
+
+
 def test_a_mesh_of_several_chips_is_refused_outside_shard_map():
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)

@@ -38,6 +38,10 @@ class Mixer(nnx.Module):
   """Whether decoding may pass more rows than the span has, which fill the smallest tile of a GPU's matrix units. The mixer drops
   them as soon as it has multiplied; its output may have only the rows of the span."""
 
+  accepts_documents: ClassVar[bool] = False
+  """Whether calls over whole sequences may pass ``starts``, the positions at which each token's document starts in rows that pack
+  several (`atma_jax.ops.document_starts`). Nothing of a document may then reach another one."""
+
   memory: Memory | None = None  # the gated-delta memory beside the mixer, if there is one
   foreign_keys: int = 0  # keys of other rows that attention over whole sequences sees before a row's own, see `ModelDefinition`
 
@@ -53,6 +57,8 @@ class Mixer(nnx.Module):
       cache: what `init_cache` made and earlier calls updated; None for whole sequences.
       span: where the new tokens stand, with a cache. Padding may not change the cache, whatever comes of it otherwise.
       trace: receives intermediate arrays by name, for taps and auxiliary losses.
+
+    A mixer that `accepts_documents` takes ``starts`` (B, T) besides; it is passed only in training with document masks.
 
     Returns:
       The output (B, T, C), and the update of the cache (see `LayerCache`), or None without one.
@@ -96,6 +102,11 @@ def register_mixer(kind: str) -> Callable[[M], M]:
     return cls
 
   return register
+
+
+def without_documents(config: ModelConfig) -> str | None:
+  """The first kind of mixer in a model that lets the documents of a row see each other, or None."""
+  return next((kind for kind in config.layer_kinds if not mixer_class(kind).accepts_documents), None)
 
 
 def mixer_class(kind: str) -> type[Mixer]:

@@ -11,7 +11,7 @@ from typing import ClassVar
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from atma_jax.config import ModelConfig
 from atma_jax.models import layers, memory
@@ -130,13 +130,14 @@ class PolarCore(nnx.Module):
 
   def __call__(self, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
                cache: AttentionCache | None, span: TokenSpan | None, trace: Trace | None,
-               foreign: KeysAndValues | None = None
+               foreign: KeysAndValues | None = None, starts: Int[Array, "B T"] | None = None
                ) -> tuple[Float[Array, "B T H D"], list[Float[Array, "B T H"]], Float[Array, "B T K D"]]:
     """Heads of length direction_scale, their magnitudes as a list of one, and the keys to remember."""
     config = self.config
     if cache is None or span is None or span.cache_slots == 0:
       seen = (k, v) if foreign is None else _concatenate(foreign, (k, v))
-      direction, magnitude = polar_attention(q, *seen, self.params, self.spec, implementation=config.implementation)
+      direction, magnitude = polar_attention(q, *seen, self.params, self.spec, starts=starts,
+                                             implementation=config.implementation)
     else:
       direction, magnitude = cached_polar_attention(
         q, k, v, cache.keys, cache.values, span.lengths, self.params, self.spec, scales=cache.scales,
@@ -171,9 +172,12 @@ class SoftmaxCore(nnx.Module):
 
   def __call__(self, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
                cache: AttentionCache | None, span: TokenSpan | None, trace: Trace | None,
-               foreign: KeysAndValues | None = None
+               foreign: KeysAndValues | None = None, starts: Int[Array, "B T"] | None = None
                ) -> tuple[Float[Array, "B T H D"], list[Float[Array, "B T H"]], Float[Array, "B T K D"]]:
-    """Heads, no magnitudes, and the keys to remember."""
+    """Heads, no magnitudes, and the keys to remember.
+
+    Positions count on through all documents of a row: only their differences matter.
+    """
     config, spec, steps = self.config, attention_spec(self.config), jnp.arange(q.shape[1])
     before = 0 if foreign is None else foreign[0].shape[1]
     q, k, scale = self.positioned(q, k, before + steps if span is None else span.lengths[:, None] + steps)
@@ -182,7 +186,7 @@ class SoftmaxCore(nnx.Module):
       if foreign is not None:
         _, foreign_k, _ = self.positioned(foreign[0], foreign[0], jnp.arange(before))
         seen = _concatenate((foreign_k, foreign[1]), seen)
-      heads = softmax_attention(q, *seen, scale=scale, spec=spec, implementation=config.implementation)
+      heads = softmax_attention(q, *seen, scale=scale, spec=spec, starts=starts, implementation=config.implementation)
     else:
       heads = cached_softmax_attention(
         q, k, v, cache.keys, cache.values, span.lengths, scale=scale, spec=spec, scales=cache.scales,
@@ -221,6 +225,7 @@ class AttentionMixer(Mixer):
   """``W_proj(core(q, k, v) * sigmoid(gate))``, plus the magnitudes' projection and the memory's output."""
 
   accepts_padded_rows = True
+  accepts_documents = True
   fused_inputs: layers.Linear | None = None  # all layers that take x as one, see `fuse_projections`
   fused_outputs: layers.Linear | None = None  # all layers that give the output
 
@@ -260,7 +265,8 @@ class AttentionMixer(Mixer):
       self.canon_k.weight[...] = jnp.zeros_like(self.canon_k.weight[...]).at[-1].set(-1.0).at[-2].set(1.0)
 
   def __call__(self, x: Float[Array, "B T C"], cache: AttentionCache | None = None, span: TokenSpan | None = None,
-               trace: Trace | None = None) -> tuple[layers.LinearSum, AttentionCache | None]:
+               trace: Trace | None = None,
+               starts: Int[Array, "B T"] | None = None) -> tuple[layers.LinearSum, AttentionCache | None]:
     """See `Mixer`.
 
     A trace receives q (B, T, H, D), k and v (B, T, K, D) as the core takes them before any rotation, the core's ``heads``
@@ -275,18 +281,18 @@ class AttentionMixer(Mixer):
     histories, state = (None, None, None), None
     if self.core.has_canon:
       past_q, past_k, past_v = (None, None, None) if cache is None else (cache.canon_q, cache.canon_k, cache.canon_v)
-      q, canon_q = _canon(q, self.canon_q, past_q, span, "heads")
-      k, canon_k = _canon(k, self.canon_k, past_k, span, "kv_heads")
-      v, canon_v = _canon(v, self.canon_v, past_v, span, "kv_heads")
+      q, canon_q = _canon(q, self.canon_q, past_q, span, "heads", starts)
+      k, canon_k = _canon(k, self.canon_k, past_k, span, "kv_heads", starts)
+      v, canon_v = _canon(v, self.canon_v, past_v, span, "kv_heads", starts)
       histories = canon_q, canon_k, canon_v
     if trace is not None:
       trace |= {"q": q, "k": k, "v": v}
     foreign = foreign_rows(k, v, self.foreign_keys) if span is None and self.foreign_keys else None
-    heads, magnitudes, keys = self.core(q, k, v, cache, span, trace, foreign)
+    heads, magnitudes, keys = self.core(q, k, v, cache, span, trace, foreign, starts)
     channels = [(heads * jax.nn.sigmoid(gate)).reshape(B, T, -1), *magnitudes]
     if self.memory is not None:
       past, layer = (None, None) if cache is None else (cache.memory, cache.layer)
-      read, state = self.memory.read(gates, q, k, v, past, span, trace, layer)
+      read, state = self.memory.read(gates, q, k, v, past, span, trace, layer, starts)
       channels.append(read)
     output = layers.LinearSum(list(zip(self._output_layers(), channels, strict=True)))
     if self.fused_outputs is not None:
@@ -375,7 +381,7 @@ def _split(y: Array, linears: Sequence[layers.Linear]) -> list[Array]:
 
 
 def _canon(z: Float[Array, "B T heads D"], conv: layers.DepthwiseFilter, history: Array | None, span: TokenSpan | None,
-           channels: str) -> tuple[Float[Array, "B T heads D"], Array | None]:
+           channels: str, starts: Int[Array, "B T"] | None) -> tuple[Float[Array, "B T heads D"], Array | None]:
   """``z + conv(z)`` over the flattened heads, and the history after z.
 
   Args:
@@ -384,11 +390,12 @@ def _canon(z: Float[Array, "B T heads D"], conv: layers.DepthwiseFilter, history
     history: its inputs before z, with a `span`.
     span: where the new tokens stand.
     channels: logical axis of the flattened heads.
+    starts: of the documents in whole sequences, see `Mixer`.
   """
   B, T, heads, dim = z.shape
   flat = z.reshape(B, T, heads * dim)
   if span is None or history is None:
-    y, history = conv(flat, channels), None
+    y, history = conv(flat, channels, starts), None
   else:
     y, history = conv.extend(flat, history, span)
   return (flat + y).reshape(B, T, heads, dim), history

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from atma_jax.ops.core import visibility
 
@@ -39,8 +39,8 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 
 
 def attention_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"],
-                         scale: Float[Array, "T H"], *, window: int | None = None, block_q: int | None = None,
-                         block_k: int | None = None) -> Statistics:
+                         scale: Float[Array, "*B T H"], *, window: int | None = None, starts: Int[Array, "B T"] | None = None,
+                         block_q: int | None = None, block_k: int | None = None) -> Statistics:
   """Statistics of every query over the keys it sees; blocks without a visible key cost nothing.
 
   Args:
@@ -48,6 +48,7 @@ def attention_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"],
     k, v: H is a multiple of K and the heads of a group are adjacent; k and v are never repeated.
     scale: factor of the scores, positive, in the dtype of the statistics.
     window: keys a query may see, its own included; None is all up to its own.
+    starts: position of the first key that each query may see (`visibility.document_starts`); None is 0.
     block_q, block_k: queries and keys at a time; None leaves it to `block_size`.
 
   Returns:
@@ -55,7 +56,7 @@ def attention_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"],
   """
   T, S = q.shape[1], k.shape[1]
   blocks = (block_q or block_size(T), block_k or block_size(S))
-  gathered: Any = _statistics(q, k, v, scale, window, blocks)
+  gathered: Any = _statistics(q, k, v, scale, starts, window, blocks)
   return Statistics(*gathered)
 
 
@@ -65,35 +66,41 @@ def block_size(length: int) -> int:
   return -(-length // (8 * blocks)) * 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _statistics(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, window: int | None,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _statistics(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, starts: jax.Array | None, window: int | None,
                 blocks: tuple[int, int]) -> Statistics:
-  return _statistics_fwd(q, k, v, scale, window, blocks)[0]
+  return _statistics_fwd(q, k, v, scale, starts, window, blocks)[0]
 
 
-def _statistics_fwd(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, window: int | None,
-                    blocks: tuple[int, int]) -> tuple[Statistics, tuple[jax.Array, ...]]:
+def _statistics_fwd(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, starts: jax.Array | None, window: int | None,
+                    blocks: tuple[int, int]) -> tuple[Statistics, tuple[Any, ...]]:
   cut = _whole(q, k, window, blocks)
-  statistics = cut.join_queries(cut.gather(None, cut.cut_queries((q, scale[None])), cut.cut_keys((k, v)), (0,)))
-  return statistics, (q, k, v, scale, statistics.M)
+  rows, keys = cut.cut_queries((q, _batched(scale))), cut.cut_keys((k, v))
+  statistics = cut.join_queries(cut.gather(None, rows, keys, (0,), cut.cut_starts(starts)))
+  return statistics, (q, k, v, scale, starts, statistics.M)
 
 
-def _statistics_bwd(window: int | None, blocks: tuple[int, int], residuals: tuple[jax.Array, ...],
-                    cotangents: Statistics) -> tuple[jax.Array, ...]:
-  q, k, v, scale, M = residuals
+def _statistics_bwd(window: int | None, blocks: tuple[int, int], residuals: tuple[Any, ...],
+                    cotangents: Statistics) -> tuple[jax.Array | None, ...]:
+  q, k, v, scale, starts, M = residuals
   cut, (_, gL, gQ, gS) = _whole(q, k, window, blocks), cotangents
-  rows, keys = cut.cut_queries((q, scale[None], M, gL, gQ, gS)), cut.cut_keys((k, v))
-  (dq, _), dkeys = cut.add_gradients(rows, keys, cut.zero_gradients(keys), (0,))
+  rows, keys = cut.cut_queries((q, _batched(scale), M, gL, gQ, gS)), cut.cut_keys((k, v))
+  (dq, _), dkeys = cut.add_gradients(rows, keys, cut.zero_gradients(keys), (0,), cut.cut_starts(starts))
   dq, (dk, dv) = cut.join_queries(dq), cut.join_keys(dkeys)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), scale_gradient(q, dq, scale)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), scale_gradient(q, dq, scale), None
 
 
 _statistics.defvjp(_statistics_fwd, _statistics_bwd)
 
 
-def scale_gradient(q: Float[Array, "B T H D"], dq: Float[Array, "B T H D"], scale: Float[Array, "T H"]) -> jax.Array:
-  """Gradient of scale (T, H), ``sum_j dlogit_j q.k_j``, read off ``dq = sum_j dlogit_j scale k_j``."""
-  return jnp.sum(q * dq, axis=(0, 3)) / scale
+def scale_gradient(q: Float[Array, "B T H D"], dq: Float[Array, "B T H D"], scale: Float[Array, "*B T H"]) -> jax.Array:
+  """Gradient of scale, ``sum_j dlogit_j q.k_j``, read off ``dq = sum_j dlogit_j scale k_j``."""
+  return jnp.sum(q * dq, axis=(0, 3) if scale.ndim == 2 else 3) / scale
+
+
+def _batched(scale: Float[Array, "*B T H"]) -> jax.Array:
+  """The scale with an axis in front for the rows of the batch."""
+  return scale[None] if scale.ndim == 2 else scale
 
 
 def _whole(q: jax.Array, k: jax.Array, window: int | None, blocks: tuple[int, int]) -> Blocks:
@@ -127,6 +134,13 @@ class Blocks:
       x = _pad(x.reshape(B, -1, self.T, *x.shape[2:]), 2, self.count_q * self.block_q)
       return jnp.moveaxis(x.reshape(B, -1, self.block_q, self.K, self.G, *rest), (1, 0, 3, 4, 2), (0, 1, 2, 3, 4))
     return jax.tree.map(cut, tree)
+
+  def cut_starts(self, starts: jax.Array | None) -> jax.Array | None:
+    """(B, T) -> (blocks, B, 1, 1, block_q) of queries in one segment; padding repeats the last."""
+    if starts is None:
+      return None
+    padded = jnp.pad(starts, ((0, 0), (0, self.count_q * self.block_q - self.T)), mode="edge")
+    return jnp.moveaxis(padded.reshape(self.B, 1, 1, self.count_q, self.block_q), 3, 0)
 
   def join_queries(self, tree: Any) -> Any:
     """The inverse of `cut_queries`."""
@@ -163,7 +177,7 @@ class Blocks:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, self.dtype), keys)
 
   def gather(self, statistics: Statistics | None, rows: tuple[jax.Array, jax.Array], keys: tuple[jax.Array, jax.Array],
-             key_starts: Sequence[jax.typing.ArrayLike]) -> Statistics:
+             key_starts: Sequence[jax.typing.ArrayLike], starts: jax.Array | None = None) -> Statistics:
     """Adds keys to the statistics of all queries; all arrays are cut.
 
     Args:
@@ -171,27 +185,29 @@ class Blocks:
       rows: queries and scales.
       keys: keys and values.
       key_starts: positions at which the segments of the keys start.
+      starts: position of the first key that each query may see, where there is one segment; None is 0.
     """
     all_keys, all_values = keys
 
     def query_block(inputs: Any) -> Statistics:
-      first, (q, scale), statistics = inputs
+      first, (q, scale), statistics, starts = inputs
 
       def key_block(segment: int, j: jax.Array, carry: Statistics) -> Statistics:
         M, L, Q, S = carry
         v = self._take(all_values, segment, j)
-        logits = self._logits(first - key_starts[segment], j, q, self._take(all_keys, segment, j), scale)
+        logits = self._logits(first - key_starts[segment], j, q, self._take(all_keys, segment, j), scale, starts)
         M, old = jnp.maximum(M, jnp.max(logits, axis=-1)), M
         a, p = jnp.exp(old - M), jnp.exp(logits - M[..., None])
         found = jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=self.dtype)
         return Statistics(M, a * L + jnp.sum(p, -1), a * a * Q + jnp.sum(p * p, -1), a[..., None] * S + found)
 
-      return self._loop(first, key_starts, key_block, statistics or self.empty_statistics((q,)))
+      return self._loop(first, key_starts, starts, key_block, statistics or self.empty_statistics((q,)))
 
-    return jax.lax.map(query_block, (self._firsts(), rows, statistics))
+    return jax.lax.map(query_block, (self._firsts(), rows, statistics, starts))
 
   def add_gradients(self, rows: tuple[jax.Array, ...], keys: tuple[jax.Array, jax.Array], gradients: tuple[jax.Array, jax.Array],
-                    key_starts: Sequence[jax.typing.ArrayLike]) -> tuple[tuple[jax.Array, jax.Array], Any]:
+                    key_starts: Sequence[jax.typing.ArrayLike],
+                    starts: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], Any]:
     """Backpropagates through `gather`; all arrays are cut.
 
     Args:
@@ -199,6 +215,7 @@ class Blocks:
       keys: keys and values.
       gradients: of keys and values, from other queries.
       key_starts: positions at which the segments of the keys start.
+      starts: as for `gather`.
 
     Returns:
       The gradient of the queries with ``scale sum_j dlogit_j`` of each, and `gradients` plus what these queries add.
@@ -206,13 +223,13 @@ class Blocks:
     all_keys, all_values = keys
 
     def query_block(carry: Any, inputs: Any) -> tuple[Any, Any]:
-      first, (q, scale, M, gL, gQ, gS) = inputs
+      first, (q, scale, M, gL, gQ, gS), starts = inputs
       gS = gS.astype(all_values.dtype)
 
       def key_block(segment: int, j: jax.Array, carry: Any) -> Any:
         dq, total, dk, dv = carry
         k, v = self._take(all_keys, segment, j), self._take(all_values, segment, j)
-        p = jnp.exp(self._logits(first - key_starts[segment], j, q, k, scale) - M[..., None])
+        p = jnp.exp(self._logits(first - key_starts[segment], j, q, k, scale, starts) - M[..., None])
         dp = jnp.einsum("bkgtd,bksd->bkgts", gS, v, preferred_element_type=self.dtype)
         dscore = (scale[..., None] * p * (dp + gL[..., None] + 2 * gQ[..., None] * p)).astype(q.dtype)
         dq += jnp.einsum("bkgts,bksd->bkgtd", dscore, k, preferred_element_type=self.dtype)
@@ -227,10 +244,10 @@ class Blocks:
         return dq, total, add(dk, dk_j), add(dv, dv_j)
 
       zeros = jnp.zeros(q.shape, self.dtype), jnp.zeros(q.shape[:-1], self.dtype)
-      dq, total, *carry = self._loop(first, key_starts, key_block, (*zeros, *carry))
+      dq, total, *carry = self._loop(first, key_starts, starts, key_block, (*zeros, *carry))
       return tuple(carry), (dq, total)
 
-    gradients, dq = jax.lax.scan(query_block, tuple(gradients), (self._firsts(), rows))
+    gradients, dq = jax.lax.scan(query_block, tuple(gradients), (self._firsts(), rows, starts))
     return dq, gradients
 
   def _firsts(self) -> jax.Array:
@@ -242,16 +259,19 @@ class Blocks:
     """Block j of a segment of cut keys."""
     return jax.lax.dynamic_slice_in_dim(x, (segment * self.count_k + j) * self.block_k, self.block_k, axis=2)
 
-  def _loop(self, first: jax.Array, key_starts: Sequence[jax.typing.ArrayLike], body: Callable[..., Any], carry: Any) -> Any:
+  def _loop(self, first: jax.Array, key_starts: Sequence[jax.typing.ArrayLike], starts: jax.Array | None,
+            body: Callable[..., Any], carry: Any) -> Any:
     """Folds ``body(segment, j, carry)`` over the blocks with a key that the query block at position `first` sees."""
     for segment, start in enumerate(key_starts):
       query = first - start
-      low = visibility.first_key(query, self.window) // self.block_k
+      low = visibility.first_key(query, self.window)
+      low = (low if starts is None else jnp.maximum(low, jnp.min(starts))) // self.block_k
       high = (jnp.minimum(query + self.block_q, self.S) - 1) // self.block_k + 1
       carry = jax.lax.fori_loop(low, high, functools.partial(body, segment), carry)
     return carry
 
-  def _logits(self, query: jax.Array, j: jax.Array, q: jax.Array, k: jax.Array, scale: jax.Array) -> jax.Array:
+  def _logits(self, query: jax.Array, j: jax.Array, q: jax.Array, k: jax.Array, scale: jax.Array,
+              starts: jax.Array | None) -> jax.Array:
     """(B, K, G, block_q, block_k) logits with block j, `query` being the first query's position in the keys' segment; -inf where
     a key is not visible."""
     scores = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=self.dtype)
@@ -260,6 +280,8 @@ class Blocks:
     visible = visibility.sees(distance, self.window)
     if self.S % self.block_k:
       visible &= key < self.S
+    if starts is not None:
+      visible &= key >= starts[..., None]
     return jnp.where(visible, scale[..., None] * scores, -jnp.inf)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from typing import Any
 
-from atma_jax.ops.core import dispatch
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from atma_jax.ops.core import dispatch, visibility
 
 _PACKAGE = "atma_jax.ops.gated_delta"
 OP = dispatch.Op("gated_delta", {
@@ -18,7 +20,7 @@ OP = dispatch.Op("gated_delta", {
 
 def gated_delta(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], *,
                 log_gamma: Float[Array, "B T H"], beta: Float[Array, "B T H"],
-                initial_state: Float[Array, "B H Dv D"] | None = None,
+                initial_state: Float[Array, "B H Dv D"] | None = None, starts: Int[Array, "B T"] | None = None,
                 implementation: str = "auto") -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H Dv D"]]:
   """Runs the gated delta rule (arXiv 2606.25156) over a sequence: at every step decay, then write, then read.
 
@@ -32,6 +34,8 @@ def gated_delta(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float
     log_gamma: natural logarithm of the decay, finite and at most 0.
     beta: write strength in [0, 1].
     initial_state: the state before the first step; None is zeros.
+    starts: for rows that pack documents: the position at which each token's document starts (`document_starts`). The state is
+      zero before the first token of a document; one that goes on from `initial_state` has a start below 0. None resets nothing.
     implementation: one of `dispatch.NAMES`.
 
   Returns:
@@ -60,7 +64,8 @@ def gated_delta(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float
     initial_state = jnp.zeros((B, H, Dv, D), dtype)
   elif initial_state.shape != (B, H, Dv, D):
     raise ValueError(f"gated_delta: initial_state {initial_state.shape} must be (B, H, Dv, D) = {(B, H, Dv, D)}")
-  gates = {"log_gamma": log_gamma, "beta": beta, "initial_state": initial_state.astype(dtype)}
+  gates: dict[str, Any] = {"log_gamma": log_gamma, "beta": beta, "initial_state": initial_state.astype(dtype)}
+  gates |= visibility.check_starts("gated_delta", starts, (B, T))
   name = OP.resolve(implementation, q, k, v, **gates)
   if name != "pallas_gpu":
     k, v = repeat_heads(k, H), repeat_heads(v, H)

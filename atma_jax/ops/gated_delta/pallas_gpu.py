@@ -10,11 +10,14 @@ of a chunk's decays up to step p, ``r_ps = g_p / g_s`` for s <= p, ``d_s = g_n /
   read      (g q) S + A U,  A = r_ps q_p.k_s for s <= p             all chunks in parallel
 
 The backward pass carries the state's cotangent from the last chunk to the first, and then differentiates all chunks in parallel.
+
+Where documents are packed, r_ps, g_p, d_s and g_n are 0 across the start of one, as `atma_jax.ops.gated_delta.xla` derives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -27,11 +30,62 @@ import jax.numpy as jnp
 
 from atma_jax.ops.core import dispatch, tiles
 from atma_jax.ops.core import pallas as kernels
+from atma_jax.ops.gated_delta.xla import chunk_starts
 
 CHUNK = 64
 CHUNK_WARPS = 4  # one warpgroup, because tiles have 64 rows
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decays:
+  """What the decays of chunks follow from; arrays, or references to some steps of a head's, or one chunk of values.
+
+  Attributes:
+    log_g: (B, H, T) logarithms of the decays, summed from the start of each chunk.
+    starts: (B, 1, T) int32 steps at which documents start, counted from the chunk's first; below 0 is before it. None where no
+      document starts.
+  """
+
+  log_g: Any
+  starts: Any = None
+
+  def __getitem__(self, rows: Any) -> Decays:
+    """In a kernel: the values of some rows of the references."""
+    return Decays(self.log_g[rows], None if self.starts is None else self.starts[rows])
+
+  @functools.cached_property
+  def last(self) -> jax.Array:
+    """``log g_n``."""
+    return _last(self.log_g)
+
+  @property
+  def ratios(self) -> jax.Array:
+    """``g_p / g_s`` for s <= p, else 0, as (n, n); masked first because exp overflows for s > p."""
+    below = _below(0)
+    if self.starts is not None:
+      below &= jnp.arange(CHUNK)[None, :] >= self.starts[:, None]
+    return jnp.exp(jnp.where(below, self.log_g[:, None] - self.log_g[None, :], -1e30))
+
+  @property
+  def from_before(self) -> jax.Array:
+    """g_p (n,), by which what was there before the chunk has decayed."""
+    g = jnp.exp(self.log_g)
+    return g if self.starts is None else jnp.where(self.starts < 0, g, 0)
+
+  @property
+  def to_end(self) -> jax.Array:
+    """d_s (n,), by which what a step writes decays until the chunk's end."""
+    d = self.last - self.log_g
+    return jnp.exp(d if self.starts is None else jnp.where(jnp.arange(CHUNK) >= _last(self.starts), d, -1e30))
+
+  @property
+  def total(self) -> jax.Array:
+    """g_n, by which the state before the chunk decays in it."""
+    g = jnp.exp(self.last)
+    return g if self.starts is None else jnp.where(_last(self.starts) < 0, g, 0)
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters: Any) -> str | None:
@@ -42,13 +96,15 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters: Any) -> str
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
-                initial_state: jax.Array, carry: tiles.Carry | None = None,
+                initial_state: jax.Array, starts: jax.Array | None = None, carry: tiles.Carry | None = None,
                 interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """Implements `atma_jax.ops.gated_delta`; `carry` overrides `tiles.delta`, and `interpret` runs the kernels without a GPU."""
   T = q.shape[1]
   carry = carry or tiles.delta(q.dtype.itemsize, q.shape[3], T)
-  readout, state = _run(_pad(q), _pad(k), _pad(v), _log_g(log_gamma), _time_last(beta), initial_state.mT.astype(jnp.float32),
-                        carry, interpret)
+  if starts is not None:
+    starts = jnp.moveaxis(chunk_starts(starts.astype(jnp.int32), CHUNK), 0, 2).reshape(q.shape[0], 1, -1)
+  readout, state = _run(_pad(q), _pad(k), _pad(v), Decays(_log_g(log_gamma), starts), _time_last(beta),
+                        initial_state.mT.astype(jnp.float32), carry, interpret)
   return readout[:, :T], state.mT
 
 
@@ -56,12 +112,12 @@ def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Ar
                interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """Implements `atma_jax.ops.gated_delta.xla.transition`; `carry` and `interpret` are those of `gated_delta`."""
   (B, T, H, D), Dv = k.shape, v.shape[-1]
-  k, v, log_g, beta = _pad(k), _pad(v), _log_g(log_gamma), _time_last(beta)
+  k, v, decays, beta = _pad(k), _pad(v), Decays(_log_g(log_gamma)), _time_last(beta)
   launch = _Launcher(k, v, carry or tiles.delta(k.dtype.itemsize, D, T), interpret)
-  writes, erases, _ = launch.in_parallel("within", _within_kernel, (k, v, log_g, beta), (v, k, launch.square))
+  writes, erases, _ = launch.in_parallel("within", _within_kernel, (k, v, decays, beta), (v, k, launch.square))
   identity = jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (B, H, D, D))
-  factor = launch.final_state("transition", _transition_kernel, (erases, k), (), log_g, identity)
-  addend = launch.final_state("transition", _transition_kernel, (erases, k), (writes,), log_g,
+  factor = launch.final_state("transition", _transition_kernel, (erases, k), (), decays, identity)
+  addend = launch.final_state("transition", _transition_kernel, (erases, k), (writes,), decays,
                               jnp.zeros((B, H, D, Dv), jnp.float32))
   return factor.mT, addend.mT
 
@@ -83,36 +139,36 @@ def _log_g(log_gamma: jax.Array) -> jax.Array:
   return jnp.cumsum(log_gamma.reshape(*log_gamma.shape[:2], -1, CHUNK), axis=-1).reshape(log_gamma.shape)
 
 
-def _primal(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array, carry: tiles.Carry,
+def _primal(q: jax.Array, k: jax.Array, v: jax.Array, decays: Decays, beta: jax.Array, state: jax.Array, carry: tiles.Carry,
             interpret: bool) -> tuple[jax.Array, jax.Array]:
-  return _run_forward(q, k, v, log_g, beta, state, carry, interpret)[0]
+  return _run_forward(q, k, v, decays, beta, state, carry, interpret)[0]
 
 
-def _run_forward(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array,
-                 carry: tiles.Carry, interpret: bool) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+def _run_forward(q: jax.Array, k: jax.Array, v: jax.Array, decays: Decays, beta: jax.Array, state: jax.Array,
+                 carry: tiles.Carry, interpret: bool) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
   launch = _Launcher(q, v, carry, interpret)
-  writes, erases, inverse = launch.in_parallel("within", _within_kernel, (k, v, log_g, beta), (launch.values, q, launch.square))
-  writes, states, final = launch.in_sequence("carry", _carry_kernel, (erases, k), (writes,), log_g, state)
-  (readout,) = launch.in_parallel("read", _read_kernel, (q, k, writes, states, log_g), (launch.values,))
+  writes, erases, inverse = launch.in_parallel("within", _within_kernel, (k, v, decays, beta), (launch.values, q, launch.square))
+  writes, states, final = launch.in_sequence("carry", _carry_kernel, (erases, k), (writes,), decays, state)
+  (readout,) = launch.in_parallel("read", _read_kernel, (q, k, writes, states, decays), (launch.values,))
   outputs = erases, inverse, writes, states, readout, final
   erases, inverse, writes, states, readout, final = checkpoint_name(outputs, dispatch.GATED_DELTA)
-  return (readout, final), (q, k, v, log_g, beta, erases, inverse, writes, states)
+  return (readout, final), (q, k, v, decays, beta, erases, inverse, writes, states)
 
 
-def _run_backward(carry: tiles.Carry, interpret: bool, residuals: tuple[jax.Array, ...],
-                  cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-  q, k, v, log_g, beta, erases, inverse, writes, states = residuals
+def _run_backward(carry: tiles.Carry, interpret: bool, residuals: tuple[Any, ...],
+                  cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+  q, k, v, decays, beta, erases, inverse, writes, states = residuals
   g_readout, g_final = cotangents
   launch = _Launcher(q, v, carry, interpret)
-  (g_writes,) = launch.in_parallel("read_back", _read_back_kernel, (q, k, g_readout, log_g), (launch.values,))
-  g_writes, g_states, g_state = launch.in_sequence("carry_back", _carry_back_kernel, (q, k, erases), (g_readout, g_writes), log_g,
-                                                  g_final)
+  (g_writes,) = launch.in_parallel("read_back", _read_back_kernel, (q, k, g_readout, decays), (launch.values,))
+  g_writes, g_states, g_state = launch.in_sequence("carry_back", _carry_back_kernel, (q, k, erases), (g_readout, g_writes),
+                                                  decays, g_final)
   g_q, g_k, g_log_g = launch.in_parallel("read_chunks_back", _read_chunks_back_kernel,
-                                         (q, k, writes, states, g_readout, log_g), (q, q, log_g))
-  arguments = k, v, inverse, writes, states, g_writes, g_states, g_k, log_g, beta, g_log_g
-  outputs = q, launch.values, log_g, beta
+                                         (q, k, writes, states, g_readout, decays), (q, q, decays.log_g))
+  arguments = k, v, inverse, writes, states, g_writes, g_states, g_k, decays, beta, g_log_g
+  outputs = q, launch.values, decays.log_g, beta
   g_k, g_v, g_log_g, g_beta = launch.in_parallel("write_chunks_back", _write_chunks_back_kernel, arguments, outputs)
-  return g_q, _sum_groups(g_k, k), _sum_groups(g_v, v), g_log_g, g_beta, g_state
+  return g_q, _sum_groups(g_k, k), _sum_groups(g_v, v), Decays(g_log_g), g_beta, g_state
 
 
 _run = jax.custom_vjp(_primal, nondiff_argnums=(6, 7))
@@ -145,21 +201,25 @@ class _Launcher:
     """Returns which head of x (B, T, heads, D) query head h reads."""
     return h if x.shape[2] == self.H else lax.div(h, self.H // x.shape[2])
 
-  def in_parallel(self, name: str, kernel: Callable[..., None], inputs: Sequence[jax.Array],
+  def own_head(self, x: Shaped, h: Any) -> Any:
+    """Returns where head h is in x (B, H, T), or (B, 1, T) if all heads share it."""
+    return h if x.shape[1] == self.H else 0
+
+  def in_parallel(self, name: str, kernel: Callable[..., None], inputs: Sequence[jax.Array | Decays],
                   outputs: Sequence[Shaped]) -> list[jax.Array]:
     """Runs one program per head and chunk; `outputs` give shapes and dtypes."""
     def block(x: Shaped) -> pl.BlockSpec:
       if x.ndim == 3:
-        return pl.BlockSpec((None, None, CHUNK), lambda c, h, b: (b, h, c))
+        return pl.BlockSpec((None, None, CHUNK), lambda c, h, b: (b, self.own_head(x, h), c))
       if x.ndim == 4:
         return pl.BlockSpec((None, CHUNK, None, x.shape[3]), lambda c, h, b: (b, c, self.kv_head(x, h), 0))
       return pl.BlockSpec((None, None, None, *x.shape[3:]), lambda c, h, b: (b, h, c, 0, 0))
 
-    return self._pallas_call(name, kernel, (self.N, self.H, self.B), inputs, map(block, inputs), outputs,
+    return self._pallas_call(name, kernel, (self.N, self.H, self.B), inputs, jax.tree.map(block, list(inputs)), outputs,
                              map(block, outputs), warps=CHUNK_WARPS, stages=1)
 
   def in_sequence(self, name: str, kernel: Callable[..., None], whole: Sequence[jax.Array], sliced: Sequence[jax.Array],
-                  log_g: jax.Array, state: jax.Array) -> list[jax.Array]:
+                  decays: Decays, state: jax.Array) -> list[jax.Array]:
     """Runs one program per head and slice of Dv, which goes from chunk to chunk with its slice of the state.
 
     Args:
@@ -167,39 +227,41 @@ class _Launcher:
       kernel: takes references to the arrays below and to the results.
       whole: arrays without an axis Dv, (B, T, heads, D).
       sliced: arrays with an axis Dv, (B, T, H, Dv).
-      log_g: (B, H, T).
+      decays: of all chunks.
       state: (B, H, D, Dv), where the first chunk starts from.
 
     Returns:
       An array like ``sliced[0]``, one state (D, Dv) per chunk, and the final state.
     """
-    return self._in_sequence(name, kernel, whole, sliced, log_g, state, (sliced[0], self.states))
+    return self._in_sequence(name, kernel, whole, sliced, decays, state, (sliced[0], self.states))
 
   def final_state(self, name: str, kernel: Callable[..., None], whole: Sequence[jax.Array], sliced: Sequence[jax.Array],
-                  log_g: jax.Array, state: jax.Array) -> jax.Array:
+                  decays: Decays, state: jax.Array) -> jax.Array:
     """Returns only the final state of `in_sequence`, from a kernel that computes nothing else."""
-    return self._in_sequence(name, kernel, whole, sliced, log_g, state, ())[0]
+    return self._in_sequence(name, kernel, whole, sliced, decays, state, ())[0]
 
   def _in_sequence(self, name: str, kernel: Callable[..., None], whole: Sequence[jax.Array], sliced: Sequence[jax.Array],
-                   log_g: jax.Array, state: jax.Array, outputs: Sequence[Shaped]) -> list[jax.Array]:
+                   decays: Decays, state: jax.Array, outputs: Sequence[Shaped]) -> list[jax.Array]:
     tile, Dv = self.tile, state.shape[3]
     columns = tile.columns or (64 if self.B * self.H * Dv >= 96 * 64 else 32)  # enough programs for all multiprocessors
     vector_slice = pl.BlockSpec((None, self.T, None, columns), lambda j, h, b: (b, 0, h, j))
-    scalars = pl.BlockSpec((None, None, self.T), lambda j, h, b: (b, h, 0))
     state_slice = pl.BlockSpec((None, None, self.D, columns), lambda j, h, b: (b, h, 0, j))
     states_slice = pl.BlockSpec((None, None, self.N, self.D, columns), lambda j, h, b: (b, h, 0, 0, j))
 
     def vectors(x: Shaped) -> pl.BlockSpec:
       return pl.BlockSpec((None, self.T, None, self.D), lambda j, h, b: (b, 0, self.kv_head(x, h), 0))
 
-    in_specs = (*map(vectors, whole), *(vector_slice for _ in sliced), scalars, state_slice)
+    def scalars(x: Shaped) -> pl.BlockSpec:
+      return pl.BlockSpec((None, None, self.T), lambda j, h, b: (b, self.own_head(x, h), 0))
+
+    in_specs = (*map(vectors, whole), *(vector_slice for _ in sliced), jax.tree.map(scalars, decays), state_slice)
     out_specs = *(vector_slice if x.ndim == 4 else states_slice for x in outputs), state_slice
     return self._pallas_call(name, functools.partial(kernel, chunks=self.N), (Dv // columns, self.H, self.B),
-                             (*whole, *sliced, log_g, state), in_specs, (*outputs, state), out_specs, warps=tile.warps,
+                             (*whole, *sliced, decays, state), in_specs, (*outputs, state), out_specs, warps=tile.warps,
                              stages=tile.stages)
 
-  def _pallas_call(self, name: str, kernel: Callable[..., None], grid: tuple[int, ...], inputs: Sequence[jax.Array],
-                   in_specs: Iterable[pl.BlockSpec], outputs: Sequence[Shaped], out_specs: Iterable[pl.BlockSpec], *, warps: int,
+  def _pallas_call(self, name: str, kernel: Callable[..., None], grid: tuple[int, ...], inputs: Sequence[Any],
+                   in_specs: Iterable[Any], outputs: Sequence[Shaped], out_specs: Iterable[pl.BlockSpec], *, warps: int,
                    stages: int) -> list[jax.Array]:
     return pl.pallas_call(
       kernel, name=f"gated_delta_{name}", grid=grid, in_specs=list(in_specs), out_specs=list(out_specs),
@@ -221,11 +283,6 @@ def _matmul(a: jax.Array, b: jax.Array, dtype: jnp.dtype, contract: tuple[int, i
   return _dot(a.astype(dtype), b.astype(dtype), contract, precise=dtype == jnp.float32)
 
 
-def _ratios(log_g: jax.Array) -> jax.Array:
-  """Returns ``g_p / g_s`` for s <= p, else 0, as (n, n); masked first because exp overflows for s > p."""
-  return jnp.exp(jnp.where(_below(0), log_g[:, None] - log_g[None, :], -1e30))
-
-
 def _below(offset: int) -> jax.Array:
   """Returns the mask ``s + offset <= p``, (n, n)."""
   step = jnp.arange(CHUNK)
@@ -240,15 +297,15 @@ def _last(x: jax.Array) -> jax.Array:
 # Forward kernels.
 
 
-def _within_kernel(k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, writes_ref: Any, erases_ref: Any,
+def _within_kernel(k_ref: Any, v_ref: Any, decays_ref: Decays, beta_ref: Any, writes_ref: Any, erases_ref: Any,
                    inverse_ref: Any) -> None:
   """Computes W, E and X of a chunk."""
-  k, log_g, beta = k_ref[...], log_g_ref[...], beta_ref[...]
-  lower = jnp.where(_below(1), beta[:, None] * _ratios(log_g) * _matmul(k, k, k.dtype, (1, 1)), 0)
+  k, decays, beta = k_ref[...], decays_ref[...], beta_ref[...]
+  lower = jnp.where(_below(1), beta[:, None] * decays.ratios * _matmul(k, k, k.dtype, (1, 1)), 0)
   inverse = _unit_lower_inverse(lower, precise=k.dtype == jnp.float32)
   inverse_ref[...] = inverse.astype(inverse_ref.dtype)
   writes_ref[...] = _matmul(inverse, beta[:, None] * v_ref[...], k.dtype).astype(writes_ref.dtype)
-  erases_ref[...] = _matmul(inverse, (beta * jnp.exp(log_g))[:, None] * k, k.dtype).astype(erases_ref.dtype)
+  erases_ref[...] = _matmul(inverse, (beta * decays.from_before)[:, None] * k, k.dtype).astype(erases_ref.dtype)
 
 
 def _unit_lower_inverse(lower: jax.Array, precise: bool) -> jax.Array:
@@ -268,117 +325,114 @@ def _unit_lower_inverse(lower: jax.Array, precise: bool) -> jax.Array:
   return inverse
 
 
-def _carry_kernel(erases_ref: Any, k_ref: Any, within_ref: Any, log_g_ref: Any, state_ref: Any, writes_ref: Any,
+def _carry_kernel(erases_ref: Any, k_ref: Any, within_ref: Any, decays_ref: Decays, state_ref: Any, writes_ref: Any,
                   states_ref: Any, final_ref: Any, *, chunks: int) -> None:
   """Carries the state through all chunks, storing U and the state before each."""
   def step(c: jax.Array, state: jax.Array) -> jax.Array:
     rows = pl.ds(c * CHUNK, CHUNK)
-    k, log_g = k_ref[rows, :], log_g_ref[rows]
+    k, decays = k_ref[rows, :], decays_ref[rows]
     rounded = state.astype(k.dtype)
     states_ref[c] = rounded
     writes = within_ref[rows, :] - _matmul(erases_ref[rows, :], rounded, k.dtype)
     writes_ref[rows, :] = writes.astype(writes_ref.dtype)
-    last = _last(log_g)
-    return jnp.exp(last) * state + _matmul(k, jnp.exp(last - log_g)[:, None] * writes, k.dtype, (0, 0))
+    return decays.total * state + _matmul(k, decays.to_end[:, None] * writes, k.dtype, (0, 0))
 
   final_ref[...] = lax.fori_loop(0, chunks, step, state_ref[...])
 
 
 def _transition_kernel(erases_ref: Any, k_ref: Any, *refs: Any, chunks: int) -> None:
   """Carries the state through all chunks; without `within_ref` the chunks add nothing of their own."""
-  *within_ref, log_g_ref, state_ref, final_ref = refs
+  *within_ref, decays_ref, state_ref, final_ref = refs
 
   def step(c: jax.Array, state: jax.Array) -> jax.Array:
     rows = pl.ds(c * CHUNK, CHUNK)
-    k, log_g = k_ref[rows, :], log_g_ref[rows]
+    k, decays = k_ref[rows, :], decays_ref[rows]
     writes = -_matmul(erases_ref[rows, :], state, k.dtype)
     for ref in within_ref:
       writes += ref[rows, :]
-    last = _last(log_g)
-    return jnp.exp(last) * state + _matmul(k, jnp.exp(last - log_g)[:, None] * writes, k.dtype, (0, 0))
+    return decays.total * state + _matmul(k, decays.to_end[:, None] * writes, k.dtype, (0, 0))
 
   final_ref[...] = lax.fori_loop(0, chunks, step, state_ref[...])
 
 
-def _read_kernel(q_ref: Any, k_ref: Any, writes_ref: Any, states_ref: Any, log_g_ref: Any, readout_ref: Any) -> None:
+def _read_kernel(q_ref: Any, k_ref: Any, writes_ref: Any, states_ref: Any, decays_ref: Decays, readout_ref: Any) -> None:
   """Computes the readout of a chunk."""
-  q, log_g = q_ref[...], log_g_ref[...]
-  attention = _ratios(log_g) * _matmul(q, k_ref[...], q.dtype, (1, 1))
-  readout = jnp.exp(log_g)[:, None] * _matmul(q, states_ref[...], q.dtype)
+  q, decays = q_ref[...], decays_ref[...]
+  attention = decays.ratios * _matmul(q, k_ref[...], q.dtype, (1, 1))
+  readout = decays.from_before[:, None] * _matmul(q, states_ref[...], q.dtype)
   readout_ref[...] = (readout + _matmul(attention, writes_ref[...], q.dtype)).astype(readout_ref.dtype)
 
 
 # Backward kernels. A name `g_x` is the cotangent of x.
 
 
-def _read_back_kernel(q_ref: Any, k_ref: Any, g_readout_ref: Any, log_g_ref: Any, g_writes_ref: Any) -> None:
+def _read_back_kernel(q_ref: Any, k_ref: Any, g_readout_ref: Any, decays_ref: Decays, g_writes_ref: Any) -> None:
   """Computes the part of U's cotangent that comes through the chunk's own readout."""
   q = q_ref[...]
-  attention = _ratios(log_g_ref[...]) * _matmul(q, k_ref[...], q.dtype, (1, 1))
+  attention = decays_ref[...].ratios * _matmul(q, k_ref[...], q.dtype, (1, 1))
   g_writes_ref[...] = _matmul(attention, g_readout_ref[...], q.dtype, (0, 0)).astype(g_writes_ref.dtype)
 
 
-def _carry_back_kernel(q_ref: Any, k_ref: Any, erases_ref: Any, g_readout_ref: Any, g_read_ref: Any, log_g_ref: Any,
+def _carry_back_kernel(q_ref: Any, k_ref: Any, erases_ref: Any, g_readout_ref: Any, g_read_ref: Any, decays_ref: Decays,
                        g_final_ref: Any, g_writes_ref: Any, g_states_ref: Any, g_state_ref: Any, *, chunks: int) -> None:
   """Carries the state's cotangent back through all chunks, storing those of U and of the state after each."""
   def step(i: jax.Array, g_state: jax.Array) -> jax.Array:  # g_state is of the state after chunk c
     c = chunks - 1 - i
     rows = pl.ds(c * CHUNK, CHUNK)
-    k, log_g = k_ref[rows, :], log_g_ref[rows]
-    rounded, last = g_state.astype(k.dtype), _last(log_g)
+    k, decays = k_ref[rows, :], decays_ref[rows]
+    rounded = g_state.astype(k.dtype)
     g_states_ref[c] = rounded
-    g_writes = g_read_ref[rows, :] + jnp.exp(last - log_g)[:, None] * _matmul(k, rounded, k.dtype)
+    g_writes = g_read_ref[rows, :] + decays.to_end[:, None] * _matmul(k, rounded, k.dtype)
     g_writes = g_writes.astype(k.dtype)
     g_writes_ref[rows, :] = g_writes
-    read = _matmul(q_ref[rows, :], jnp.exp(log_g)[:, None] * g_readout_ref[rows, :], k.dtype, (0, 0))
-    return jnp.exp(last) * g_state + read - _matmul(erases_ref[rows, :], g_writes, k.dtype, (0, 0))
+    read = _matmul(q_ref[rows, :], decays.from_before[:, None] * g_readout_ref[rows, :], k.dtype, (0, 0))
+    return decays.total * g_state + read - _matmul(erases_ref[rows, :], g_writes, k.dtype, (0, 0))
 
   g_state_ref[...] = lax.fori_loop(0, chunks, step, g_final_ref[...])
 
 
-def _read_chunks_back_kernel(q_ref: Any, k_ref: Any, writes_ref: Any, states_ref: Any, g_readout_ref: Any, log_g_ref: Any,
+def _read_chunks_back_kernel(q_ref: Any, k_ref: Any, writes_ref: Any, states_ref: Any, g_readout_ref: Any, decays_ref: Decays,
                              g_q_ref: Any, g_k_ref: Any, g_log_g_ref: Any) -> None:
   """Differentiates ``readout = g q S + A U`` with respect to q, k and g, at given U and S."""
-  q, k, log_g, g_readout = q_ref[...], k_ref[...], log_g_ref[...], g_readout_ref[...]
-  ratios = _ratios(log_g)
-  g_attention = ratios * _matmul(g_readout, writes_ref[...], k.dtype, (1, 1))
+  q, k, decays, g_readout = q_ref[...], k_ref[...], decays_ref[...], g_readout_ref[...]
+  g_attention = decays.ratios * _matmul(g_readout, writes_ref[...], k.dtype, (1, 1))
   change = g_attention * _matmul(q, k, k.dtype, (1, 1))
   g_log_g = jnp.sum(change, axis=1) - jnp.sum(change, axis=0)
   g_k_ref[...] = _matmul(g_attention, q, k.dtype, (0, 0)).astype(g_k_ref.dtype)
-  g_q = jnp.exp(log_g)[:, None] * _matmul(g_readout, states_ref[...], k.dtype, (1, 1))
+  g_q = decays.from_before[:, None] * _matmul(g_readout, states_ref[...], k.dtype, (1, 1))
   g_log_g_ref[...] = g_log_g + jnp.sum(q * g_q, axis=1)
   g_q_ref[...] = (g_q + _matmul(g_attention, k, k.dtype)).astype(g_q_ref.dtype)
 
 
 def _write_chunks_back_kernel(k_ref: Any, v_ref: Any, inverse_ref: Any, writes_ref: Any, states_ref: Any, g_writes_ref: Any,
-                              g_states_ref: Any, g_k_read_ref: Any, log_g_ref: Any, beta_ref: Any, g_log_g_read_ref: Any,
+                              g_states_ref: Any, g_k_read_ref: Any, decays_ref: Decays, beta_ref: Any, g_log_g_read_ref: Any,
                               g_k_ref: Any, g_v_ref: Any, g_log_g_ref: Any, g_beta_ref: Any) -> None:
   """Differentiates U and the next state with respect to k, v, g and beta, and adds the gradients through the readout."""
-  k, log_g, beta, writes = k_ref[...], log_g_ref[...], beta_ref[...], writes_ref[...]
-  dtype, last = k.dtype, _last(log_g)
+  k, decays, beta, writes = k_ref[...], decays_ref[...], beta_ref[...], writes_ref[...]
+  dtype = k.dtype
 
   # L = beta r k.k below the diagonal; U = X beta (v - g k S), X the inverse of I + L
   g_error = _matmul(inverse_ref[...], g_writes_ref[...], dtype, (0, 0))  # of v - g k S, still without the factor beta
   g_v_ref[...] = (beta[:, None] * g_error).astype(g_v_ref.dtype)
   g_beta = jnp.sum(g_error * v_ref[...], axis=1)
   g_error = g_error.astype(dtype)
-  g_lower = jnp.where(_below(1), -_ratios(log_g) * _matmul(g_error, writes, dtype, (1, 1)), 0)
+  g_lower = jnp.where(_below(1), -decays.ratios * _matmul(g_error, writes, dtype, (1, 1)), 0)
   change = g_lower * _matmul(k, k, dtype, (1, 1))
   g_beta += jnp.sum(change, axis=1)
   g_log_g = beta * jnp.sum(change, axis=1) - jnp.sum(beta[:, None] * change, axis=0)
   g_lower = (beta[:, None] * g_lower).astype(dtype)
   g_k = g_k_read_ref[...] + _matmul(g_lower, k, dtype) + _matmul(g_lower, k, dtype, (0, 0))
 
-  from_read = -jnp.exp(log_g)[:, None] * _matmul(g_error, states_ref[...], dtype, (1, 1))
+  from_read = -decays.from_before[:, None] * _matmul(g_error, states_ref[...], dtype, (1, 1))
   change = jnp.sum(from_read * k, axis=1)
   g_beta_ref[...] = g_beta + change
   g_log_g += beta * change
   g_k += beta[:, None] * from_read
 
   # S' = g_n S + k^T (d U)
-  from_next = jnp.exp(last - log_g)[:, None] * _matmul(writes, g_states_ref[...], dtype, (1, 1))
+  from_next = decays.to_end[:, None] * _matmul(writes, g_states_ref[...], dtype, (1, 1))
   change = jnp.sum(k * from_next, axis=1)
-  decayed = jnp.exp(last) * jnp.sum(states_ref[...].astype(jnp.float32) * g_states_ref[...])
+  decayed = decays.total * jnp.sum(states_ref[...].astype(jnp.float32) * g_states_ref[...])
   g_log_g += jnp.where(jnp.arange(CHUNK) == CHUNK - 1, jnp.sum(change) + decayed, 0) - change
   g_log_g_ref[...] = g_log_g + g_log_g_read_ref[...]
   g_k_ref[...] = (g_k + from_next).astype(g_k_ref.dtype)

@@ -8,7 +8,8 @@ hide each other's latency. Let ``g_p`` be the product of a chunk's decays up to 
 
   U = X beta (v - g k S);   readout = g q S + A U,  A = r_ps q_p.k_s for s <= p;   S <- g_n S + k^T (d U)
 
-The forward pass saves X, U and the state before each chunk for the backward pass.
+The forward pass saves X, U and the state before each chunk for the backward pass. Where documents are packed, r_ps, g_p, d_s and
+g_n are 0 across the start of one, as `atma_jax.ops.gated_delta.xla` derives.
 
 Why a kernel: compiled for v5e, 8 x 2048 with H=8, D=128 in bfloat16, XLA's chunked form moves 1.24 GB forward and 6.8 GB
 forward and backward through memory, which takes 1.5 and 8.3 ms at its full rate, and needs 1.1 GiB of temporaries. These
@@ -20,6 +21,7 @@ programs; nothing was timed on a TPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -32,10 +34,65 @@ import jax.numpy as jnp
 
 from atma_jax.ops.core import devices, dispatch, tiles
 from atma_jax.ops.core import pallas as kernels
+from atma_jax.ops.gated_delta.xla import chunk_starts
 
 CHUNK = 128  # rows and columns of the matrix unit
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decays:
+  """What the decays of chunks follow from; arrays, or references to a chunk of a program's heads, or its values.
+
+  Attributes:
+    log_g: (B, H, N, 1, n) logarithms of the decays, summed from the start of each chunk.
+    starts: (B, H, N, 1, n) float32 steps at which documents start, counted from the chunk's first; below 0 is before it. None
+      where no document starts.
+  """
+
+  log_g: Any
+  starts: Any = None
+
+  def __getitem__(self, index: Any) -> Decays:
+    """In a kernel: the values of the references."""
+    return Decays(self.log_g[index], None if self.starts is None else self.starts[index])
+
+  @functools.cached_property
+  def last(self) -> jax.Array:
+    """``log g_n``."""
+    return _last(self.log_g)
+
+  @property
+  def ratios(self) -> jax.Array:
+    """``g_p / g_s`` for s <= p, else 0; masked first because exp overflows for s > p."""
+    p, s = _steps()
+    below = s <= p
+    if self.starts is not None:
+      below &= s >= _to_column(self.starts).astype(jnp.int32)
+    return jnp.exp(jnp.where(below, _to_column(self.log_g) - self.log_g, -1e30))
+
+  @property
+  def from_before(self) -> jax.Array:
+    """g_p as a column, by which what was there before the chunk has decayed."""
+    g = jnp.exp(_to_column(self.log_g))
+    return g if self.starts is None else jnp.where(_to_column(self.starts) < 0, g, 0)
+
+  @property
+  def to_end(self) -> jax.Array:
+    """d_s as a column, by which what a step writes decays until the chunk's end."""
+    d = self.last - _to_column(self.log_g)
+    if self.starts is None:
+      return jnp.exp(d)
+    step = lax.broadcasted_iota(jnp.int32, (1, CHUNK, 1), 1)
+    return jnp.exp(jnp.where(step >= _last(self.starts).astype(jnp.int32), d, -1e30))
+
+  @property
+  def total(self) -> jax.Array:
+    """g_n (h, 1, 1), by which the state before the chunk decays in it."""
+    g = jnp.exp(self.last)
+    return g if self.starts is None else jnp.where(_last(self.starts) < 0, g, 0)
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters: Any) -> str | None:
@@ -46,9 +103,14 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, **parameters: Any) -> str
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array, initial_state: jax.Array,
-                carry: tiles.Carry | None = None, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+                starts: jax.Array | None = None, carry: tiles.Carry | None = None,
+                interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """Implements `atma_jax.ops.gated_delta`; `carry` overrides `tiles.delta`, and `interpret` runs the kernels without a TPU."""
-  readout, state = _run(*map(_head_first, (q, k, v)), jnp.cumsum(_chunk_rows(log_gamma), axis=-1), _chunk_rows(beta),
+  if starts is not None:
+    chunks = jnp.moveaxis(chunk_starts(starts, CHUNK), 0, 1)[:, None].astype(jnp.float32)  # (B, 1, N, 1, n)
+    starts = jnp.broadcast_to(chunks, (chunks.shape[0], q.shape[2], *chunks.shape[2:]))
+  decays = Decays(jnp.cumsum(_chunk_rows(log_gamma), axis=-1), starts)
+  readout, state = _run(*map(_head_first, (q, k, v)), decays, _chunk_rows(beta),
                         initial_state.mT.astype(jnp.float32), _program_heads(k, carry), interpret)
   return jnp.swapaxes(readout, 1, 2)[:, : q.shape[1]], state.mT
 
@@ -58,7 +120,7 @@ def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Ar
   """Implements `atma_jax.ops.gated_delta.xla.transition`; `carry` and `interpret` are those of `gated_delta`."""
   (B, _, H, D), Dv = k.shape, v.shape[-1]
   identity = jnp.broadcast_to(jnp.eye(D, dtype=jnp.float32), (B, H, D, D))
-  inputs = *map(_head_first, (k, v)), jnp.cumsum(_chunk_rows(log_gamma), axis=-1), _chunk_rows(beta), identity
+  inputs = *map(_head_first, (k, v)), Decays(jnp.cumsum(_chunk_rows(log_gamma), axis=-1)), _chunk_rows(beta), identity
   factor, addend = _run_chunks("gated_delta_transition", _transition_kernel, inputs,
                                (identity, jax.ShapeDtypeStruct((B, H, D, Dv), jnp.float32)), _program_heads(k, carry), interpret,
                                reverse=False, products=19, states=2)
@@ -84,36 +146,38 @@ def _chunk_rows(x: jax.Array) -> jax.Array:
   return x.reshape(*x.shape[:2], -1, 1, CHUNK)
 
 
-def _primal(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array, heads: int,
+def _primal(q: jax.Array, k: jax.Array, v: jax.Array, decays: Decays, beta: jax.Array, state: jax.Array, heads: int,
             interpret: bool) -> tuple[jax.Array, jax.Array]:
-  return _run_forward(q, k, v, log_g, beta, state, heads, interpret)[0]
+  return _run_forward(q, k, v, decays, beta, state, heads, interpret)[0]
 
 
-def _run_forward(q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, beta: jax.Array, state: jax.Array, heads: int,
-                 interpret: bool) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+def _run_forward(q: jax.Array, k: jax.Array, v: jax.Array, decays: Decays, beta: jax.Array, state: jax.Array, heads: int,
+                 interpret: bool) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
   (B, H, T, D), Dv = q.shape, v.shape[3]
   chunks = jax.ShapeDtypeStruct((B, H, T // CHUNK, CHUNK, CHUNK), q.dtype)
   states = jax.ShapeDtypeStruct((B, H, T // CHUNK, D, Dv), q.dtype)
-  outputs = _run_chunks("gated_delta", _forward_kernel, (q, k, v, log_g, beta, state), (v, v, chunks, states, state), heads,
+  outputs = _run_chunks("gated_delta", _forward_kernel, (q, k, v, decays, beta, state), (v, v, chunks, states, state), heads,
                         interpret, reverse=False, products=19)
   readout, writes, inverse, states, final = checkpoint_name(outputs, dispatch.GATED_DELTA)
-  return (readout, final), (q, k, v, log_g, beta, writes, inverse, states)
+  return (readout, final), (q, k, v, decays, beta, writes, inverse, states)
 
 
-def _run_backward(heads: int, interpret: bool, residuals: tuple[jax.Array, ...],
-                  cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-  q, k, v, log_g, beta, writes, inverse, states = residuals
+def _run_backward(heads: int, interpret: bool, residuals: tuple[Any, ...],
+                  cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+  q, k, v, decays, beta, writes, inverse, states = residuals
   g_readout, g_final = cotangents
-  inputs = q, k, v, log_g, beta, writes, inverse, states, g_readout, g_final
-  return tuple(_run_chunks("gated_delta_back", _backward_kernel, inputs, (q, k, v, log_g, beta, g_final), heads, interpret,
-                           reverse=True, products=16))
+  inputs = q, k, v, decays, beta, writes, inverse, states, g_readout, g_final
+  outputs = q, k, v, decays.log_g, beta, g_final
+  g_q, g_k, g_v, g_log_g, *rest = _run_chunks("gated_delta_back", _backward_kernel, inputs, outputs, heads, interpret,
+                                              reverse=True, products=16)
+  return g_q, g_k, g_v, Decays(g_log_g), *rest
 
 
 _run = jax.custom_vjp(_primal, nondiff_argnums=(6, 7))
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _run_chunks(name: str, kernel: Callable[..., None], inputs: Sequence[jax.Array], outputs: Sequence[Shaped], heads: int,
+def _run_chunks(name: str, kernel: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Shaped], heads: int,
                 interpret: bool, *, reverse: bool, products: int, states: int = 1) -> list[jax.Array]:
   """Runs a kernel over all chunks of all heads.
 
@@ -123,7 +187,7 @@ def _run_chunks(name: str, kernel: Callable[..., None], inputs: Sequence[jax.Arr
   Args:
     name: of the kernel.
     kernel: takes references to inputs, outputs and scratch states, and the number of chunks as `count`.
-    inputs: arrays, the initial state last.
+    inputs: arrays and `Decays`, the initial state last.
     outputs: shapes and dtypes of the results, the final states last. The kernel gets a scratch array for each final state.
     heads: heads of a program.
     interpret: run without a TPU.
@@ -144,8 +208,8 @@ def _run_chunks(name: str, kernel: Callable[..., None], inputs: Sequence[jax.Arr
       return pl.BlockSpec((None, heads, CHUNK, x.shape[3]), lambda b, h, c: (b, h, chunk(c), 0))
     return pl.BlockSpec((None, heads, None, *x.shape[3:]), lambda b, h, c: (b, h, chunk(c), 0, 0))
 
-  Dv, arrays = outputs[-1].shape[3], (*inputs, *outputs)
-  in_specs = [block(x, index == len(inputs) - 1) for index, x in enumerate(inputs)]
+  Dv, arrays = outputs[-1].shape[3], (*jax.tree.leaves(inputs), *outputs)
+  in_specs = [jax.tree.map(functools.partial(block, is_state=index == len(inputs) - 1), x) for index, x in enumerate(inputs)]
   out_specs = [block(x, index >= len(outputs) - states) for index, x in enumerate(outputs)]
   return pl.pallas_call(
     functools.partial(kernel, count=count), name=name, grid=(B, H // heads, count), interpret=interpret,
@@ -192,12 +256,6 @@ def _last(row: jax.Array) -> jax.Array:
   return row[:, :, CHUNK - 1 :]
 
 
-def _ratios(log_g: jax.Array) -> jax.Array:
-  """Returns ``g_p / g_s`` for s <= p, else 0, from a row of ``log g``; masked first because exp overflows for s > p."""
-  p, s = _steps()
-  return jnp.exp(jnp.where(s <= p, _to_column(log_g) - log_g, -1e30))
-
-
 def _unit_lower_inverse(lower: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """Inverts ``I + lower``, doubling the size of inverted diagonal blocks; as stable as forward substitution.
 
@@ -214,16 +272,16 @@ def _unit_lower_inverse(lower: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return inverse
 
 
-def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, state_ref: Any, readout_ref: Any,
+def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, decays_ref: Decays, beta_ref: Any, state_ref: Any, readout_ref: Any,
                     writes_ref: Any, inverse_ref: Any, states_ref: Any, final_ref: Any, carry_ref: Any, *, count: int) -> None:
   """Computes a chunk's readout and the state after it, saving U, X and the state before it; `carry_ref` holds the state."""
   @pl.when(pl.program_id(2) == 0)
   def start() -> None:
     carry_ref[...] = state_ref[...]
 
-  q, k, log_g, state = q_ref[...], k_ref[...], log_g_ref[...], carry_ref[...]
-  dtype, (p, s), ratios = k.dtype, _steps(), _ratios(log_g)
-  g, beta, last = jnp.exp(_to_column(log_g)), _to_column(beta_ref[...]), _last(log_g)
+  q, k, decays, state = q_ref[...], k_ref[...], decays_ref[...], carry_ref[...]
+  dtype, (p, s), ratios = k.dtype, _steps(), decays.ratios
+  g, beta = decays.from_before, _to_column(beta_ref[...])
   rounded = state.astype(dtype)
   states_ref[...] = rounded
 
@@ -235,7 +293,7 @@ def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref
 
   attention = ratios * _dot(q, k, dtype, A_BT)
   readout_ref[...] = (g * _dot(q, rounded, dtype) + _dot(attention, writes, dtype)).astype(dtype)
-  state = jnp.exp(last) * state + _dot(k, jnp.exp(last - _to_column(log_g)) * writes, dtype, AT_B)
+  state = decays.total * state + _dot(k, decays.to_end * writes, dtype, AT_B)
   carry_ref[...] = state
 
   @pl.when(pl.program_id(2) == count - 1)
@@ -243,21 +301,21 @@ def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref
     final_ref[...] = state
 
 
-def _transition_kernel(k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, identity_ref: Any, factor_ref: Any,
+def _transition_kernel(k_ref: Any, v_ref: Any, decays_ref: Decays, beta_ref: Any, identity_ref: Any, factor_ref: Any,
                        addend_ref: Any, factor_carry_ref: Any, addend_carry_ref: Any, *, count: int) -> None:
   """Carries the identity through all chunks without their values, and zero with them: A and N of `transition`, transposed."""
   @pl.when(pl.program_id(2) == 0)
   def start() -> None:
     factor_carry_ref[...], addend_carry_ref[...] = identity_ref[...], jnp.zeros(addend_carry_ref.shape, jnp.float32)
 
-  k, log_g = k_ref[...], log_g_ref[...]
-  dtype, (p, s), column, last = k.dtype, _steps(), _to_column(log_g), _last(log_g)
-  g, beta, decay = jnp.exp(column), _to_column(beta_ref[...]), jnp.exp(last - column)
-  inverse = _unit_lower_inverse(jnp.where(s < p, beta * _ratios(log_g) * _dot(k, k, dtype, A_BT), 0), dtype).astype(dtype)
+  k, decays = k_ref[...], decays_ref[...]
+  dtype, (p, s), total = k.dtype, _steps(), decays.total
+  g, beta, decay = decays.from_before, _to_column(beta_ref[...]), decays.to_end
+  inverse = _unit_lower_inverse(jnp.where(s < p, beta * decays.ratios * _dot(k, k, dtype, A_BT), 0), dtype).astype(dtype)
 
   def after(state: jax.Array, v: jax.Array | float) -> jax.Array:
     writes = _dot(inverse, beta * (v - g * _dot(k, state, dtype)), dtype)
-    return jnp.exp(last) * state + _dot(k, decay * writes, dtype, AT_B)
+    return total * state + _dot(k, decay * writes, dtype, AT_B)
 
   factor_carry_ref[...] = after(factor_carry_ref[...], 0.0)
   addend_carry_ref[...] = after(addend_carry_ref[...], v_ref[...].astype(jnp.float32))
@@ -267,7 +325,7 @@ def _transition_kernel(k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, id
     factor_ref[...], addend_ref[...] = factor_carry_ref[...], addend_carry_ref[...]
 
 
-def _backward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, log_g_ref: Any, beta_ref: Any, writes_ref: Any, inverse_ref: Any,
+def _backward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, decays_ref: Decays, beta_ref: Any, writes_ref: Any, inverse_ref: Any,
                      states_ref: Any, g_readout_ref: Any, g_final_ref: Any, g_q_ref: Any, g_k_ref: Any, g_v_ref: Any,
                      g_log_g_ref: Any, g_beta_ref: Any, g_state_ref: Any, carry_ref: Any, *, count: int) -> None:
   """Differentiates a chunk; a name `g_x` is the cotangent of x, and `carry_ref` holds that of the state after the chunk."""
@@ -276,9 +334,9 @@ def _backward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, log_g_ref: Any, beta_re
     carry_ref[...] = g_final_ref[...]
 
   q, k, writes, states, g_readout = q_ref[...], k_ref[...], writes_ref[...], states_ref[...], g_readout_ref[...]
-  dtype, (p, s), g_state, log_g = k.dtype, _steps(), carry_ref[...], log_g_ref[...]
-  ratios, beta, last, g = _ratios(log_g), _to_column(beta_ref[...]), _last(log_g), jnp.exp(_to_column(log_g))
-  decay, rounded = jnp.exp(last - _to_column(log_g)), g_state.astype(dtype)
+  dtype, (p, s), g_state, decays = k.dtype, _steps(), carry_ref[...], decays_ref[...]
+  ratios, beta, total, g = decays.ratios, _to_column(beta_ref[...]), decays.total, decays.from_before
+  decay, rounded = decays.to_end, g_state.astype(dtype)
 
   def row_sums(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=2, keepdims=True)
@@ -313,12 +371,12 @@ def _backward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, log_g_ref: Any, beta_re
   from_next = decay * _dot(writes, rounded, dtype, A_BT)
   g_k_ref[...] = (g_k + from_next).astype(dtype)
   change = row_sums(wide * from_next)
-  kept = jnp.exp(last) * jnp.sum(row_sums(states.astype(jnp.float32) * g_state), axis=1, keepdims=True)
+  kept = total * jnp.sum(row_sums(states.astype(jnp.float32) * g_state), axis=1, keepdims=True)
   g_last = jnp.sum(change, axis=1, keepdims=True) + kept
   step = lax.broadcasted_iota(jnp.int32, (1, 1, CHUNK), 2)
   g_log_g_ref[...] = _to_row(g_log_g - change) + g_log_g_row + jnp.where(step == CHUNK - 1, g_last, 0)
 
-  g_state = jnp.exp(last) * g_state + _dot(q, g * g_readout.astype(jnp.float32), dtype, AT_B)
+  g_state = total * g_state + _dot(q, g * g_readout.astype(jnp.float32), dtype, AT_B)
   g_state -= _dot(k, beta * g * g_error, dtype, AT_B)
   carry_ref[...] = g_state
 

@@ -5,6 +5,9 @@ chunk writes, U (n, Dv), solves the unit lower-triangular system ``(I + diag(bet
 ``D[p, s] = (g_p / g_s) k_p.k_s`` for s < p. With X the inverse of the left-hand matrix, ``U = X diag(beta) V -
 X diag(beta g) K M^T`` is affine in M. Decays only enter as exponentials of differences of logarithms.
 
+Where documents are packed, the three kinds of decay are 0 across a start: g_p / g_s if the document of p starts after s, g_p if
+it starts in the chunk, and g_n / g_s if the last document of the chunk starts after s. Nothing is added to logarithms for it.
+
 On a TPU this moves three to eight times the bytes of the kernels in `pallas_tpu`, whose docstring has the figures.
 """
 
@@ -30,10 +33,11 @@ class _ChunkTerms(NamedTuple):
 
 
 def gated_delta(q: jax.Array, k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Array,
-                initial_state: jax.Array, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+                initial_state: jax.Array, starts: jax.Array | None = None, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
   """Implements `atma_jax.ops.gated_delta` for K = H, saving its inputs and one state per chunk for the backward pass."""
   inputs = _split_chunks(q, k, v, log_gamma, beta, initial_state.dtype, chunk)
-  readout, final_state = _run(inputs, initial_state)
+  n = inputs[0].shape[-2]
+  readout, final_state = _run((*inputs, None if starts is None else chunk_starts(starts, n)), initial_state)
   return _join_chunks(readout, v), final_state
 
 
@@ -66,7 +70,7 @@ def transition(k: jax.Array, v: jax.Array, *, log_gamma: jax.Array, beta: jax.Ar
     A (B, H, D, D) and N (B, H, Dv, D), in float32 or wider.
   """
   (B, _, H, D), Dv, dtype = k.shape, v.shape[-1], jnp.result_type(jnp.float32, k, v)
-  chunks = _chunk_terms(_split_chunks(k, k, v, log_gamma, beta, dtype, chunk))
+  chunks = _chunk_terms((*_split_chunks(k, k, v, log_gamma, beta, dtype, chunk), None))
 
   def step(carry: tuple[jax.Array, jax.Array], chunk: _ChunkTerms) -> tuple[tuple[jax.Array, jax.Array], None]:
     A, N = carry
@@ -94,6 +98,16 @@ def _split_chunks(q: jax.Array, k: jax.Array, v: jax.Array, log_gamma: jax.Array
   return tuple(map(split, (q, k, v, log_gamma.astype(dtype), beta.astype(dtype))))
 
 
+def chunk_starts(starts: jax.Array, n: int) -> jax.Array:
+  """Cuts starts (B, T) into chunks of n steps (N, B, 1, n), counted from the chunk's first step; below 0 is before the chunk.
+
+  Padded steps belong to the last document.
+  """
+  padded = jnp.pad(starts, ((0, 0), (0, -starts.shape[1] % n)), mode="edge")
+  chunks = padded.reshape(starts.shape[0], -1, 1, n)
+  return jnp.moveaxis(chunks - n * jnp.arange(chunks.shape[1])[:, None, None], 1, 0)
+
+
 def _join_chunks(readout: jax.Array, v: jax.Array) -> jax.Array:
   """Joins the chunks' readouts (N, B, H, n, Dv) into one of v's shape and dtype."""
   readout = jnp.moveaxis(readout, (0, 2), (1, 3))
@@ -101,13 +115,13 @@ def _join_chunks(readout: jax.Array, v: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _run(inputs: tuple[jax.Array, ...], initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _run(inputs: tuple[Any, ...], initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
   chunks = _chunk_terms(inputs)
   final_state, states = jax.lax.scan(_advance, initial_state, chunks)
   return _read(chunks, states), final_state
 
 
-def _run_fwd(inputs: tuple[jax.Array, ...], initial_state: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
+def _run_fwd(inputs: tuple[Any, ...], initial_state: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
   chunks = _chunk_terms(inputs)
   final_state, states = jax.lax.scan(_advance, initial_state, chunks)
   return (_read(chunks, states), final_state), (inputs, states)
@@ -131,23 +145,33 @@ def _run_bwd(residuals: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[t
 _run.defvjp(_run_fwd, _run_bwd)
 
 
-def _chunk_terms(inputs: tuple[jax.Array, ...]) -> _ChunkTerms:
-  """Computes the terms of all chunks at once from q, k (N, B, H, n, D), v (N, B, H, n, Dv), log_gamma and beta (N, B, H, n)."""
-  q, k, v, log_gamma, beta = inputs
+def _chunk_terms(inputs: tuple[Any, ...]) -> _ChunkTerms:
+  """Computes the terms of all chunks at once from q, k (N, B, H, n, D), v (N, B, H, n, Dv), log_gamma and beta (N, B, H, n), and
+  `chunk_starts` (N, B, 1, n) or None."""
+  q, k, v, log_gamma, beta, starts = inputs
   dtype = log_gamma.dtype
   log_g = jnp.cumsum(log_gamma, axis=-1)
   difference = log_g[..., :, None] - log_g[..., None, :]
   n = difference.shape[-1]
   causal = jnp.tri(n, dtype=bool)
+  if starts is not None:
+    causal &= jnp.arange(n) >= starts[..., None]
   ratio = jnp.exp(jnp.where(causal, difference, -jnp.inf))  # masked first: g_p / g_s overflows for s > p
   dots = jnp.einsum("...pd,...sd->...ps", k, k, preferred_element_type=dtype)
   inverse = _unit_lower_inverse(jnp.where(jnp.tri(n, k=-1, dtype=bool), beta[..., None] * ratio * dots, 0))
   g = jnp.exp(log_g)[..., None]
+  if starts is not None:
+    g = jnp.where(starts[..., None] < 0, g, 0)
   beta = beta[..., None]
+
+  def to_end() -> jax.Array:
+    change = log_g[..., -1:] - log_g
+    return change if starts is None else jnp.where(causal[..., -1, :], change, -jnp.inf)
+
   return _ChunkTerms(
     writes=inverse @ (beta * v),
     erases=inverse @ (beta * g * k),
-    keys=jnp.exp(log_g[..., -1:] - log_g)[..., None] * k,
+    keys=jnp.exp(to_end())[..., None] * k,
     decay=g[..., -1, 0],
     queries=g * q,
     attention=ratio * jnp.einsum("...pd,...sd->...ps", q, k, preferred_element_type=dtype),

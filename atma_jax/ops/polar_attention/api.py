@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from atma_jax.ops.core import dispatch
+from atma_jax.ops.core import dispatch, visibility
 from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 
 _PACKAGE = "atma_jax.ops.polar_attention"
@@ -23,7 +23,7 @@ STATISTICS = dispatch.Op("polar_statistics", {
 def polar_attention(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], *,
                     v_null: Float[Array, "H D"], null_base: Float[Array, " H"], null_slope: Float[Array, " H"],
                     len_gain: Float[Array, " H"], mag_beta: Float[Array, " H"], window: int | None = None,
-                    null_length: int | None = None, count_length: int | None = None,
+                    null_length: int | None = None, count_length: int | None = None, starts: Int[Array, "B T"] | None = None,
                     implementation: str = "auto") -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
   """Causal polar attention.
 
@@ -36,6 +36,8 @@ def polar_attention(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: F
     k, v: keys and values; H is a multiple of K, and query head h reads key head ``h // (H // K)``.
     v_null, null_base, null_slope, len_gain, mag_beta: raw parameters, see `PolarParams`.
     window, null_length, count_length: which keys are seen and counted, see `AttentionSpec`; None is the paper's.
+    starts: for rows that pack documents, with T = S: the position at which each token's document starts (`document_starts`). A
+      query sees and counts no key before it, as if its document were a row of its own. None is 0.
     implementation: one of `dispatch.NAMES`.
 
   Returns:
@@ -54,28 +56,31 @@ def polar_attention(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: F
     ((1, 16, 4, 64), (1, 16, 4))
   """
   params = PolarParams(v_null=v_null, null_base=null_base, null_slope=null_slope, len_gain=len_gain, mag_beta=mag_beta)
-  return attend(q, k, v, params, AttentionSpec(window, null_length, count_length), implementation=implementation)
+  return attend(q, k, v, params, AttentionSpec(window, null_length, count_length), starts=starts, implementation=implementation)
 
 
 def polar_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], *,
                      v_null: Float[Array, "H D"], null_base: Float[Array, " H"], null_slope: Float[Array, " H"],
                      len_gain: Float[Array, " H"], mag_beta: Float[Array, " H"], window: int | None = None,
-                     null_length: int | None = None, count_length: int | None = None,
+                     null_length: int | None = None, count_length: int | None = None, starts: Int[Array, "B T"] | None = None,
                      implementation: str = "auto") -> dict[str, Float[Array, "B T H"]]:
   """Diagnostics of `polar_attention` for the same arguments; see `attention_statistics`."""
   params = PolarParams(v_null=v_null, null_base=null_base, null_slope=null_slope, len_gain=len_gain, mag_beta=mag_beta)
-  return attention_statistics(q, k, v, params, AttentionSpec(window, null_length, count_length), implementation=implementation)
+  return attention_statistics(q, k, v, params, AttentionSpec(window, null_length, count_length), starts=starts,
+                              implementation=implementation)
 
 
 def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], params: PolarParams,
-           spec: AttentionSpec, *, implementation: str = "auto") -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+           spec: AttentionSpec, *, starts: Int[Array, "B T"] | None = None,
+           implementation: str = "auto") -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
   """`polar_attention` with its parameters and its specification as one argument each."""
   dispatch.check_attention("polar_attention", q, k, v)
-  return ATTENTION(implementation, q, k, v, params, spec)
+  documents = visibility.check_starts("polar_attention", starts, q.shape[:2], k.shape[1])
+  return ATTENTION(implementation, q, k, v, params, spec, **documents)
 
 
 def attention_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"],
-                         params: PolarParams, spec: AttentionSpec, *,
+                         params: PolarParams, spec: AttentionSpec, *, starts: Int[Array, "B T"] | None = None,
                          implementation: str = "auto") -> dict[str, Float[Array, "B T H"]]:
   """What polar attention did, not meant to be differentiated; arguments as for `attend`.
 
@@ -84,4 +89,5 @@ def attention_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"],
     or wider.
   """
   dispatch.check_attention("polar_attention", q, k, v)
-  return STATISTICS(implementation, q, k, v, params, spec)
+  documents = visibility.check_starts("polar_statistics", starts, q.shape[:2], k.shape[1])
+  return STATISTICS(implementation, q, k, v, params, spec, **documents)

@@ -140,10 +140,12 @@ class NullGradients(NamedTuple):
 
 def through_null(cotangents: tuple[jax.Array, jax.Array, jax.Array], direction: Float[Array, "B T H D"],
                  log_odds: Float[Array, "B T H"], sum_p2: Float[Array, "B T H"], norm: Float[Array, "B T H"],
-                 v_null: Float[Array, "H D"]) -> NullGradients:
-  """Backpropagates through the null: `through_null_of_rows` with d_null (T, H) and d_v_null (H, D) summed up."""
+                 v_null: Float[Array, "H D"], *, shared_null: bool = True) -> NullGradients:
+  """Backpropagates through the null: `through_null_of_rows` with d_v_null (H, D) summed up, and d_null (T, H) if `shared_null`
+  says that all rows of the batch have the same nulls."""
   gradients = through_null_of_rows(cotangents, direction, log_odds, sum_p2, norm, v_null)
-  return gradients._replace(d_null=jnp.sum(gradients.d_null, axis=0), d_v_null=jnp.sum(gradients.d_v_null, axis=(0, 1)))
+  d_null = jnp.sum(gradients.d_null, axis=0) if shared_null else gradients.d_null
+  return gradients._replace(d_null=d_null, d_v_null=jnp.sum(gradients.d_v_null, axis=(0, 1)))
 
 
 def through_null_of_rows(cotangents: tuple[jax.Array, jax.Array, jax.Array], direction: jax.Array, log_odds: jax.Array,

@@ -6,16 +6,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from atma_jax.ops.polar_attention import formula
 from atma_jax.ops.polar_attention.spec import AttentionSpec, PolarParams
 
 
 def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], params: PolarParams,
-           spec: AttentionSpec) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+           spec: AttentionSpec, *, starts: Int[Array, "B T"] | None = None
+           ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
   """See `atma_jax.ops.polar_attention.api`; computed in float32 or wider, differentiable any number of times."""
-  weights = _weights(q, k, params, spec)
+  weights = _weights(q, k, params, spec, starts)
   v = _repeat(v.astype(weights.keys.dtype), q.shape[2])
   attended = jnp.einsum("bhts,bshd->bthd", weights.keys, v) + weights.null[..., None] * params.v_null.astype(weights.keys.dtype)
   direction = formula.normalize(attended, formula.NORM_FLOOR).astype(q.dtype)
@@ -23,10 +24,11 @@ def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Arra
 
 
 def attention_statistics(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"],
-                         params: PolarParams, spec: AttentionSpec) -> dict[str, Float[Array, "B T H"]]:
+                         params: PolarParams, spec: AttentionSpec, *,
+                         starts: Int[Array, "B T"] | None = None) -> dict[str, Float[Array, "B T H"]]:
   """See `atma_jax.ops.polar_attention.api`."""
   del v
-  weights = _weights(q, k, params, spec)
+  weights = _weights(q, k, params, spec, starts)
   return {"n_eff": weights.n_eff, "w_null": weights.null}
 
 
@@ -37,15 +39,17 @@ class _Weights(NamedTuple):
   curve: formula.Curve
 
 
-def _weights(q: jax.Array, k: jax.Array, params: PolarParams, spec: AttentionSpec) -> _Weights:
+def _weights(q: jax.Array, k: jax.Array, params: PolarParams, spec: AttentionSpec, starts: jax.Array | None) -> _Weights:
   """The softmax over keys and null, taken in two steps, keys first, so that nothing is 0/0 where the null takes all."""
   (_, T, H, D), S = q.shape, k.shape[1]
   dtype = formula.accumulator(q)
   positions = formula.last_positions(T, S)
-  temp, null, curve = formula.of_positions(params, positions, spec)
-  temp, null = temp.T.astype(dtype), null.T.astype(dtype)  # (H, T)
+  temp, null, curve = formula.of_positions(params, positions if starts is None else positions - starts, spec)
+  temp, null = temp.mT.astype(dtype), null.mT.astype(dtype)  # (H, T), or (B, H, T) where rows pack documents
   scores = jnp.einsum("bthd,bshd->bhts", q.astype(dtype), _repeat(k.astype(dtype), H)) * D**-0.5
   visible = spec.sees(positions[:, None] - jnp.arange(S))
+  if starts is not None:
+    visible &= (jnp.arange(S) >= starts[..., None])[:, None]
   logits = jnp.where(visible, temp[..., None] * scores, -jnp.inf)
   keys = jax.nn.softmax(logits, axis=-1)
   w_null = jax.nn.sigmoid(null - jax.nn.logsumexp(logits, axis=-1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from atma_jax.ops.core import dispatch, visibility
 
@@ -14,7 +14,8 @@ ATTENTION = dispatch.Op("softmax_attention", {
 
 
 def softmax_attention(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], *, scale: float,
-                      window: int | None = None, implementation: str = "auto") -> Float[Array, "B T H D"]:
+                      window: int | None = None, starts: Int[Array, "B T"] | None = None,
+                      implementation: str = "auto") -> Float[Array, "B T H D"]:
   """Causal attention with grouped heads.
 
   Args:
@@ -22,6 +23,7 @@ def softmax_attention(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v:
     k, v: keys and values; H is a multiple of K, and query head h reads key head ``h // (H // K)``.
     scale: positive factor of the scores.
     window: keys a query may see, its own included; None is all up to its own.
+    starts: as for `polar_attention`: where each token's document starts in rows that pack several; None is 0.
     implementation: one of `dispatch.NAMES`.
 
   Returns:
@@ -33,4 +35,5 @@ def softmax_attention(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v:
   """
   dispatch.check_attention("softmax_attention", q, k, v)
   visibility.check_window(window)
-  return ATTENTION(implementation, q, k, v, scale=scale, window=window)
+  documents = visibility.check_starts("softmax_attention", starts, q.shape[:2], k.shape[1])
+  return ATTENTION(implementation, q, k, v, scale=scale, window=window, **documents)

@@ -61,25 +61,39 @@ class Call:
     padding[axis] = (0, -x.shape[axis] % max(max(tile.q, tile.k) for tile in tiles))
     return jnp.pad(x, padding) if padding[axis][1] else x
 
-  def key_blocks(self, position: jax.Array, tile: Tile, blocks: int) -> Bounds:
-    """Which of `blocks` blocks of keys the `tile.q` queries from `position` on see: first, first unmasked, first masked, end."""
+  def key_blocks(self, position: jax.Array, tile: Tile, blocks: int, starts: jax.Array | None = None) -> Bounds:
+    """Which of `blocks` blocks of keys the `tile.q` queries from `position` on see: first, first unmasked, first masked, end.
+
+    `starts` are the positions (tile.q,) before which they see none, because their documents start there.
+    """
     end = jnp.clip(cdiv(position + tile.q, tile.k), 0, blocks)
     full_end = jnp.clip(lax.div(position + 1, tile.k), 0, end)
-    if self.window is None:
+    if self.window is None and starts is None:
       return 0, 0, full_end, end
-    first = jnp.minimum(lax.div(visibility.first_key(position, self.window), tile.k), end)
-    full = jnp.clip(cdiv(visibility.first_key(position + tile.q - 1, self.window), tile.k), first, end)
+    low, high = visibility.first_key(position, self.window), visibility.first_key(position + tile.q - 1, self.window)
+    if starts is not None:
+      low, high = jnp.maximum(low, jnp.min(starts)), jnp.maximum(high, jnp.max(starts))
+    first = jnp.minimum(lax.div(low, tile.k), end)
+    full = jnp.clip(cdiv(high, tile.k), first, end)
     return first, full, jnp.maximum(full, full_end), end
 
-  def query_blocks(self, row: jax.Array, tile: Tile, blocks: int) -> Bounds:
-    """Which of `blocks` blocks of queries see any of `tile.k` keys, the first at the position of query `row`; as `key_blocks`."""
+  def query_blocks(self, row: jax.Array, tile: Tile, blocks: int, ends: jax.Array | None = None) -> Bounds:
+    """Which of `blocks` blocks of queries see any of `tile.k` keys, the first at the position of query `row`; as `key_blocks`.
+
+    `ends` are the rows (tile.k,) of the last query that may see each key, because its document ends there.
+    """
     first = jnp.minimum(lax.div(jnp.maximum(row, 0), tile.q), blocks)
     full = jnp.clip(cdiv(jnp.maximum(row + tile.k - 1, 0), tile.q), first, blocks)
-    if self.window is None:
+    if self.window is None and ends is None:
       return first, full, blocks, blocks
-    end = jnp.clip(cdiv(jnp.maximum(visibility.last_query(row + tile.k - 1, self.window) + 1, 0), tile.q), first, blocks)
+    low, high = jnp.iinfo(jnp.int32).max - tile.q, jnp.iinfo(jnp.int32).max - tile.q
+    if self.window is not None:
+      low, high = visibility.last_query(row, self.window) + 1, visibility.last_query(row + tile.k - 1, self.window) + 1
+    if ends is not None:
+      low, high = jnp.minimum(low, jnp.min(ends) + 1), jnp.minimum(high, jnp.max(ends) + 1)
+    end = jnp.clip(cdiv(jnp.maximum(high, 0), tile.q), first, blocks)
     full = jnp.minimum(full, end)
-    return first, full, jnp.clip(lax.div(jnp.maximum(visibility.last_query(row, self.window) + 1, 0), tile.q), full, end), end
+    return first, full, jnp.clip(lax.div(jnp.maximum(low, 0), tile.q), full, end), end
 
   def scaled_exp2(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     """``2^(x scale - shift)``: two instructions an element, where `jnp.exp2` takes care of denormal numbers with five more."""

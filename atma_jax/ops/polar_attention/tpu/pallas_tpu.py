@@ -12,6 +12,7 @@ Notation and residuals are those of `atma_jax.ops.polar_attention.gpu.pallas_gpu
   forward and backward of 8 x 2048 with H=8, K=2, D=128 then move 0.37 GB; with slices of (B, T, H * D) they moved 1.79.)
 
 Keys after a query are masked by causality, so sequences are padded at their end to whole blocks and no other mask is needed.
+Where rows pack documents, a pair of blocks that no document spans is skipped, though the pipeline still fetches its keys.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from atma_jax.ops.core import dispatch, pallas, visibility
 from atma_jax.ops.core.pallas import LOG2_E, MASKED, dot
@@ -37,21 +38,24 @@ from atma_jax.ops.polar_attention.tpu.tpu_grid import Call, Index, Ref, Starts, 
 Mask = jax.Array | None  # (keys, rows); None where every query sees every key
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> str | None:
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, *_: Any, **__: Any) -> str | None:
   """Why the kernels cannot serve this call, or None if they can."""
   return pallas.refusal("tpu", q, k, v)
 
 
 def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], params: PolarParams,
-           spec: AttentionSpec, *, tiles: Tiles | None = None,
+           spec: AttentionSpec, *, starts: Int[Array, "B T"] | None = None, tiles: Tiles | None = None,
            interpret: bool = False) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
   """See `atma_jax.ops.polar_attention.api`; `tiles` overrides the table, `interpret` runs the kernels without a TPU."""
   (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
   tiles = tiles or polar_tiles("tpu", q.dtype.itemsize, D, T)
-  temp, null, curve = formula.of_positions(params, formula.last_positions(T, S), spec)
+  positions = formula.last_positions(T, S)
+  temp, null, curve = formula.of_positions(params, positions if starts is None else positions - starts, spec)
   window = None if spec.window is None or spec.window >= S else spec.window
   call = Call(B, T, S, K, H // K, D, window, tiles, interpret)
-  outputs: Any = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32), params.v_null.astype(jnp.float32), call)
+  starts = None if starts is None else starts.astype(jnp.float32)  # of which a kernel can take the least and the largest
+  outputs: Any = _attend(q, k, v, temp.astype(jnp.float32), null.astype(jnp.float32), params.v_null.astype(jnp.float32), starts,
+                         call)
   direction, lse, sum_p2 = outputs
   return direction, formula.magnitude(1 / sum_p2, jax.nn.sigmoid(lse - null), curve)
 
@@ -71,11 +75,24 @@ def _longest(ranges: Callable[..., list[tuple[int, int]]], count: int, tile: Til
 
 
 def when_visible(call: Call, tile: Tile, starts: Starts, active: jax.Array, i: Index, j: Index,
-                 body: Callable[[Mask], None]) -> None:
-  """Runs ``body(mask)`` on a pair of blocks if it is `active`."""
+                 body: Callable[[Mask], None], documents: Ref | None = None) -> None:
+  """Runs ``body(mask)`` on a pair of blocks if it is `active`.
+
+  `documents` (1, block_q), if given, are the positions at which the documents of the queries start, float32.
+  """
   whole = call.whole(i, j, tile, starts)
+  first = None
+  if documents is not None:
+    first, key = documents[...], call.key_position(j, tile, starts)
+    whole &= jnp.max(first).astype(jnp.int32) <= key
+    active &= jnp.min(first).astype(jnp.int32) < key + call.blocks(tile)[1]
+
+  def mask() -> jax.Array:
+    visible = call.mask(i, j, tile, starts)
+    return visible if first is None else visible & call.in_documents(first, j, tile, starts)
+
   pl.when(active & whole)(lambda: body(None))
-  pl.when(active & jnp.logical_not(whole))(lambda: body(call.mask(i, j, tile, starts)))
+  pl.when(active & jnp.logical_not(whole))(lambda: body(mask()))
 
 
 # What a pair of blocks adds to the sums of each kernel. Sums are named for what they hold; all are transposed.
@@ -123,9 +140,9 @@ def add_dkv(mask: Mask, k: jax.Array, v: jax.Array, q: jax.Array, go: jax.Array,
 # Forward.
 
 
-def _forward_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, scale_ref: Ref, null_ref: Ref, v_null_ref: Ref, direction_ref: Ref,
-                    lse_ref: Ref, sum_p2_ref: Ref, norm_ref: Ref, rows_ref: Ref, scales_ref: Ref, m_ref: Ref, L_ref: Ref,
-                    Q_ref: Ref, S_ref: Ref, *, call: Call, steps: int) -> None:
+def _forward_kernel(documents: Ref | None, q_ref: Ref, k_ref: Ref, v_ref: Ref, scale_ref: Ref, null_ref: Ref, v_null_ref: Ref,
+                    direction_ref: Ref, lse_ref: Ref, sum_p2_ref: Ref, norm_ref: Ref, rows_ref: Ref, scales_ref: Ref, m_ref: Ref,
+                    L_ref: Ref, Q_ref: Ref, S_ref: Ref, *, call: Call, steps: int) -> None:
   tile, starts, i, step = call.tiles.forward, _starts(call), pl.program_id(2), pl.program_id(3)
   j, active = call.key_block(i, step, tile, starts)
 
@@ -139,7 +156,7 @@ def _forward_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, scale_ref: Ref, null_ref
   def body(mask: Mask) -> None:
     fold(mask, k_ref[0], v_ref[0], rows_ref[...], scales_ref[...], m_ref, L_ref, Q_ref, S_ref)
 
-  when_visible(call, tile, starts, active, i, j, body)
+  when_visible(call, tile, starts, active, i, j, body, documents)
 
   @pl.when(step == steps - 1)
   def _finish() -> None:
@@ -158,7 +175,7 @@ def _forward_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, scale_ref: Ref, null_ref
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, temp: jax.Array, null: jax.Array, v_null: jax.Array,
-             call: Call) -> tuple[jax.Array, ...]:
+             documents: jax.Array | None, call: Call) -> tuple[jax.Array, ...]:
   """Direction (B, T, H, D); lse in base 2, sum_p2 and norm of the attended vector, (B, T, H) each."""
   tile, K, G, D = call.tiles.forward, call.groups, call.members, call.dim
   (block_q, block_k), (count_q, _), H = call.blocks(tile), call.counts(tile), K * G
@@ -176,10 +193,11 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, temp: jax.Array, null: ja
   scalars = jax.ShapeDtypeStruct((call.batch, K, G, length), jnp.float32)
   direction, *statistics = call.run(
     "polar_attention", functools.partial(_forward_kernel, call=call, steps=steps), (call.batch, K, count_q, steps),
-    [(call.array(q, block_q), call.spec(H, block_q, own)), (call.array(k, block_k), call.spec(K, block_k, other)),
+    [call.documents(documents, block_q, own),
+     (call.array(q, block_q), call.spec(H, block_q, own)), (call.array(k, block_k), call.spec(K, block_k, other)),
      (call.array(v, block_k), call.spec(K, block_k, other)),
-     (call.rows(temp * (LOG2_E * D**-0.5), block_q), call.row_spec(block_q, own, False)),
-     (call.rows(null * LOG2_E, block_q), call.row_spec(block_q, own, False)),
+     (call.rows(temp * (LOG2_E * D**-0.5), block_q), call.row_spec(block_q, own, temp.ndim == 3)),
+     (call.rows(null * LOG2_E, block_q), call.row_spec(block_q, own, null.ndim == 3)),
      (jnp.swapaxes(v_null.reshape(K, G, D), 1, 2), pl.BlockSpec((None, D, G), lambda b, h, i, s: (h, 0, 0)))],
     [(jax.ShapeDtypeStruct(call.shape(H, length), q.dtype), call.spec(H, block_q, own)),
      *[(scalars, call.row_spec(block_q, own, True))] * 3],
@@ -191,9 +209,9 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, temp: jax.Array, null: ja
 # Backward: one kernel for dq, one for dk and dv, each recomputing p.
 
 
-def _dq_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref, lse_ref: Ref, twice_ref: Ref, delta_ref: Ref,
-               dq_ref: Ref, q_dq_ref: Ref, total_ref: Ref, q_rows_ref: Ref, go_rows_ref: Ref, sum_ref: Ref, totals_ref: Ref, *,
-               call: Call, steps: int) -> None:
+def _dq_kernel(documents: Ref | None, q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref, lse_ref: Ref,
+               twice_ref: Ref, delta_ref: Ref, dq_ref: Ref, q_dq_ref: Ref, total_ref: Ref, q_rows_ref: Ref, go_rows_ref: Ref,
+               sum_ref: Ref, totals_ref: Ref, *, call: Call, steps: int) -> None:
   tile, starts, i, step = call.tiles.dq, _starts(call), pl.program_id(2), pl.program_id(3)
   j, active = call.key_block(i, step, tile, starts)
 
@@ -206,7 +224,7 @@ def _dq_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref, 
     add_dq(mask, k_ref[0], v_ref[0], q_rows_ref[...], go_rows_ref[...], line(scale_ref), line(lse_ref), line(twice_ref),
            line(delta_ref), sum_ref, totals_ref)
 
-  when_visible(call, tile, starts, active, i, j, body)
+  when_visible(call, tile, starts, active, i, j, body, documents)
 
   @pl.when(step == steps - 1)
   def _finish() -> None:
@@ -219,8 +237,9 @@ def _dq_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref, 
       dq_ref[g] = dq.T.astype(dq_ref.dtype)
 
 
-def _dkv_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref, lse_ref: Ref, twice_ref: Ref, delta_ref: Ref,
-                dk_ref: Ref, dv_ref: Ref, dk_sum_ref: Ref, dv_sum_ref: Ref, *, call: Call, steps: int) -> None:
+def _dkv_kernel(documents: Ref | None, q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref, lse_ref: Ref,
+                twice_ref: Ref, delta_ref: Ref, dk_ref: Ref, dv_ref: Ref, dk_sum_ref: Ref, dv_sum_ref: Ref, *, call: Call,
+                steps: int) -> None:
   tile, starts, j, step = call.tiles.dkv, _starts(call), pl.program_id(2), pl.program_id(3)
   i, active = call.query_block(j, step, tile, starts)
 
@@ -233,7 +252,7 @@ def _dkv_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref,
     add_dkv(mask, k_ref[0], v_ref[0], stack(q_ref), stack(go_ref), line(scale_ref), line(lse_ref), line(twice_ref),
             line(delta_ref), dk_sum_ref, dv_sum_ref)
 
-  when_visible(call, tile, starts, active, i, j, body)
+  when_visible(call, tile, starts, active, i, j, body, documents)
 
   @pl.when(step == steps - 1)
   def _finish() -> None:
@@ -241,22 +260,24 @@ def _dkv_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, go_ref: Ref, scale_ref: Ref,
 
 
 def _backward(q: jax.Array, k: jax.Array, v: jax.Array, go: jax.Array, temp: jax.Array, lse: jax.Array, twice: jax.Array,
-              delta: jax.Array, call: Call) -> tuple[jax.Array, ...]:
-  """Gradients of q, k and v, ``q.dq`` and each query's sum of dlogit (B, T, H); go is (B, T, H, D), temp (T, H), the rest
-  (B, T, H)."""
+              delta: jax.Array, documents: jax.Array | None, call: Call) -> tuple[jax.Array, ...]:
+  """Gradients of q, k and v, ``q.dq`` and each query's sum of dlogit (B, T, H); go is (B, T, H, D), temp (T, H) or (B, T, H), the
+  rest (B, T, H)."""
   K, G, D = call.groups, call.members, call.dim
   H, natural, starts = K * G, temp * D**-0.5, _starts(call)
 
   def own(i: Index, s: Index) -> Index:
     return i
 
-  def inputs(tile: Tile, queries: Callable[..., Index], keys: Callable[..., Index]) -> list[tuple[jax.Array, pl.BlockSpec]]:
+  def inputs(tile: Tile, queries: Callable[..., Index], keys: Callable[..., Index]) -> list[Any]:
     block_q, block_k = call.blocks(tile)
     key, row = call.spec(K, block_k, keys), call.row_spec(block_q, queries, True)
     query = call.spec(H, block_q, queries)
     return [
+      call.documents(documents, block_q, queries),
       (call.array(q, block_q), query), (call.array(k, block_k), key), (call.array(v, block_k), key),
-      (call.array(go, block_q), query), (call.rows(natural * LOG2_E, block_q), call.row_spec(block_q, queries, False)),
+      (call.array(go, block_q), query),
+      (call.rows(natural * LOG2_E, block_q), call.row_spec(block_q, queries, natural.ndim == 3)),
       *((call.rows(x, block_q), row) for x in (lse, twice * natural, delta * natural)),
     ]
 
@@ -294,27 +315,31 @@ def _backward(q: jax.Array, k: jax.Array, v: jax.Array, go: jax.Array, temp: jax
   return call.unarray(dq, H, call.queries), dk, dv, q_dq, total / natural
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, temp: jax.Array, null: jax.Array, v_null: jax.Array,
-            call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Direction (B, T, H, D), natural log-sum-exp and sum_p2 (B, T, H), from temp and null (T, H)."""
-  return _attend_forward(q, k, v, temp, null, v_null, call)[0]
+            documents: jax.Array | None, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Direction (B, T, H, D), natural log-sum-exp and sum_p2 (B, T, H), from temp and null (T, H), or (B, T, H) with the starts of
+  `documents` (B, T), float32."""
+  return _attend_forward(q, k, v, temp, null, v_null, documents, call)[0]
 
 
 def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, temp: jax.Array, null: jax.Array, v_null: jax.Array,
-                    call: Call) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
-  outputs = checkpoint_name(_forward(q, k, v, temp, null, v_null, call), dispatch.POLAR_ATTENTION)
+                    documents: jax.Array | None, call: Call) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[Any, ...]]:
+  outputs = checkpoint_name(_forward(q, k, v, temp, null, v_null, documents, call), dispatch.POLAR_ATTENTION)
   direction, lse, sum_p2, norm = outputs
-  return (direction, lse / LOG2_E, sum_p2), (q, k, v, temp, null, v_null, direction, lse, sum_p2, norm)
+  return (direction, lse / LOG2_E, sum_p2), (q, k, v, temp, null, v_null, documents, direction, lse, sum_p2, norm)
 
 
-def _attend_backward(call: Call, residuals: tuple[jax.Array, ...],
-                     cotangents: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-  q, k, v, temp, null, v_null, direction, lse, sum_p2, norm = residuals
-  through = formula.through_null(cotangents, direction, lse / LOG2_E - null, sum_p2, norm, v_null)
-  dq, dk, dv, q_dq, total = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, through.twice, through.delta, call)
+def _attend_backward(call: Call, residuals: tuple[Any, ...],
+                     cotangents: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array | None, ...]:
+  q, k, v, temp, null, v_null, documents, direction, lse, sum_p2, norm = residuals
+  through = formula.through_null(cotangents, direction, lse / LOG2_E - null, sum_p2, norm, v_null, shared_null=documents is None)
+  dq, dk, dv, q_dq, total = _backward(q, k, v, through.go.astype(q.dtype), temp, lse, through.twice, through.delta, documents,
+                                      call)
   dtemp = formula.temperature_gradient(q_dq, total, through.d_lse, lse / LOG2_E, sum_p2, temp)
-  return dq, dk, dv, jnp.sum(dtemp, axis=0), through.d_null, through.d_v_null
+  if documents is None:
+    dtemp = jnp.sum(dtemp, axis=0)
+  return dq, dk, dv, dtemp, through.d_null, through.d_v_null, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

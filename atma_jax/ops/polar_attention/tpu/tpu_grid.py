@@ -136,6 +136,12 @@ class Call:
     visible = visibility.sees(distance, self.window)
     return visible & (key < self._real(j, tile)) if self.ragged(tile) else visible
 
+  def in_documents(self, first: jax.Array, j: Index, tile: Tile, starts: Starts) -> jax.Array:
+    """(keys, rows) whether each key of block j lies in the document of each row's query, which starts at `first` (1, block_q)."""
+    rows = jnp.concatenate([first] * self.members, axis=1).astype(jnp.int32)
+    key = lax.broadcasted_iota(jnp.int32, (self.blocks(tile)[1], rows.shape[1]), 0)
+    return key + self.key_position(j, tile, starts) >= rows
+
   def whole(self, i: Index, j: Index, tile: Tile, starts: Starts) -> jax.Array:
     """Whether every query of block i sees every key of block j."""
     block_q, block_k = self.blocks(tile)
@@ -185,6 +191,14 @@ class Call:
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)])
     return x.reshape(*x.shape[:-2], -1)
 
+  def documents(self, x: jax.Array | None, block: int, index: Callable[..., Any]) -> tuple[Any, Any]:
+    """The starts of documents x (B, T) as a kernel takes them, (B, 1, T) padded to whole blocks with the last; and their blocks
+    (1, block). None stays None."""
+    if x is None:
+      return None, None
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge")[:, None]
+    return x, pl.BlockSpec((None, 1, block), lambda b, h, i, s, *starts: (b, 0, index(i, s, *starts)))
+
   def unrows(self, x: jax.Array) -> jax.Array:
     """The inverse of `rows`: (B, K, G, T padded) as (B, T, H)."""
     x = x.reshape(self.batch, self.groups * self.members, self.segments, -1)[..., : self.queries]
@@ -196,21 +210,21 @@ class Call:
       return pl.BlockSpec((None, None, self.members, block), lambda b, h, i, s, *starts: (b, h, 0, index(i, s, *starts)))
     return pl.BlockSpec((None, self.members, block), lambda b, h, i, s, *starts: (h, 0, index(i, s, *starts)))
 
-  def run(self, name: str, kernel: Callable[..., None], grid: tuple[Any, ...], inputs: list[tuple[jax.Array, pl.BlockSpec]],
+  def run(self, name: str, kernel: Callable[..., None], grid: tuple[Any, ...], inputs: list[Any],
           outputs: list[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]], scratch: list[Any], products: int, pairs: int,
           starts: jax.Array | None = None, carried: int = 0) -> list[jax.Array]:
     """One `pallas_call`.
 
     Args:
       name, kernel, grid, scratch: as for `pl.pallas_call`.
-      inputs, outputs: arrays and their blocks.
+      inputs, outputs: arrays and their blocks; an input may be None.
       products: matrix products for each pair of a query and a key, for the compiler's cost estimate.
       pairs: how many pairs of a query and a key that it sees one head has.
       starts: what a ring's kernel and its index maps take first, in scalar memory.
       carried: how many of the last inputs become the outputs, in place.
     """
     pairs *= self.batch * self.groups * self.members
-    arrays = [array for array, _ in inputs] + [shape for shape, _ in outputs]
+    arrays = [array for array, _ in inputs if array is not None] + [shape for shape, _ in outputs]
     cost = pl.CostEstimate(flops=2 * products * self.dim * pairs, transcendentals=pairs,
                            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays))
     scalars = () if starts is None else (starts,)
@@ -218,7 +232,7 @@ class Call:
                             "out_specs": [spec for _, spec in outputs], "scratch_shapes": scratch}
     if scalars:
       plan = {"grid_spec": pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, **plan)}
-    first = len(scalars) + len(inputs) - carried
+    first = len(scalars) + sum(array is not None for array, _ in inputs) - carried
     return pl.pallas_call(
       kernel, name=name, out_shape=[shape for shape, _ in outputs], interpret=self.interpret, cost_estimate=cost,
       input_output_aliases={first + i: i for i in range(carried)}, **plan,
