@@ -92,12 +92,8 @@ def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | 
 
 def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Path, workers: int | None,
              progress: bool) -> None:
-  tokenizer = _configured_tokenizer(config, directory / TOKENIZER)
+  tokenizer = configured_tokenizer(config, directory / TOKENIZER)
   sources, text, ready = _open_sources(config, directory, progress)
-  for source in ready:
-    if tokenizer is None:
-      raise UserError(f"config.data.tokenizer='sentencepiece': {source.prefix}: sources hold ready tokens, so name the tokenizer "
-                      "that made them: 'bytes', a .model file or a tokenizer.json")
   seen: set[bytes] = set()
   with Pool(workers if text else 1, scan_files) as pool:
     for corpus in text.values():
@@ -133,20 +129,32 @@ def _open_sources(config: DataConfig, directory: pathlib.Path, progress: bool) -
   Returns:
     The sources in the order of the configuration, the corpora of text by base source, and the ready tokens by source.
   """
-  if len(set(config.sources)) < len(config.sources):
-    raise UserError(f"config.data.sources={tuple(config.sources)!r}: each source may be listed once")
-  sources, text, ready = [], {}, {}
-  for entry in config.sources:
-    source = parse_source(entry)
+  sources, text, ready = parse_sources(config), {}, {}
+  for source in sources:
     if isinstance(source, TokenSource):
       ready[source] = ReadyTokens(source, directory / "fetched", progress)
-    elif isinstance(source, TextSource):
-      if source.base not in text:
-        text[source.base] = TextCorpus(source.base, None if config.max_mib is None else config.max_mib << 20, directory / "scans")
-    else:
-      raise TypeError(f"{type(source).__name__} is neither a TextSource nor a TokenSource")
-    sources.append(source)
+    elif source.base not in text:
+      text[source.base] = TextCorpus(source.base, None if config.max_mib is None else config.max_mib << 20, directory / "scans")
   return sources, text, ready
+
+
+def parse_sources(config: DataConfig) -> list[TextSource | TokenSource]:
+  """Parses the sources, in the order of the configuration.
+
+  Raises:
+    UserError: one is not legal or listed twice, or one holds ready tokens and the tokenizer that made them is not named.
+  """
+  if len(set(config.sources)) < len(config.sources):
+    raise UserError(f"config.data.sources={tuple(config.sources)!r}: each source may be listed once")
+  sources = []
+  for source in map(parse_source, config.sources):
+    if not isinstance(source, (TextSource, TokenSource)):
+      raise TypeError(f"{type(source).__name__} is neither a TextSource nor a TokenSource")
+    if isinstance(source, TokenSource) and config.tokenizer == "sentencepiece":
+      raise UserError(f"config.data.tokenizer='sentencepiece': {source.prefix}: sources hold ready tokens, so name the tokenizer "
+                      "that made them: 'bytes', a .model file or a tokenizer.json")
+    sources.append(source)
+  return sources
 
 
 def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[TextCorpus]) -> None:
@@ -172,7 +180,7 @@ def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[
 # --- Tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def _configured_tokenizer(config: DataConfig, path: pathlib.Path) -> Tokenizer | None:
+def configured_tokenizer(config: DataConfig, path: pathlib.Path) -> Tokenizer | None:
   """The tokenizer that the options name, None if one is to be trained.
 
   One that is named as on the hub is taken from `path` if an earlier run has put it there.

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from atma_jax.config import DataConfig
 from atma_jax.data.documents import Document, Entry, SourceFile, read_documents
-from atma_jax.data.remote import find_files
+from atma_jax.data.remote import find_files, is_remote_path
 from atma_jax.errors import UserError
 from atma_jax.json_input import check_regular
 
@@ -63,6 +63,11 @@ class Source:
   def label(self) -> str:
     """The source as error messages name it."""
     return f"config.data.sources: {self.entry!r}"
+
+  @property
+  def is_pattern(self) -> bool:
+    """Whether the argument is a pattern of files on one machine, as for `glob`."""
+    return ":" in self.syntax and not is_remote_path(self.argument)
 
   def find(self) -> list[SourceFile]:
     """Returns the files that the argument, an address such as ``gs://BUCKET/*.jsonl``, matches, sorted by name.

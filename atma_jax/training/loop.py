@@ -70,7 +70,7 @@ def train(config: Config, workdir: str, *, claimed: bool = False, wandb: str | N
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
-  check_divides(config, mesh)
+  check_divides(config, mesh.shape)
   directory = data_directory(config, workdir)
   config.data.directory = str(directory)
   check_training_fits(config)
