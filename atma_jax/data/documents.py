@@ -139,7 +139,7 @@ def _whole_text(file: SourceFile, compression: str) -> Iterator[Callable[[int], 
     content = stream.read(_MOST_BYTES + 1)
   if len(content) > _MOST_BYTES:
     raise _TooLarge
-  yield lambda row: _text_document(file.name, row, content)
+  yield lambda row: text_document(file.name, row, content)
 
 
 def _json_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
@@ -192,7 +192,8 @@ def _unpacked(source: str | io.BufferedReader, compression: str) -> io.BufferedI
   return None
 
 
-def _text_document(name: str, row: int, content: bytes) -> Document:
+def text_document(name: str, row: int, content: bytes) -> Document:
+  """A document of these bytes, which must be UTF-8."""
   try:
     return Document(name, row, content.decode())
   except UnicodeDecodeError as error:

@@ -74,7 +74,8 @@ def _too_large(file: SourceFile) -> bool:
         return group is not None and index < group.num_columns and group.column(index).total_compressed_size > _MOST_BYTES
     except (OSError, pyarrow.ArrowException):
       return False  # reading it says what is wrong
-  return not name.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".array_record")) and file.size > _MOST_BYTES
+  by_rows = file.row_group is not None or name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
+  return not by_rows and file.size > _MOST_BYTES
 
 
 def _look_at_tokens(source: TokenSource, tokenizer: Tokenizer | None) -> str:
