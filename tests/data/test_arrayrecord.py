@@ -66,7 +66,8 @@ def test_prepared_as_the_same_text_in_lines(folder):
 
 @pytest.mark.parametrize(("content", "message"), [
   (b"", "is no ArrayRecord file, or damaged"), (b"x" * 100_000, "is no ArrayRecord file, or damaged"),
-  ("cut", "is no ArrayRecord file, or damaged"), ("flipped", "damaged: RuntimeError: Corrupted"), ("other", "not UTF-8 at byte 0"),
+  ("cut", "is no ArrayRecord file, or damaged"), ("flipped", "damaged: RuntimeError: Corrupted"),
+  ("other", "not UTF-8 at byte 0"),
 ])
 def test_what_is_no_record_of_text(tmp_path, content, message):
   path = tmp_path / "x.array_record"
