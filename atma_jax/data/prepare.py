@@ -33,7 +33,7 @@ from tqdm import tqdm
 from atma_jax.config import DataConfig
 from atma_jax.data import tokenizers
 from atma_jax.data.corpus import EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
-from atma_jax.data.documents import Entry
+from atma_jax.data.entries import EntryTable, flattened, total_size
 from atma_jax.data.files import exclusive, write_json
 from atma_jax.data.manifest import (
   COUNT,
@@ -94,10 +94,12 @@ def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Pa
              progress: bool) -> None:
   tokenizer = configured_tokenizer(config, directory / TOKENIZER)
   sources, text, ready = _open_sources(config, directory, progress)
-  seen: set[bytes] = set()
+  scanned: list[EntryTable] = []
   with Pool(workers if text else 1, scan_files) as pool:
     for corpus in text.values():
-      corpus.scan(pool, seen, progress)
+      corpus.scan(pool, scanned, progress)
+      scanned.append(corpus.entries)
+  scanned.clear()
   _begin(directory, settings, text.values())
   split = split_corpora(config, list(text.values()), list(ready.values()), tokenizer)
   tokenizer = _settle_tokenizer(tokenizer, config, text.values(), directory / TOKENIZER)
@@ -161,8 +163,8 @@ def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[
   """Records what is being prepared; refuses a directory begun with other options or other text."""
   digest = hashlib.sha256()
   for corpus in corpora:
-    for entry in corpus.entries:
-      digest.update(entry.digest + entry.size.to_bytes(8, "little"))
+    for piece in corpus.entries.fingerprint_pieces():
+      digest.update(piece)
   begun = {"settings": settings, "corpus": digest.hexdigest()}
   path = directory / _BEGUN
   if not path.exists():
@@ -207,7 +209,7 @@ def _settle_tokenizer(tokenizer: Tokenizer | None, config: DataConfig, corpora: 
 def _sample_texts(corpora: Sequence[TextCorpus], size: int) -> Iterator[str]:
   """Yields about `size` bytes of training text, the same amount from every source."""
   for corpus in corpora:
-    for _, text in corpus.read(sorted(corpus.sample(size / len(corpora)))):
+    for _, text in corpus.read(corpus.sample(size / len(corpora))):
       yield text
 
 
@@ -261,7 +263,7 @@ class _SourceWriter:
   def write(self, pool: Pool, progress: bool) -> dict[str, Any]:
     """Tokenises the source, or what an interrupted run left of it; returns its entry of the manifest."""
     entry = self._source.entry
-    with progress_bar(_size(self._groups), "B", description=f"tokenise {entry}", enabled=progress) as bar:
+    with progress_bar(total_size(self._groups), "B", description=f"tokenise {entry}", enabled=progress) as bar:
       shards = self._write_shards(pool, bar)
     totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "near_duplicates")}
     if not totals["tokens"]:
@@ -286,14 +288,14 @@ class _SourceWriter:
     if problem or sum(shard["documents"] for shard in shards) > len(self._groups):
       raise UserError(f"{path} is damaged, {problem or 'it counts too many documents'}: remove {self._folder} to start again")
     done = sum(shard["documents"] for shard in shards)
-    bar.update(_size(self._groups[:done]))
+    bar.update(total_size(self._groups[:done]))
     documents, tokens, dropped, first = [], 0, 0, done
     for result in pool.map(self._batches(done)):
       for document, near_duplicates in result:
         documents.append(document)
         tokens += len(document)
         dropped += near_duplicates
-        bar.update(_size([self._groups[done]]))
+        bar.update(total_size([self._groups[done]]))
         done += 1
         if tokens >= self._shard_tokens or done == len(self._groups):
           file = self._folder / _shard_name(len(shards))
@@ -306,21 +308,16 @@ class _SourceWriter:
   def _batches(self, start: int) -> Iterator[list[_Group]]:
     """Yields the groups from `start` on with their texts, in batches of about `_BATCH_BYTES`."""
     groups = self._groups[start:]
-    texts = self._corpus.read([entry for group in groups for entry in group])
+    texts = self._corpus.read(flattened(groups))
     batch, size = [], 0
     for group in groups:
       batch.append((self._source, [next(texts)[1] for _ in group], group[0].digest))
-      size += _size([group])
+      size += total_size([group])
       if size >= _BATCH_BYTES:
         yield batch
         batch, size = [], 0
     if batch:
       yield batch
-
-
-def _size(groups: Iterable[Iterable[Entry]]) -> int:
-  """Bytes of text in groups of documents."""
-  return sum(entry.size for group in groups for entry in group)
 
 
 def _shard_name(index: int) -> str:

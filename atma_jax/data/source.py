@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from atma_jax.config import DataConfig
 from atma_jax.data.documents import Document, Entry, SourceFile, read_documents
+from atma_jax.data.entries import EachAlone, EntryTable
 from atma_jax.data.remote import find_files, is_remote_path
 from atma_jax.errors import UserError
 from atma_jax.json_input import check_regular
@@ -143,7 +144,7 @@ class TextSource(Source):
     """Writes the held-out document of a folder with these documents."""
     return "\n".join(texts)
 
-  def group(self, entries: Sequence[Entry], config: DataConfig, characters: int) -> list[list[Entry]]:
+  def group(self, entries: EntryTable, config: DataConfig, characters: int) -> Sequence[Sequence[Entry]]:
     """Decides which scanned documents make up each training document; here one each.
 
     Args:
@@ -152,7 +153,7 @@ class TextSource(Source):
       characters: see `needs_training_length`.
     """
     del config, characters
-    return [[entry] for entry in entries]
+    return EachAlone(entries)
 
   def compose(self, text: str, digest: bytes, characters: int) -> str:
     """Writes one training document; here the text itself. Runs in worker processes, and must be deterministic.
