@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
+import time
 from typing import Any
 
 from absl import logging
@@ -102,7 +103,7 @@ class TextCorpus:
       UserError: a document cannot be read and the source does not skip those, or there is no new text at all.
     """
     portions = portions_of(self.source, self.files)
-    report, entry_name = self.report, self.source.entry
+    report, entry_name, began = self.report, self.source.entry, time.perf_counter()
 
     def tables(bar: tqdm) -> Iterator[EntryTable]:
       for (_, files), (entries, problems, skipped) in zip(portions, self._scanned(pool, portions)):
@@ -120,6 +121,9 @@ class TextCorpus:
     if repeated.any():
       self.entries = self.entries.where(~repeated)
     report["duplicates"] = int(repeated.sum())
+    seconds, size = time.perf_counter() - began, self.entries.total_size / 1e6
+    logging.info("%s: %s documents, %s MB read and hashed in %.1f s, %.2f MB/s with %d processes", entry_name,
+                 f"{len(self.entries):,}", f"{size:,.1f}", seconds, size / seconds, pool.workers)
     report["documents"] = len(self.entries)
     report["bytes"] = self.entries.total_size
     if not self.entries:

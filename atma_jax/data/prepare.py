@@ -25,8 +25,10 @@ import hashlib
 import os
 import pathlib
 import re
+import time
 from typing import Any
 
+from absl import logging
 import numpy as np
 from tqdm import tqdm
 
@@ -262,9 +264,12 @@ class _SourceWriter:
 
   def write(self, pool: Pool, progress: bool) -> dict[str, Any]:
     """Tokenises the source, or what an interrupted run left of it; returns its entry of the manifest."""
-    entry = self._source.entry
+    entry, began = self._source.entry, time.perf_counter()
     with progress_bar(total_size(self._groups), "B", description=f"tokenise {entry}", enabled=progress) as bar:
-      shards = self._write_shards(pool, bar)
+      first, shards = self._write_shards(pool, bar)
+    size, seconds = total_size(self._groups[first:]) / 1e6, time.perf_counter() - began
+    logging.info("%s: %s MB read again and tokenised in %.1f s, %.2f MB/s with %d processes", entry, f"{size:,.1f}", seconds,
+                 size / seconds, pool.workers)
     totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "near_duplicates")}
     if not totals["tokens"]:
       raise UserError(f"config.data.sources: {entry!r} has nothing to train on beside evaluation documents and their "
@@ -276,18 +281,18 @@ class _SourceWriter:
                       "sha256": shard.get("sha256") or file_digest(path)})  # a version without digests began the folder
     return {"source": entry, "shards": records, **totals}
 
-  def _write_shards(self, pool: Pool, bar: tqdm) -> list[dict[str, Any]]:
+  def _write_shards(self, pool: Pool, bar: tqdm) -> tuple[int, list[dict[str, Any]]]:
     """Writes shards of at least `shard_tokens` tokens (the last may be smaller), from where an interrupted run stopped.
 
     Returns:
-      For every shard, its tokens, its documents, the near duplicates dropped and the digest of the file.
+      The group at which it began; and for every shard, its tokens, its documents, the near duplicates dropped and the digest of the file.
     """
     path = self._folder / _PROGRESS
     shards = read_json(path) if path.exists() else []
     problem = mismatch(shards, [dict.fromkeys(("tokens", "documents", "near_duplicates"), COUNT)], "the list")
     if problem or sum(shard["documents"] for shard in shards) > len(self._groups):
       raise UserError(f"{path} is damaged, {problem or 'it counts too many documents'}: remove {self._folder} to start again")
-    done = sum(shard["documents"] for shard in shards)
+    done = begun = sum(shard["documents"] for shard in shards)
     bar.update(total_size(self._groups[:done]))
     documents, tokens, dropped, first = [], 0, 0, done
     for result in pool.map(self._batches(done)):
@@ -303,7 +308,7 @@ class _SourceWriter:
           shards.append({"tokens": tokens, "documents": done - first, "near_duplicates": dropped, "sha256": file_digest(file)})
           write_json(path, shards)
           documents, tokens, dropped, first = [], 0, 0, done
-    return shards
+    return begun, shards
 
   def _batches(self, start: int) -> Iterator[list[_Group]]:
     """Yields the groups from `start` on with their texts, in batches of about `_BATCH_BYTES`."""
