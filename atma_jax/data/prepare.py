@@ -285,7 +285,8 @@ class _SourceWriter:
     """Writes shards of at least `shard_tokens` tokens (the last may be smaller), from where an interrupted run stopped.
 
     Returns:
-      The group at which it began; and for every shard, its tokens, its documents, the near duplicates dropped and the digest of the file.
+      The group at which it began; and for every shard, its tokens, its documents, the near duplicates dropped and the
+      digest of the file.
     """
     path = self._folder / _PROGRESS
     shards = read_json(path) if path.exists() else []

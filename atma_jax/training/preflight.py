@@ -109,7 +109,7 @@ def check(config: Config, workdir: str, target: Target, *, wandb: str | None = N
   if prepared := _prepared(config, directory, target):
     yield prepared
   else:
-    yield from _data(config, directory, target)
+    yield from _data(config, directory, target, is_remote(workdir))
 
 
 def _devices(config: Config, target: Target, processes: int) -> Iterator[str]:
@@ -152,7 +152,7 @@ def _prepared(config: Config, directory: pathlib.Path, target: Target) -> str:
   return f"ok           data: {directory} is prepared, {sum(record['tokens'] for record in manifest.train):,} tokens"
 
 
-def _data(config: Config, directory: pathlib.Path, target: Target) -> Iterator[str]:
+def _data(config: Config, directory: pathlib.Path, target: Target, remote: bool) -> Iterator[str]:
   """The tokenizer, the sources, and the directory that is to hold them."""
   sources = parse_sources(config.data)
   tokenizer = None
@@ -176,10 +176,12 @@ def _data(config: Config, directory: pathlib.Path, target: Target) -> Iterator[s
       looked.add(source.base)
       yield _source(source, tokenizer, target)
   if target.here:
-    _check_writable(directory, "config.data.directory" if config.data.directory else "--workdir")
+    _check_writable(directory, "config.data.directory" if config.data.directory else "data: directory")
     yield f"ok           data: goes to {directory}, where {_free(directory) / 1e9:,.1f} GB are free"
   else:
-    yield f"not checked  data: {directory} on the other machines, its room, and whether all of them see it"
+    where = f"{directory} on the other machines, its room, and whether all of them see it"
+    own = "on every other host a folder of its own in ~/.cache/atma_jax, and its room"
+    yield f"not checked  data: {where if config.data.directory or not remote else own}"
 
 
 def _source(source: TextSource | TokenSource, tokenizer: Tokenizer | None, target: Target) -> str:
@@ -261,12 +263,12 @@ def check_parts(config: Config) -> float:
 
 
 def _write_and_remove(folder: str, flag: str) -> None:
-  """Writes an empty object to a bucket and removes it."""
+  """Writes a small object to a bucket and removes it."""
   import tensorstore  # as checkpoints and claims are written
   name = f".check-{secrets.token_hex(8)}"
   try:
     store = tensorstore.KvStore.open(f"{folder.rstrip('/')}/").result()
-    store.write(name, b"").result()
+    store.write(name, b"atma_jax\n").result()
     store.delete_range(tensorstore.KvStore.KeyRange(name, name + "\0")).result()
   except (ValueError, OSError) as error:
     if "UNAVAILABLE" in str(error) or "DEADLINE" in str(error):

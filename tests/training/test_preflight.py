@@ -92,8 +92,6 @@ def broken(config: Config, folder: pathlib.Path, what: str) -> tuple[str, str]:
     case "file":
       workdir.write_text("x")
       return str(workdir), "--workdir=.*run: cannot be written: .*run is a file"
-    case "remote":
-      return "gs://bucket/run", r"config\.data\.directory is required with --workdir=gs://bucket/run"
     case "start":
       config.train.init_from = f"{folder}/none"
       return str(workdir), r"config\.train\.init_from=.*none: no such directory"
@@ -104,7 +102,7 @@ def broken(config: Config, folder: pathlib.Path, what: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("what", ["nothing", "column", "not text", "tokens of another", "shard", "tokenizer", "vocabulary",
-                                  "trained vocabulary", "mesh", "file", "remote", "start", "memory"])
+                                  "trained vocabulary", "mesh", "file", "start", "memory"])
 def test_what_would_fail(config, tmp_path, what):
   """One error for each, before anything is made."""
   workdir, message = broken(config, tmp_path, what)
