@@ -36,7 +36,7 @@ def main() -> int:
     raise UserError("--workdir=DIR is required: where checkpoints, metrics and prepared data go")
   config = _CONFIG.value
   if _CHECK.value:
-    return check()
+    return check(_WORKDIR.value)
   for flag in (_CHECK_FOR, _ELSEWHERE):
     if flag.present:
       raise UserError(f"--{flag.name}={flag.value}: is for --check")
@@ -47,12 +47,12 @@ def main() -> int:
   return cli.ENDED.get(train(config, _WORKDIR.value, wandb=_WANDB.value), 0)
 
 
-def check() -> int:
+def check(workdir: str) -> int:
   """Prints a line for every check, and what they come to."""
   from atma_jax.training import preflight
   target = preflight.Target.parse(_CHECK_FOR.value, _ELSEWHERE.value)
   open_questions = 0
-  for line in preflight.check(_CONFIG.value, _WORKDIR.value, target, wandb=_WANDB.value, processes=_DISTRIBUTED.processes):
+  for line in preflight.check(_CONFIG.value, workdir, target, wandb=_WANDB.value, processes=_DISTRIBUTED.processes):
     print(line, flush=True)
     open_questions += line.startswith("not checked")
   print("checked: nothing was found that would make the run fail" + f"; {open_questions} not checked" * (open_questions > 0))

@@ -25,7 +25,7 @@ from atma_jax.data.first_look import look_at
 from atma_jax.data.manifest import MANIFEST, TOKENIZER, check_settings, load_manifest, load_prepared_tokenizer, settings_of
 from atma_jax.data.prepare import configured_tokenizer, parse_sources
 from atma_jax.data.remote import EXTRAS, is_remote_path
-from atma_jax.data.source import TextSource, TokenSource
+from atma_jax.data.source import Source, TextSource, TokenSource
 from atma_jax.data.tokenizers import Tokenizer, check_vocabulary, is_hub_name
 from atma_jax.errors import RunError, UserError, described
 from atma_jax.memory_needs import GIB, Needs, check_training_fits, parameter_counts
@@ -170,7 +170,7 @@ def _data(config: Config, directory: pathlib.Path, target: Target, remote: bool)
     tokenizer = found
     check_vocabulary(tokenizer, config.model)
     yield f"ok           tokenizer: {config.data.tokenizer}, {tokenizer.vocab_size:,} tokens"
-  looked: set[TextSource | TokenSource] = set()
+  looked: set[Source] = set()
   for source in sources:
     if source.base not in looked:
       looked.add(source.base)
