@@ -42,7 +42,7 @@ class Needs:
 
   def __str__(self) -> str:
     shown = sorted(((size, name) for name, size in self.parts.items() if size), reverse=True)
-    return ", ".join(f"{name} {_gib(size)}" for size, name in shown)
+    return ", ".join(f"{name} {shown_bytes(size)}" for size, name in shown)
 
 
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
@@ -210,7 +210,8 @@ def check_generation_fits(model: ModelConfig, rows: int, capacity: int, cache_dt
 
 def _check(what: str, needs: Needs, available: float | None, name: str, remedy: str) -> None:
   if available is not None and needs.total > available:
-    raise UserError(f"{what} needs at least {_gib(needs.total)} ({needs}), but {name} has {_gib(available)}: {remedy}")
+    raise UserError(f"{what} needs at least {shown_bytes(needs.total)} ({needs}), but {name} has {shown_bytes(available)}: "
+                    f"{remedy}")
 
 
 def _layers(model: ModelConfig) -> collections.Counter[str]:
@@ -222,5 +223,6 @@ def _layers(model: ModelConfig) -> collections.Counter[str]:
   return counts
 
 
-def _gib(size: float) -> str:
+def shown_bytes(size: float) -> str:
+  """A number of bytes in GiB, or in MiB if it is small."""
   return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.2f} MiB"

@@ -15,6 +15,7 @@ from atma_jax.data.shards import HEADER_BYTES, Shard, open_shard, read_header
 from atma_jax.data.source import Source, TextSource, TokenSource
 from atma_jax.data.tokenizers import Tokenizer, check_tokens
 from atma_jax.errors import UserError
+from atma_jax.memory_needs import shown_bytes
 
 _FILES, _ROWS = 4, 64  # files, and rows of each, in which a document with text is looked for
 _MOST_BYTES = 64 << 20  # of a file that can only be read whole, and of a row group of a Parquet file
@@ -41,7 +42,7 @@ def look_at(source: Source, tokenizer: Tokenizer | None) -> str:
   files = source.base.files()
   first = source.base.choose(files[:_FILES], None)[:_FILES]
   sizes = [file.size for file in (files if any(map(_is_remote, files)) else first)]
-  total = f", {sum(sizes) / 1e9:,.3g} GB" if len(sizes) == len(files) and all(sizes) else ""
+  total = f", {shown_bytes(sum(sizes))}" if len(sizes) == len(files) and all(sizes) else ""
   return f"{len(files):,} file{'s' * (len(files) > 1)}{total}; {_first_document(source.base, first)}"
 
 
@@ -86,7 +87,7 @@ def _look_at_tokens(source: TokenSource, tokenizer: Tokenizer | None) -> str:
       tokens, dtype = read_header(stream.read(HEADER_BYTES), file.remote_size, file.path)
       content = np.frombuffer(stream.read(min(tokens, _TOKENS) * dtype.itemsize), dtype)
     sizes = [file.remote_size or math.nan for file in remote]
-    found = f"{len(remote):,} shards to fetch, {sum(sizes) / 1e9:,.3g} GB; the first has {tokens:,} tokens"
+    found = f"{len(remote):,} shard{'s' * (len(remote) > 1)} to fetch, {shown_bytes(sum(sizes))}; the first has {tokens:,} tokens"
   else:
     shards = [open_shard(path) for path in source.shards()]
     content = Shard(shards[0].path, min(shards[0].tokens, _TOKENS), shards[0].dtype).open()

@@ -28,7 +28,7 @@ from atma_jax.data.remote import EXTRAS, is_remote_path
 from atma_jax.data.source import Source, TextSource, TokenSource
 from atma_jax.data.tokenizers import Tokenizer, check_vocabulary, is_hub_name
 from atma_jax.errors import RunError, UserError, described
-from atma_jax.memory_needs import GIB, Needs, check_training_fits, parameter_counts
+from atma_jax.memory_needs import GIB, Needs, check_training_fits, parameter_counts, shown_bytes
 from atma_jax.ops.core.devices import DEVICES
 from atma_jax.sharding import mesh_sizes
 from atma_jax.training.batches import check_divides
@@ -137,9 +137,9 @@ def _devices(config: Config, target: Target, processes: int) -> Iterator[str]:
   mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
   yield f"ok           devices: {name}; mesh {mesh}; {rows} sequences of {config.data.sequence_length} a device at a time"
   if memory is None:
-    yield f"not checked  memory: a device needs at least {needs.total / GIB:,.1f} GiB; how much a {target.kind} has is not known"
+    yield f"not checked  memory: a device needs at least {shown_bytes(needs.total)}; how much a {target.kind} has is not known"
   else:
-    yield f"ok           memory: a device needs at least {needs.total / GIB:,.1f} GiB (what the compiler adds is not counted)"
+    yield f"ok           memory: a device needs at least {shown_bytes(needs.total)} (what the compiler adds is not counted)"
 
 
 def _prepared(config: Config, directory: pathlib.Path, target: Target) -> str:
@@ -236,7 +236,7 @@ def _workdir(config: Config, workdir: str, target: Target) -> Iterator[str]:
     _check_writable(path, "--workdir")
     parts = check_parts(config)
     if _free(path) < parts:
-      raise UserError(f"{flag}: a checkpoint takes at least {parts / GIB:,.2f} GiB, and {_free(path) / GIB:,.2f} GiB are free: "
+      raise UserError(f"{flag}: a checkpoint takes at least {shown_bytes(parts)}, and {shown_bytes(_free(path))} are free: "
                       "make room, or name another")
     owner = Claims().owner(path) if path.is_dir() else None
     if owner is not None and owner.partition(":")[0] == socket.gethostname():
@@ -244,7 +244,7 @@ def _workdir(config: Config, workdir: str, target: Target) -> Iterator[str]:
                       "another directory")
     last = f"; last used by {owner}, which may still be alive" if owner is not None else ""
     goes_on = "; training goes on from its checkpoints" if any((path / FOLDER).glob("[0-9]*")) else ""
-    room = f"{_free(path) / 1e9:,.1f} GB free, a checkpoint takes at least {parts / 1e9:,.2f}"
+    room = f"{_free(path) / 1e9:,.1f} GB free, a checkpoint takes at least {shown_bytes(parts)}"
     yield f"ok           {flag}: can be written, {room}{goes_on}{last}"
   if config.train.init_from and not target.here and not is_remote(config.train.init_from):
     yield f"not checked  config.train.init_from={config.train.init_from}: a directory of the other machines"
