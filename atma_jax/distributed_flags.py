@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from absl import flags
 
 from atma_jax.config import HEARTBEAT_SECONDS, WAYS_TO_JOIN
@@ -26,6 +28,15 @@ class DistributedFlags:
     """Calls `atma_jax.distributed.initialize` with the values of the flags."""
     from atma_jax.distributed import initialize
     initialize(self._mode.value, self._address.value, self._count.value, self._id.value, self._heartbeat.value)
+
+  @property
+  def processes(self) -> int:
+    """How many processes flags or environment ask for, as far as they say; asks nobody."""
+    from atma_jax.distributed import from_environment
+    if self._count.value is not None or self._mode.value == "off":
+      return self._count.value or 1
+    found = from_environment(os.environ)
+    return 1 if found is None else found.get("num_processes", 2)
 
   @property
   def first(self) -> bool:

@@ -42,7 +42,7 @@ class Needs:
 
   def __str__(self) -> str:
     shown = sorted(((size, name) for name, size in self.parts.items() if size), reverse=True)
-    return ", ".join(f"{name} {_gib(size)}" for size, name in shown)
+    return ", ".join(f"{name} {shown_bytes(size)}" for size, name in shown)
 
 
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
@@ -164,24 +164,33 @@ def device_bytes() -> tuple[int | None, str]:
   return statistics.get("bytes_limit"), f"a device ({device.device_kind})"
 
 
-def check_training_fits(config: Config) -> None:
-  """Holds a recipe against this machine, before anything is built.
+def check_training_fits(config: Config, stated: tuple[int, float | None, str] | None = None) -> Needs:
+  """Holds a recipe against this machine, or against devices that are not there, before anything is built.
 
   Args:
     config: a validated recipe.
+    stated: how many devices there will be, the bytes that one has (None if not known) and what to call one; None is the devices
+      of this machine, whose own memory is then looked at too.
+
+  Returns:
+    What a device needs.
 
   Raises:
     UserError: a device cannot hold the training state and one microbatch, or the host cannot hold the batches that are read
       ahead; the message says how many GiB are needed at least and how many there are.
   """
-  available, name = device_bytes()
-  _check("config: training", training_needs(config, jax.device_count()), available, name,
+  devices, available, name = stated or (jax.device_count(), *device_bytes())
+  needs = training_needs(config, devices)
+  _check("config: training", needs, available, name,
          "lower config.model sizes, config.data.batch_size or config.data.sequence_length, or raise config.train.accumulation or "
          "config.mesh.fsdp")
+  if stated:
+    return needs
   rows = config.data.batch_size / jax.process_count()
   ahead = Needs({"batches read ahead": (config.data.prefetch + 1) * rows * (config.data.sequence_length + 1) * 4})
   _check(f"config.data.prefetch={config.data.prefetch}: reading ahead", ahead, host_bytes(), "this machine",
          "lower it, config.data.batch_size or config.data.sequence_length")
+  return needs
 
 
 def check_model_fits(model: ModelConfig, tokens: int = 0) -> None:
@@ -201,7 +210,8 @@ def check_generation_fits(model: ModelConfig, rows: int, capacity: int, cache_dt
 
 def _check(what: str, needs: Needs, available: float | None, name: str, remedy: str) -> None:
   if available is not None and needs.total > available:
-    raise UserError(f"{what} needs at least {_gib(needs.total)} ({needs}), but {name} has {_gib(available)}: {remedy}")
+    raise UserError(f"{what} needs at least {shown_bytes(needs.total)} ({needs}), but {name} has {shown_bytes(available)}: "
+                    f"{remedy}")
 
 
 def _layers(model: ModelConfig) -> collections.Counter[str]:
@@ -213,5 +223,6 @@ def _layers(model: ModelConfig) -> collections.Counter[str]:
   return counts
 
 
-def _gib(size: float) -> str:
+def shown_bytes(size: float) -> str:
+  """A number of bytes in GiB, or in MiB if it is small."""
   return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.2f} MiB"

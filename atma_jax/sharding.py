@@ -33,6 +33,32 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 }
 
 
+def mesh_sizes(wanted: Sequence[int], devices: int, slices: int = 1) -> dict[str, int]:
+  """The size of every mesh axis over a number of devices; arithmetic alone, so that the devices need not be there.
+
+  Args:
+    wanted: the sizes of `MESH_AXES`; -1 on one axis takes what is left.
+    devices: how many there are.
+    slices: TPU slices that they belong to.
+
+  Raises:
+    ValueError: the sizes do not multiply to `devices`, or the data axis is no multiple of `slices`.
+  """
+  sizes: dict[str, int] = dict(zip(MESH_AXES, wanted))
+  fixed = math.prod(n for n in sizes.values() if n != -1)
+  free = [name for name, n in sizes.items() if n == -1]
+  if len(free) > 1:
+    raise ValueError(f"only one mesh axis may be -1, not {' and '.join(free)}")
+  if free and devices % fixed == 0:
+    sizes[free[0]] = devices // fixed
+  if math.prod(sizes.values()) != devices:
+    asked = " x ".join(f"{name}={n}" for name, n in sizes.items())
+    raise ValueError(f"mesh {asked} does not fit {devices} device{'s' * (devices > 1)}: the product must equal it")
+  if sizes["data"] % slices:
+    raise ValueError(f"mesh data={sizes['data']} must be a multiple of the {slices} slices")
+  return sizes
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1,
               devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Makes a mesh with the axes `MESH_AXES`.
@@ -50,21 +76,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1,
     ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes: dict[str, int] = dict(zip(MESH_AXES, (data, fsdp, tensor, context)))
-  fixed = math.prod(n for n in sizes.values() if n != -1)
-  free = [name for name, n in sizes.items() if n == -1]
-  if len(free) > 1:
-    raise ValueError(f"only one mesh axis may be -1, not {' and '.join(free)}")
-  if free and len(devices) % fixed == 0:
-    sizes[free[0]] = len(devices) // fixed
-  if math.prod(sizes.values()) != len(devices):
-    asked = " x ".join(f"{name}={n}" for name, n in sizes.items())
-    raise ValueError(f"mesh {asked} does not fit {len(devices)} device{'s' * (len(devices) > 1)}: the product must equal it")
+  slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+  sizes = mesh_sizes((data, fsdp, tensor, context), len(devices), slices)
   if devices[0].platform != "tpu":
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if sizes["data"] % slices:
-    raise ValueError(f"mesh data={sizes['data']} must be a multiple of the {slices} slices")
   grid = mesh_utils.create_hybrid_device_mesh(
     (sizes["data"] // slices, *list(sizes.values())[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
   ) if slices > 1 else mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)

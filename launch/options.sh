@@ -33,7 +33,7 @@ resource_name() {  # option, its value: what the clouds take as a name
 accelerator_generation() {  # v6e-16, v5litepod-16: prints the generation, or nothing
   case $1 in
     v4-[0-9]* | v5p-[0-9]* | v6e-[0-9]* | tpu7x-[0-9]*) echo "${1%%-*}" ;;
-    v5litepod-[0-9]*) echo v5e ;;
+    v5litepod-[0-9]* | v5e-[0-9]*) echo v5e ;;
   esac
 }
 
@@ -44,4 +44,41 @@ quoted() {  # word...: one shell-quoted line
     line+=" $word"
   done
   echo "${line# }"
+}
+
+devices_of() {  # accelerator type, slices: prints KIND:DEVICES:SLICES, as JAX counts devices, for train --check_for
+  local generation shape=${1#*-} devices=1 size
+  generation=$(accelerator_generation "$1")
+  for size in ${shape//x/ }; do
+    devices=$((devices * 10#$size))
+  done
+  case $generation:$shape in
+    *:*x*) [[ $generation != tpu7x ]] || devices=$((2 * devices)) ;;  # a topology counts chips
+    v4:* | v5p:*) devices=$((devices / 2)) ;;                         # the type counts TensorCores, of which a device has two
+  esac
+  echo "$generation:$((devices * $2)):$2"
+}
+
+check_training() {  # interpreter ("" finds one), check flag..., --, training argument...: stops the launcher if the run would fail
+  local interpreter=$1 candidate check_flags=() status=0
+  shift
+  while [[ $1 != -- ]]; do
+    check_flags+=("$1")
+    shift
+  done
+  shift
+  [[ $CHECK == 1 ]] || return 0
+  for candidate in $interpreter ${PYTHON:-} "$root/.venv/bin/python" python3 python; do
+    [[ $candidate != */* ]] || candidate=$(absolute "$candidate")
+    if (cd "$root" && "$candidate" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("atma_jax", "jax", "grain"))))') \
+      >/dev/null 2>&1; then
+      (cd "$root" && run "$candidate" -m atma_jax.train --check "${check_flags[@]}" "$@") || status=$?
+      [[ $status == 0 ]] || {
+        echo "# nothing was started; --no-check starts it without the check" >&2
+        exit "$status"
+      }
+      return 0
+    fi
+  done
+  echo "# not checked: no Python here has atma_jax with what it needs (PYTHON names one); --no-check hides this line" >&2
 }

@@ -13,8 +13,9 @@ usage: launch/run.sh [OPTION ...] -- COMMAND [ARGUMENT ...]
   --backoff=SECONDS    pause before the first restart (5), doubled for each further quick failure
   --max-backoff=SECONDS  the longest pause (300)
   --stable=SECONDS     a run at least this long is no quick failure: the count and the pause start anew (600)
+  --no-check           do not look first, once, for what would make `python -m atma_jax.train` fail (its --check)
   --dry-run            print what would be run
-Exit code: the command's. 0 (done) and 2 (bad input) end it; any other restarts. SIGTERM or SIGINT reaches the command as
+Exit code: the command's, or 2 of the check. 0 (done) and 2 (bad input) end it; any other restarts. SIGTERM or SIGINT reaches the command as
 SIGTERM, on which training saves and exits 75, and is never followed by a restart.
 Example: launch/run.sh -- python -m atma_jax.train --config=configs/quickstart.py --workdir=runs/mine
 USAGE
@@ -26,6 +27,7 @@ max_restarts=10
 backoff=5
 max_backoff=300
 stable=600
+CHECK=1
 while [[ $# -gt 0 && $1 != -- ]]; do
   case $1 in
     --dry-run) DRY_RUN=1 ;;
@@ -33,11 +35,12 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --max-restarts=?*) max_restarts=${1#*=} ;;
     --backoff=?*) backoff=${1#*=} ;;
     --max-backoff=?*) max_backoff=${1#*=} ;;
+    --no-check) CHECK=0 ;;
     --stable=?*) stable=${1#*=} ;;
     --help | -h) usage && exit 0 ;;
     *)
       usage_error "unknown argument '$1': legal are --generation=, --max-restarts=, --backoff=, --max-backoff=," \
-        "--stable=, --dry-run, --help, then -- COMMAND"
+        "--stable=, --no-check, --dry-run, --help, then -- COMMAND"
       ;;
   esac
   shift
@@ -60,6 +63,12 @@ fi
 if [[ $DRY_RUN == 1 ]]; then
   quoted "$@"
   exit 0
+fi
+
+if [[ $CHECK == 1 && " $* " == *" -m atma_jax.train "* ]]; then
+  status=0
+  "$@" --check || status=$?
+  [[ $status != 2 ]] || exit 2  # anything else may pass, and training says so itself
 fi
 
 say() {

@@ -9,7 +9,7 @@ usage() {
   cat <<'USAGE'
 usage: launch/slurm.sh [COMMAND] --name=NAME [OPTION ...] [-- TRAINING ARGUMENT ...]
 commands
-  submit (default)   gives the job to sbatch
+  submit (default)   checks, then gives the job to sbatch
   status             its place in the queue
   logs               follows its log (runs/logs/NAME.log)
   cancel             SIGTERM to training (it saves), and the job is not requeued
@@ -25,6 +25,7 @@ options of submit
   --module=MODULE          of atma_jax that takes the arguments (atma_jax.train)
   --max-restarts=N         requeues after crashes (10); pre-emption and the time limit requeue without a limit
   --grace=SECONDS          SIGTERM this long before the time limit, for the last checkpoint (300)
+  --no-check               do not look first for what would make training fail (train --check)
   --dry-run                prints the commands, runs none
 The checkout and --workdir must be on a file system that all nodes see.
 Example: launch/slurm.sh --name=atma --nodes=2 --gpus-per-node=8 --time=24:00:00 --partition=gpu \
@@ -45,6 +46,7 @@ python=python
 module=atma_jax.train
 max_restarts=10
 grace=300
+CHECK=1
 while [[ $# -gt 0 && $1 != -- ]]; do
   case $1 in
     submit | status | logs | cancel)
@@ -61,12 +63,13 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --python=?*) python=${1#*=} ;;
     --module=?*) module=${1#*=} ;;
     --max-restarts=?*) max_restarts=${1#*=} ;;
+    --no-check) CHECK=0 ;;
     --grace=?*) grace=${1#*=} ;;
     --help | -h) usage && exit 0 ;;
     *)
       usage_error "unknown argument '$1': legal are a command ($commands), --name=, --nodes=, --gpus-per-node=, --time=," \
         "--cpus-per-task=, --partition=, --account=, --qos=, --constraint=, --python=, --module=, --max-restarts=," \
-        "--grace=, --dry-run, --help, then -- TRAINING ARGUMENT"
+        "--grace=, --no-check, --dry-run, --help, then -- TRAINING ARGUMENT"
       ;;
   esac
   shift
@@ -93,6 +96,9 @@ case $command in
       usage_error "--time=$time_limit: must be minutes, HH:MM:SS or D-HH:MM:SS"
     one_of --module "$module" atma_jax.train atma_jax.ablate atma_jax.evaluate
     [[ $# -gt 0 ]] || usage_error "TRAINING ARGUMENT is required: -- --config=FILE --workdir=DIR"
+    if [[ $module == atma_jax.train ]]; then
+      check_training "$python" "--check_for=gpu:$((nodes * gpus))" -- "$@"
+    fi
     run mkdir -p "$root/runs/logs"
     run sbatch "--job-name=$name" "--nodes=$nodes" "--gpus-per-node=$gpus" "--ntasks-per-node=$gpus" \
       "--cpus-per-task=$cpus" "--time=$time_limit" "--signal=TERM@$grace" --requeue --open-mode=append \

@@ -13,11 +13,11 @@ commands
   create   asks for the TPU: at once, or with --queued through the queue (and --slices=N for several slices)
   wait     returns when the queued resource is ACTIVE; exit code 1 when it FAILED or was SUSPENDED
   setup    copies HEAD of this checkout to every worker and installs it there (and mounts --nfs)
-  run      starts `python -m atma_jax.train TRAINING ARGUMENT ...` on every worker, babysat by launch/run.sh
+  run      checks, then starts `python -m atma_jax.train TRAINING ARGUMENT ...` on every worker, babysat by launch/run.sh
   logs     follows the log of one worker
   stop     SIGTERM to training on every worker: it saves and ends
   delete   deletes the TPU and everything on its disks
-  launch   create, wait (if queued), setup, run, logs; the same command brings a pre-empted job back
+  launch   checks, create, wait (if queued), setup, run, logs; the same command brings a pre-empted job back
 options
   --name=NAME, --zone=ZONE     of the TPU (both required)
   --project=PROJECT            (gcloud's own default)
@@ -28,6 +28,8 @@ options
   --slices=N                   the queued resource has N slices (every command; 1)
   --network=NAME, --subnetwork=NAME, --service-account=EMAIL     create
   --nfs=SERVER:/EXPORT         setup: mounts it at /mnt/atma on every worker, for data (and checkpoints) that all see
+  --extras=LIST                setup, run, launch: further extras of the package, e.g. s3,wandb
+  --no-check                   run, launch: do not look first for what would make training fail (train --check)
   --worker=N                   logs: which worker (0)
   --dry-run                    prints the commands, runs none
 Example: launch/tpu_vm.sh launch --name=atma --zone=us-east5-b --accelerator=v6e-16 --spot --queued \
@@ -49,6 +51,8 @@ slices=1
 placement=()
 nfs=
 worker=0
+extras=tpu
+CHECK=1
 while [[ $# -gt 0 && $1 != -- ]]; do
   case $1 in
     create | wait | setup | run | logs | stop | delete | launch)
@@ -66,12 +70,14 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --slices=?*) slices=${1#*=} ;;
     --network=?* | --subnetwork=?* | --service-account=?*) placement+=("$1") ;;
     --nfs=?*) nfs=${1#*=} ;;
+    --extras=?*) extras=tpu,${1#*=} ;;
+    --no-check) CHECK=0 ;;
     --worker=?*) worker=${1#*=} ;;
     --help | -h) usage && exit 0 ;;
     *)
       usage_error "unknown argument '$1': legal are a command ($commands), --name=, --zone=, --project=," \
         "--accelerator=, --runtime=, --spot, --reserved, --queued, --slices=, --network=, --subnetwork=," \
-        "--service-account=, --nfs=, --worker=, --dry-run, --help, then -- TRAINING ARGUMENT"
+        "--service-account=, --nfs=, --extras=, --no-check, --worker=, --dry-run, --help, then -- TRAINING ARGUMENT"
       ;;
   esac
   shift
@@ -86,6 +92,7 @@ whole --worker "$worker" 0
 [[ ${#capacity[@]} -le 1 ]] || usage_error "${capacity[*]}: give one of --spot, --reserved"
 [[ $slices == 1 || $queued == 1 ]] || usage_error "--slices=$slices: several slices need --queued"
 [[ -z $nfs || $nfs =~ ^[A-Za-z0-9.-]+:/[A-Za-z0-9_./-]+$ ]] || usage_error "--nfs=$nfs: must be SERVER:/EXPORT"
+[[ $extras =~ ^[a-z0-9,]+$ ]] || usage_error "--extras=${extras#tpu,}: must be extras of the package, e.g. s3,wandb"
 case $command in
   run | launch) [[ $# -gt 0 ]] || usage_error "TRAINING ARGUMENT is required: -- --config=FILE --workdir=DIR" ;;
   *) [[ $# == 0 ]] || usage_error "unexpected '-- $1': only run and launch take training arguments" ;;
@@ -171,7 +178,7 @@ setup() {
   run git -C "$root" archive --format=tar.gz "--output=$bundle" HEAD
   run "${reach[@]}" scp "$bundle" "$name:atma_jax.tar.gz" "${where[@]}" "${all[@]}"
   # The images carry Python 3.10; uv brings a newer one.
-  everywhere 'set -e; rm -rf atma_jax; mkdir atma_jax; tar -xzf atma_jax.tar.gz -C atma_jax; python3 -m pip install --quiet --user uv; cd atma_jax; ~/.local/bin/uv venv --quiet --clear --python 3.12 ~/atma_venv; ~/.local/bin/uv pip install --quiet --python ~/atma_venv/bin/python --constraint launch/constraints.txt ".[tpu]"'
+  everywhere 'set -e; rm -rf atma_jax; mkdir atma_jax; tar -xzf atma_jax.tar.gz -C atma_jax; python3 -m pip install --quiet --user uv; cd atma_jax; ~/.local/bin/uv venv --quiet --clear --python 3.12 ~/atma_venv; ~/.local/bin/uv pip install --quiet --python ~/atma_venv/bin/python --constraint launch/constraints.txt ".['"$extras"']"'
   if [[ -n $nfs ]]; then
     everywhere "set -e; sudo apt-get -qq update; sudo apt-get -qq install -y nfs-common; sudo mkdir -p /mnt/atma; mountpoint -q /mnt/atma || sudo mount -o rw,intr $nfs /mnt/atma; sudo chmod go+rw /mnt/atma"
   fi
@@ -181,7 +188,7 @@ start() {  # training argument...
   local training
   # shellcheck disable=SC2088  # expanded over there
   training="~/atma_venv/bin/python -m atma_jax.train --distributed=cloud_tpu $(quoted "$@")"
-  everywhere "cd atma_jax; nohup launch/run.sh --generation=$generation -- $training >>~/atma_jax.log 2>&1 </dev/null & echo \$! >~/atma_jax.pid"
+  everywhere "cd atma_jax; nohup launch/run.sh --no-check --generation=$generation -- $training >>~/atma_jax.log 2>&1 </dev/null & echo \$! >~/atma_jax.pid"
 }
 
 follow() {
@@ -191,6 +198,11 @@ follow() {
     '--command=tail -n 100 -F ~/atma_jax.log'
 }
 
+case $command in
+  run | launch)
+    check_training "" "--check_for=$(devices_of "$accelerator" "$slices")" "--check_elsewhere=$extras" -- "$@"
+    ;;
+esac
 case $command in
   create) create ;;
   wait) await_active ;;

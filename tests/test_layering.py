@@ -13,8 +13,8 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "atma_jax"
 
-MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "generate", "lm_eval", "prepare_data", "scaling",
-         "serve", "train")
+MAINS = ("ablate", "benchmark", "compile_ahead", "convert", "evaluate", "fetch_data", "generate", "lm_eval", "prepare_data",
+         "scaling", "serve", "train")
 ORDER = (  # a unit, that is a folder or module right under atma_jax, imports only from lines above its own, and from itself
   ("__init__", "console_scripts", "errors"),
   ("config", "json_input"),

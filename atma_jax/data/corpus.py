@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import array
 from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import itertools
 import pathlib
+import time
 from typing import Any
 
 from absl import logging
 import numpy as np
+from tqdm import tqdm
 
 from atma_jax.config import DataConfig
 from atma_jax.data.documents import LEGAL_FILES, Entry, SourceFile
+from atma_jax.data.entries import EntryTable
 from atma_jax.data.near_duplicates import EvaluationLines, text_digest
 from atma_jax.data.process_pool import Pool
 from atma_jax.data.remote import fetch_file, is_remote_path
@@ -83,39 +87,45 @@ class TextCorpus:
         self._log.begin(self.files)
       else:
         self._log = None  # a scan of this disk is soon repeated, and sees what has changed
-    self.entries: list[Entry] = []
+    self.entries = EntryTable.of(())
     self.report: dict[str, Any] = {"source": source.entry, "files": len(self.files), "documents": 0, "bytes": 0, "skipped": 0,
                                    "duplicates": 0, "unreadable": 0, "problems": []}
 
-  def scan(self, pool: Pool, seen: set[bytes], progress: bool) -> None:
+  def scan(self, pool: Pool, earlier: Sequence[EntryTable], progress: bool) -> None:
     """Hashes every document and keeps the first of equal ones.
 
     Args:
       pool: runs `scan_files`.
-      seen: digests of the documents of the sources scanned before; those found here are added.
+      earlier: the documents of the sources scanned before.
       progress: whether to show a progress bar.
 
     Raises:
       UserError: a document cannot be read and the source does not skip those, or there is no new text at all.
     """
     portions = portions_of(self.source, self.files)
-    report, entry_name = self.report, self.source.entry
-    with progress_bar(len(self.files), " files", description=f"scan {entry_name}", scale=False, enabled=progress) as bar:
+    report, entry_name, began = self.report, self.source.entry, time.perf_counter()
+
+    def tables(bar: tqdm) -> Iterator[EntryTable]:
       for (_, files), (entries, problems, skipped) in zip(portions, self._scanned(pool, portions)):
         if problems and not self.source.skips_unreadable:
           raise UserError(f"config.data.sources: {entry_name!r}: {problems[0]}; legal: {LEGAL_FILES}")
-        for entry in entries:
-          if entry.digest not in seen:
-            seen.add(entry.digest)
-            self.entries.append(entry)
-          else:
-            report["duplicates"] += 1
         report["skipped"] += skipped
         report["unreadable"] += len(problems)
         report["problems"] += problems[:_PROBLEMS_KEPT - len(report["problems"])]
         bar.update(len(files))
+        yield entries
+
+    with progress_bar(len(self.files), " files", description=f"scan {entry_name}", scale=False, enabled=progress) as bar:
+      self.entries = EntryTable.join(tables(bar))
+    repeated = self.entries.repeated(earlier)
+    if repeated.any():
+      self.entries = self.entries.where(~repeated)
+    report["duplicates"] = int(repeated.sum())
+    seconds, size = time.perf_counter() - began, self.entries.total_size / 1e6
+    logging.info("%s: %s documents, %s MB read and hashed in %.1f s, %.2f MB/s with %d processes", entry_name,
+                 f"{len(self.entries):,}", f"{size:,.1f}", seconds, size / seconds, pool.workers)
     report["documents"] = len(self.entries)
-    report["bytes"] = sum(entry.size for entry in self.entries)
+    report["bytes"] = self.entries.total_size
     if not self.entries:
       raise UserError(f"config.data.sources: {entry_name!r} has no text in its {len(self.files)} files, or none "
                       f"that the sources before it lack; legal: {LEGAL_FILES}")
@@ -140,11 +150,12 @@ class TextCorpus:
 
   def read(self, entries: Sequence[Entry]) -> Iterator[tuple[str, str]]:
     """Yields (name, text) of `entries`, which must be in the source's order."""
-    for file, group in itertools.groupby(entries, key=lambda entry: entry.file):
-      wanted = list(group)
-      documents = self.source.read(self.files[file], [entry.row for entry in wanted])
-      for entry, document in itertools.zip_longest(wanted, documents):
-        if entry is None or document is None or document.text is None or document.row != entry.row:
+    table = entries if isinstance(entries, EntryTable) else EntryTable.of(entries)
+    for file, wanted in table.by_file():
+      rows = wanted.records["row"]
+      documents = self.source.read(self.files[file], array.array("q", rows.astype(np.int64).tobytes()))
+      for row, document in itertools.zip_longest(rows, documents):
+        if row is None or document is None or document.text is None or document.row != row:
           raise UserError(f"{self.files[file].path} changed while it was being prepared: start again")
         yield document.name, document.text
 
@@ -163,17 +174,20 @@ class TextCorpus:
     if heldout and (folders := self.source.folders(self.files)) is not None:
       self._take_folders(split, heldout, folders)
       heldout = 0
-    for chosen, count, order in ((split.heldout, heldout, lambda entry: (-entry.size, entry.digest)),
-                                 (split.validation, validation, lambda entry: entry.digest)):
-      ordered, taken = sorted(self.entries, key=order), set()
-      while len(taken) < count and ordered:
-        candidates, ordered = ordered[:2 * count], ordered[2 * count:]
-        for entry, (name, text) in zip(candidates, self.read_in_any_order(candidates)):
+    for chosen, count, order in ((split.heldout, heldout, lambda: self.entries.largest_first()),
+                                 (split.validation, validation, lambda: self.entries.by_digest())):
+      ordered = order() if count else np.zeros(0, np.int64)
+      taken: list[int] = []
+      for first in range(0, len(ordered), 2 * count or 1):
+        if len(taken) == count:
+          break
+        places = ordered[first:first + 2 * count]
+        for place, (name, text) in zip(places, self.read_in_any_order(list(self.entries.where(places)))):
           if len(taken) < count and not split.lines.cover(text):
             split.lines.add(text)
-            taken.add(entry)
+            taken.append(int(place))
             chosen.append(EvaluationDocument(self.source.entry, name, text))
-      self.entries = [entry for entry in self.entries if entry not in taken]
+      self.entries = self.entries.where(np.isin(np.arange(len(self.entries)), taken, invert=True))
       if len(taken) < count or not self.entries:
         raise UserError(f"config.data.sources: {self.source.entry!r} has {self.report['documents']} documents, too few for "
                         f"its share of config.data.heldout_documents and validation_documents ({heldout} and "
@@ -203,21 +217,18 @@ class TextCorpus:
         taken.add(folder)
       if len(taken) == count:
         break
-    self.entries = [entry for entry in self.entries if folders[entry.file] not in taken]
+    left = np.array([folder not in taken for folder in folders])
+    self.entries = self.entries.where(left[self.entries.records["file"]])
 
-  def sample(self, size: float) -> list[Entry]:
-    """Returns an even sample of about `size` bytes (all text if there is less): the smallest hashes, in hash order."""
-    taken, total = [], 0
-    for entry in sorted(self.entries, key=lambda entry: entry.digest):
-      if taken and total + entry.size > size:
-        break
-      taken.append(entry)
-      total += entry.size
-    return taken
+  def sample(self, size: float) -> EntryTable:
+    """Returns an even sample of about `size` bytes (all text if there is less), those with the smallest hashes, in order."""
+    ordered = self.entries.by_digest()
+    within = int(np.searchsorted(np.cumsum(self.entries.sizes[ordered]), size, side="right"))
+    return self.entries.where(np.sort(ordered[:max(1, within)]))
 
   def limit(self, size: float) -> None:
     """Keeps only a `sample` of about `size` bytes, in the source's order."""
-    self.entries = sorted(self.sample(size))
+    self.entries = self.sample(size)
 
 
 def portions_of(source: TextSource, files: Sequence[SourceFile]) -> list[Portion]:
@@ -239,17 +250,20 @@ def scan_files(portion: Portion) -> ScanResult:
     The documents with text, the problems met, and the number of documents without text to use.
   """
   source, files = portion
-  entries, problems, skipped = [], [], 0
-  for index, file in files:
-    for document in source.read(file):
-      if document.text is None:
-        problems.append(f"{document.name}: {document.problem}")
-        continue
-      if not document.text or document.text.isspace():
-        skipped += 1
-        continue
-      entries.append(Entry(index, document.row, text_digest(document.text), len(document.text.encode())))
-  return entries, problems, skipped
+  problems, skipped = [], 0
+
+  def found() -> Iterator[Entry]:
+    nonlocal skipped
+    for index, file in files:
+      for document in source.read(file):
+        if document.text is None:
+          problems.append(f"{document.name}: {document.problem}")
+        elif not document.text or document.text.isspace():
+          skipped += 1
+        else:
+          yield Entry(index, document.row, text_digest(document.text), len(document.text.encode()))
+
+  return EntryTable.of(found()), problems, skipped
 
 
 class ReadyTokens:

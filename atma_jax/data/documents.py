@@ -114,14 +114,22 @@ def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Ite
   compression = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
   readers = {".jsonl": _json_rows, ".parquet": _parquet_rows}
   read = readers[suffixes[-1]] if suffixes and suffixes[-1] in readers else _whole_text
-  wanted = None if rows is None else frozenset(rows)
+  wanted = None if rows is None else _marked(rows)
   row = -1
   try:
     for row, parse in enumerate(read(file, compression)):
-      if wanted is None or row in wanted:
+      if wanted is None or (row < len(wanted) and wanted[row]):
         yield parse(row)
   except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, _TooLarge) as error:
     yield Document(file.name, row + 1, None, described(error))
+
+
+def _marked(rows: Collection[int]) -> bytearray:
+  """One byte for every row up to the last one wanted, which is 1 where the row is."""
+  marked = bytearray(max(rows, default=-1) + 1)
+  for row in rows:
+    marked[row] = 1
+  return marked
 
 
 class _TooLarge(Exception):
@@ -139,7 +147,7 @@ def _whole_text(file: SourceFile, compression: str) -> Iterator[Callable[[int], 
     content = stream.read(_MOST_BYTES + 1)
   if len(content) > _MOST_BYTES:
     raise _TooLarge
-  yield lambda row: _text_document(file.name, row, content)
+  yield lambda row: text_document(file.name, row, content)
 
 
 def _json_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
@@ -192,7 +200,8 @@ def _unpacked(source: str | io.BufferedReader, compression: str) -> io.BufferedI
   return None
 
 
-def _text_document(name: str, row: int, content: bytes) -> Document:
+def text_document(name: str, row: int, content: bytes) -> Document:
+  """A document of these bytes, which must be UTF-8."""
   try:
     return Document(name, row, content.decode())
   except UnicodeDecodeError as error:

@@ -25,15 +25,17 @@ import hashlib
 import os
 import pathlib
 import re
+import time
 from typing import Any
 
+from absl import logging
 import numpy as np
 from tqdm import tqdm
 
 from atma_jax.config import DataConfig
 from atma_jax.data import tokenizers
 from atma_jax.data.corpus import EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
-from atma_jax.data.documents import Entry
+from atma_jax.data.entries import EntryTable, flattened, total_size
 from atma_jax.data.files import exclusive, write_json
 from atma_jax.data.manifest import (
   COUNT,
@@ -92,16 +94,14 @@ def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | 
 
 def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Path, workers: int | None,
              progress: bool) -> None:
-  tokenizer = _configured_tokenizer(config, directory / TOKENIZER)
+  tokenizer = configured_tokenizer(config, directory / TOKENIZER)
   sources, text, ready = _open_sources(config, directory, progress)
-  for source in ready:
-    if tokenizer is None:
-      raise UserError(f"config.data.tokenizer='sentencepiece': {source.prefix}: sources hold ready tokens, so name the tokenizer "
-                      "that made them: 'bytes', a .model file or a tokenizer.json")
-  seen: set[bytes] = set()
+  scanned: list[EntryTable] = []
   with Pool(workers if text else 1, scan_files) as pool:
     for corpus in text.values():
-      corpus.scan(pool, seen, progress)
+      corpus.scan(pool, scanned, progress)
+      scanned.append(corpus.entries)
+  scanned.clear()
   _begin(directory, settings, text.values())
   split = split_corpora(config, list(text.values()), list(ready.values()), tokenizer)
   tokenizer = _settle_tokenizer(tokenizer, config, text.values(), directory / TOKENIZER)
@@ -133,28 +133,40 @@ def _open_sources(config: DataConfig, directory: pathlib.Path, progress: bool) -
   Returns:
     The sources in the order of the configuration, the corpora of text by base source, and the ready tokens by source.
   """
-  if len(set(config.sources)) < len(config.sources):
-    raise UserError(f"config.data.sources={tuple(config.sources)!r}: each source may be listed once")
-  sources, text, ready = [], {}, {}
-  for entry in config.sources:
-    source = parse_source(entry)
+  sources, text, ready = parse_sources(config), {}, {}
+  for source in sources:
     if isinstance(source, TokenSource):
       ready[source] = ReadyTokens(source, directory / "fetched", progress)
-    elif isinstance(source, TextSource):
-      if source.base not in text:
-        text[source.base] = TextCorpus(source.base, None if config.max_mib is None else config.max_mib << 20, directory / "scans")
-    else:
-      raise TypeError(f"{type(source).__name__} is neither a TextSource nor a TokenSource")
-    sources.append(source)
+    elif source.base not in text:
+      text[source.base] = TextCorpus(source.base, None if config.max_mib is None else config.max_mib << 20, directory / "scans")
   return sources, text, ready
+
+
+def parse_sources(config: DataConfig) -> list[TextSource | TokenSource]:
+  """Parses the sources, in the order of the configuration.
+
+  Raises:
+    UserError: one is not legal or listed twice, or one holds ready tokens and the tokenizer that made them is not named.
+  """
+  if len(set(config.sources)) < len(config.sources):
+    raise UserError(f"config.data.sources={tuple(config.sources)!r}: each source may be listed once")
+  sources = []
+  for source in map(parse_source, config.sources):
+    if not isinstance(source, (TextSource, TokenSource)):
+      raise TypeError(f"{type(source).__name__} is neither a TextSource nor a TokenSource")
+    if isinstance(source, TokenSource) and config.tokenizer == "sentencepiece":
+      raise UserError(f"config.data.tokenizer='sentencepiece': {source.prefix}: sources hold ready tokens, so name the tokenizer "
+                      "that made them: 'bytes', a .model file or a tokenizer.json")
+    sources.append(source)
+  return sources
 
 
 def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[TextCorpus]) -> None:
   """Records what is being prepared; refuses a directory begun with other options or other text."""
   digest = hashlib.sha256()
   for corpus in corpora:
-    for entry in corpus.entries:
-      digest.update(entry.digest + entry.size.to_bytes(8, "little"))
+    for piece in corpus.entries.fingerprint_pieces():
+      digest.update(piece)
   begun = {"settings": settings, "corpus": digest.hexdigest()}
   path = directory / _BEGUN
   if not path.exists():
@@ -172,7 +184,7 @@ def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[
 # --- Tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def _configured_tokenizer(config: DataConfig, path: pathlib.Path) -> Tokenizer | None:
+def configured_tokenizer(config: DataConfig, path: pathlib.Path) -> Tokenizer | None:
   """The tokenizer that the options name, None if one is to be trained.
 
   One that is named as on the hub is taken from `path` if an earlier run has put it there.
@@ -199,7 +211,7 @@ def _settle_tokenizer(tokenizer: Tokenizer | None, config: DataConfig, corpora: 
 def _sample_texts(corpora: Sequence[TextCorpus], size: int) -> Iterator[str]:
   """Yields about `size` bytes of training text, the same amount from every source."""
   for corpus in corpora:
-    for _, text in corpus.read(sorted(corpus.sample(size / len(corpora)))):
+    for _, text in corpus.read(corpus.sample(size / len(corpora))):
       yield text
 
 
@@ -252,9 +264,12 @@ class _SourceWriter:
 
   def write(self, pool: Pool, progress: bool) -> dict[str, Any]:
     """Tokenises the source, or what an interrupted run left of it; returns its entry of the manifest."""
-    entry = self._source.entry
-    with progress_bar(_size(self._groups), "B", description=f"tokenise {entry}", enabled=progress) as bar:
-      shards = self._write_shards(pool, bar)
+    entry, began = self._source.entry, time.perf_counter()
+    with progress_bar(total_size(self._groups), "B", description=f"tokenise {entry}", enabled=progress) as bar:
+      first, shards = self._write_shards(pool, bar)
+    size, seconds = total_size(self._groups[first:]) / 1e6, time.perf_counter() - began
+    logging.info("%s: %s MB read again and tokenised in %.1f s, %.2f MB/s with %d processes", entry, f"{size:,.1f}", seconds,
+                 size / seconds, pool.workers)
     totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "near_duplicates")}
     if not totals["tokens"]:
       raise UserError(f"config.data.sources: {entry!r} has nothing to train on beside evaluation documents and their "
@@ -266,26 +281,27 @@ class _SourceWriter:
                       "sha256": shard.get("sha256") or file_digest(path)})  # a version without digests began the folder
     return {"source": entry, "shards": records, **totals}
 
-  def _write_shards(self, pool: Pool, bar: tqdm) -> list[dict[str, Any]]:
+  def _write_shards(self, pool: Pool, bar: tqdm) -> tuple[int, list[dict[str, Any]]]:
     """Writes shards of at least `shard_tokens` tokens (the last may be smaller), from where an interrupted run stopped.
 
     Returns:
-      For every shard, its tokens, its documents, the near duplicates dropped and the digest of the file.
+      The group at which it began; and for every shard, its tokens, its documents, the near duplicates dropped and the
+      digest of the file.
     """
     path = self._folder / _PROGRESS
     shards = read_json(path) if path.exists() else []
     problem = mismatch(shards, [dict.fromkeys(("tokens", "documents", "near_duplicates"), COUNT)], "the list")
     if problem or sum(shard["documents"] for shard in shards) > len(self._groups):
       raise UserError(f"{path} is damaged, {problem or 'it counts too many documents'}: remove {self._folder} to start again")
-    done = sum(shard["documents"] for shard in shards)
-    bar.update(_size(self._groups[:done]))
+    done = begun = sum(shard["documents"] for shard in shards)
+    bar.update(total_size(self._groups[:done]))
     documents, tokens, dropped, first = [], 0, 0, done
     for result in pool.map(self._batches(done)):
       for document, near_duplicates in result:
         documents.append(document)
         tokens += len(document)
         dropped += near_duplicates
-        bar.update(_size([self._groups[done]]))
+        bar.update(total_size([self._groups[done]]))
         done += 1
         if tokens >= self._shard_tokens or done == len(self._groups):
           file = self._folder / _shard_name(len(shards))
@@ -293,26 +309,21 @@ class _SourceWriter:
           shards.append({"tokens": tokens, "documents": done - first, "near_duplicates": dropped, "sha256": file_digest(file)})
           write_json(path, shards)
           documents, tokens, dropped, first = [], 0, 0, done
-    return shards
+    return begun, shards
 
   def _batches(self, start: int) -> Iterator[list[_Group]]:
     """Yields the groups from `start` on with their texts, in batches of about `_BATCH_BYTES`."""
     groups = self._groups[start:]
-    texts = self._corpus.read([entry for group in groups for entry in group])
+    texts = self._corpus.read(flattened(groups))
     batch, size = [], 0
     for group in groups:
       batch.append((self._source, [next(texts)[1] for _ in group], group[0].digest))
-      size += _size([group])
+      size += total_size([group])
       if size >= _BATCH_BYTES:
         yield batch
         batch, size = [], 0
     if batch:
       yield batch
-
-
-def _size(groups: Iterable[Iterable[Entry]]) -> int:
-  """Bytes of text in groups of documents."""
-  return sum(entry.size for group in groups for entry in group)
 
 
 def _shard_name(index: int) -> str:

@@ -25,7 +25,8 @@ MOST_WORKERS = 32  # by default: the one process that reads and writes for all o
 _BATCHES_AHEAD = 4  # in flight per worker: enough to keep it busy, few enough to bound memory
 # Numerical libraries start one thread per core when they are imported, and each spins for a while. One worker per core would make
 # that the square of the cores.
-_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+               "TOKENIZERS_PARALLELISM": "false"}
 _function: Callable[[Any], Any] | None = None  # what this worker process applies, set once when it starts
 
 
@@ -37,19 +38,22 @@ class Pool:
   Args:
     workers: number of processes. None takes `default_workers`, 1 works in this process.
     function: what `map` applies.
+
+  Attributes:
+    workers: number of processes.
   """
 
   def __init__(self, workers: int | None, function: Callable[[Any], Any]):
-    self._workers = default_workers() if workers is None else workers
+    self.workers = default_workers() if workers is None else workers
     self._function = function
     self._executor: concurrent.futures.ProcessPoolExecutor | None = None
     self._file: BinaryIO | None = None
 
   def __enter__(self) -> Pool:
-    if self._workers > 1:
+    if self.workers > 1:
       self._file = _pickled(self._function)
       self._executor = concurrent.futures.ProcessPoolExecutor(
-          self._workers, _Context(), _start_worker, (_Inherited(self._file.fileno()),))
+          self.workers, _Context(), _start_worker, (_Inherited(self._file.fileno()),))
     return self
 
   def __exit__(self, *exception: object) -> None:
@@ -69,14 +73,14 @@ class Pool:
       yield from map(self._function, items)
       return
     items = iter(items)
-    ahead = itertools.islice(items, _BATCHES_AHEAD * self._workers)
+    ahead = itertools.islice(items, _BATCHES_AHEAD * self.workers)
     try:
       pending = collections.deque(executor.submit(_call, item) for item in ahead)
       while pending:
         yield pending.popleft().result()
         pending.extend(executor.submit(_call, item) for item in itertools.islice(items, 1))
     except concurrent.futures.BrokenExecutor as error:
-      raise RunError(f"one of {self._workers} worker processes was killed (out of memory?); start the same command again, with "
+      raise RunError(f"one of {self.workers} worker processes was killed (out of memory?); start the same command again, with "
                      "fewer workers if it happens again") from error
 
 

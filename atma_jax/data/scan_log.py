@@ -10,9 +10,10 @@ import pathlib
 from typing import BinaryIO
 
 from atma_jax.data.documents import Entry, SourceFile
+from atma_jax.data.entries import EntryTable
 from atma_jax.errors import UserError
 
-ScanResult = tuple[list[Entry], list[str], int]  # see `atma_jax.data.corpus.scan_files`
+ScanResult = tuple[EntryTable, list[str], int]  # see `atma_jax.data.corpus.scan_files`
 
 
 class ScanLog:
@@ -58,7 +59,7 @@ class ScanLog:
         end += len(line)
         if number:
           entries, problems, skipped = values
-          yield [Entry(i, row, bytes.fromhex(digest), size) for i, row, digest, size in entries], problems, skipped
+          yield EntryTable.of(Entry(i, row, bytes.fromhex(digest), size) for i, row, digest, size in entries), problems, skipped
       file.truncate(end)
 
   def add(self, result: ScanResult) -> None:

@@ -131,18 +131,36 @@ def open_shard(path: str | os.PathLike) -> Shard:
       head, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
   except OSError as error:
     raise UserError(f"cannot read token shard {path}: {error.strerror or error}") from error
+  tokens, dtype = read_header(head, size, str(path))
+  return Shard(str(path), tokens, dtype)
+
+
+def read_header(head: bytes, size: int | None, name: str) -> tuple[int, np.dtype]:
+  """Checks the header of a shard.
+
+  Args:
+    head: the first `HEADER_BYTES` of the file.
+    size: of the file in bytes; None if it is not known.
+    name: of the file, for error messages.
+
+  Returns:
+    The number of tokens, and the type of one.
+
+  Raises:
+    UserError: the file is truncated or of another format.
+  """
   header = np.frombuffer(head.ljust(HEADER_BYTES, b"\0"), "<i4")
   if header[0] != MAGIC:
-    raise UserError(f"{path} is not a token shard: the first int32 must be {MAGIC}")
+    raise UserError(f"{name} is not a token shard: the first int32 must be {MAGIC}")
   if header[1] != VERSION:
-    raise UserError(f"{path}: token shard version {header[1]} is not supported; legal: {VERSION}")
+    raise UserError(f"{name}: token shard version {header[1]} is not supported; legal: {VERSION}")
   if int(header[3]) not in _DTYPES:
-    raise UserError(f"{path}: {header[3]} bytes per token; legal: 2, 4 and 0 (meaning 2)")
+    raise UserError(f"{name}: {header[3]} bytes per token; legal: 2, 4 and 0 (meaning 2)")
   dtype, tokens = _DTYPES[int(header[3])], int(header[2])
   expected = HEADER_BYTES + tokens * dtype.itemsize
-  if tokens < 0 or size != expected:
-    raise UserError(f"{path} is truncated or damaged: {size} bytes where its header of {tokens} tokens says {expected}")
-  return Shard(str(path), tokens, dtype)
+  if tokens < 0 or size not in (None, expected):
+    raise UserError(f"{name} is truncated or damaged: {size} bytes where its header of {tokens} tokens says {expected}")
+  return tokens, dtype
 
 
 class TokenStream:

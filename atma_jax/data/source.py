@@ -22,7 +22,8 @@ from typing import ClassVar
 
 from atma_jax.config import DataConfig
 from atma_jax.data.documents import Document, Entry, SourceFile, read_documents
-from atma_jax.data.remote import find_files
+from atma_jax.data.entries import EachAlone, EntryTable
+from atma_jax.data.remote import find_files, is_remote_path
 from atma_jax.errors import UserError
 from atma_jax.json_input import check_regular
 
@@ -63,6 +64,11 @@ class Source:
   def label(self) -> str:
     """The source as error messages name it."""
     return f"config.data.sources: {self.entry!r}"
+
+  @property
+  def is_pattern(self) -> bool:
+    """Whether the argument is a pattern of files on one machine, as for `glob`."""
+    return ":" in self.syntax and not is_remote_path(self.argument)
 
   def find(self) -> list[SourceFile]:
     """Returns the files that the argument, an address such as ``gs://BUCKET/*.jsonl``, matches, sorted by name.
@@ -138,7 +144,7 @@ class TextSource(Source):
     """Writes the held-out document of a folder with these documents."""
     return "\n".join(texts)
 
-  def group(self, entries: Sequence[Entry], config: DataConfig, characters: int) -> list[list[Entry]]:
+  def group(self, entries: EntryTable, config: DataConfig, characters: int) -> Sequence[Sequence[Entry]]:
     """Decides which scanned documents make up each training document; here one each.
 
     Args:
@@ -147,7 +153,7 @@ class TextSource(Source):
       characters: see `needs_training_length`.
     """
     del config, characters
-    return [[entry] for entry in entries]
+    return EachAlone(entries)
 
   def compose(self, text: str, digest: bytes, characters: int) -> str:
     """Writes one training document; here the text itself. Runs in worker processes, and must be deterministic.

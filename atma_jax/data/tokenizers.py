@@ -180,7 +180,9 @@ class HuggingFaceTokenizer(Tokenizer):
     self.end_of_text, self.eot_id = next(iter(found.items()))
 
   def encode(self, text: str) -> Int[np.ndarray, " T"]:
-    ids = self._guarded("cannot encode a text", lambda: self._tokenizer.encode(text, add_special_tokens=False).ids)
+    # It leaves out the offsets, which take a third of the time.
+    [found] = self._guarded("cannot encode a text", lambda: self._tokenizer.encode_batch_fast([text], add_special_tokens=False))
+    ids = found.ids
     return np.asarray(ids, np.int32)
 
   def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 from jaxtyping import Array, Int
 import numpy as np
@@ -11,18 +13,22 @@ from atma_jax.errors import UserError
 from atma_jax.sharding import named_sharding
 
 
-def check_divides(config: Config, mesh: jax.sharding.Mesh) -> None:
+def check_divides(config: Config, mesh: Mapping[str, int]) -> None:
   """Checks that microbatches divide over the batch axes of the mesh, and sequences over its context axis.
+
+  Args:
+    config: a validated recipe.
+    mesh: the size of every mesh axis.
 
   Raises:
     UserError: one of them does not; the message names the numbers.
   """
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = mesh["data"] * mesh["fsdp"]
   microbatch = config.data.batch_size // config.train.accumulation
   if microbatch % rows:
     raise UserError(f"config.data.batch_size={config.data.batch_size}: a microbatch of {microbatch} sequences must be a "
                     f"multiple of mesh data*fsdp={rows}")
-  check_context_divides("config.data.sequence_length", config.data.sequence_length, mesh.shape["context"])
+  check_context_divides("config.data.sequence_length", config.data.sequence_length, mesh["context"])
 
 
 class GlobalBatches:

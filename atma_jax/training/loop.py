@@ -15,12 +15,12 @@ import numpy as np
 
 import atma_jax
 from atma_jax import distributed
+from atma_jax.checkpoints.steps import is_remote
 from atma_jax.checkpoints.store import Checkpointer
 from atma_jax.claims import Claim
 from atma_jax.config import Config, TrainConfig
 from atma_jax.data.manifest import load_manifest
 from atma_jax.data.pipeline import TrainingData, check_state
-from atma_jax.data.prepare import prepare
 from atma_jax.data.tokenizers import check_vocabulary
 from atma_jax.errors import RunError, UserError
 from atma_jax.memory_needs import check_training_fits
@@ -36,7 +36,7 @@ from atma_jax.training.metrics import MetricWriter, log_progress
 from atma_jax.training.state import TrainState, abstract_state, create_state, optimizer_for
 from atma_jax.training.train_step import Metrics, TrainStep, make_train_step
 from atma_jax.training.validation import make_validation
-from atma_jax.training.workdir import claim_workdir, data_directory, make_workdir
+from atma_jax.training.workdir import claim_workdir, data_directory, make_workdir, prepare_data
 
 DONE, PREEMPTED, INTERRUPTED = "done", "preempted", "interrupted"
 
@@ -70,7 +70,8 @@ def train(config: Config, workdir: str, *, claimed: bool = False, wandb: str | N
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
-  check_divides(config, mesh)
+  check_divides(config, mesh.shape)
+  shared = bool(config.data.directory) or not is_remote(workdir)
   directory = data_directory(config, workdir)
   config.data.directory = str(directory)
   check_training_fits(config)
@@ -80,17 +81,15 @@ def train(config: Config, workdir: str, *, claimed: bool = False, wandb: str | N
   release = claim.release if claim is not None else lambda: None
   try:
     with Preemption(release) as preemption:
-      return _train(config, mesh, folder, directory, preemption, claim, refusal, wandb, began)
+      return _train(config, mesh, folder, directory, shared, preemption, claim, refusal, wandb, began)
   finally:
     release()
 
 
-def _train(config: Config, mesh: jax.sharding.Mesh, folder: epath.Path, directory: pathlib.Path, preemption: Preemption,
-           claim: Claim | None, refusal: UserError | None, wandb: str | None, began: float) -> str:
+def _train(config: Config, mesh: jax.sharding.Mesh, folder: epath.Path, directory: pathlib.Path, shared: bool,
+           preemption: Preemption, claim: Claim | None, refusal: UserError | None, wandb: str | None, began: float) -> str:
   """Does what `train` says in a working directory that is claimed, or that cannot be written, for the reason `refusal`."""
-  with distributed.agreed():
-    if jax.process_index() == 0:
-      prepare(config.data, directory)
+  prepare_data(config, directory, shared=shared)
   batches = GlobalBatches(config, mesh)
   with distributed.agreed():
     data = TrainingData(config.data, directory, parts=batches.parts, part_count=batches.part_count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import secrets
+import socket
 
 from etils import epath
 import jax
@@ -11,15 +12,22 @@ import jax
 from atma_jax import distributed
 from atma_jax.checkpoints.steps import absolute, is_remote
 from atma_jax.claims import Claim, hold
+from atma_jax.compilation_cache import user_cache
 from atma_jax.config import Config
+from atma_jax.data.manifest import load_manifest, settings_of
+from atma_jax.data.prepare import prepare
 from atma_jax.errors import UserError, described
+from atma_jax.json_input import json_digest
 
 
 def data_directory(config: Config, workdir: str) -> pathlib.Path:
   """The directory of the prepared data: ``config.data.directory``, or ``WORKDIR/data``.
 
+  Prepared data is memory-mapped. With a remote `workdir`, and where none is named, it is in this user's cache, in a folder for
+  its options and this host, because every host then prepares its own (see `prepare_data`).
+
   Raises:
-    UserError: a remote `workdir` where a local directory is needed, for the data or for a profile.
+    UserError: a remote `workdir` where a local directory is needed, for a profile.
   """
   if config.train.profile_start is not None and is_remote(workdir):
     raise UserError(f"config.train.profile_start={config.train.profile_start}: profiles need a --workdir on a file system, not "
@@ -29,9 +37,32 @@ def data_directory(config: Config, workdir: str) -> pathlib.Path:
   if config.data.directory:
     return pathlib.Path(config.data.directory).absolute()
   if is_remote(workdir):
-    raise UserError(f"config.data.directory is required with --workdir={workdir}: prepared data is memory-mapped, so it needs "
-                    "a local (or mounted) directory")
+    return user_cache().parent.parent / "data" / f"{json_digest(settings_of(config.data))[:16]}-{socket.gethostname()}"
   return pathlib.Path(workdir).absolute() / "data"
+
+
+def prepare_data(config: Config, directory: pathlib.Path, *, shared: bool) -> None:
+  """Prepares the data: once, in a directory that all processes see, or once on every host, in one of its own.
+
+  Args:
+    config: the recipe.
+    directory: where the data goes.
+    shared: whether all processes see that directory.
+
+  Raises:
+    UserError: the data cannot be prepared, by this process or by another; or hosts have prepared different data.
+  """
+  hosts = distributed.exchange(socket.gethostname())
+  first = 0 if shared else hosts.index(hosts[jax.process_index()])
+  with distributed.agreed():
+    if jax.process_index() == first:
+      prepare(config.data, directory)
+  if not shared:
+    found = distributed.exchange(load_manifest(directory).fingerprint)
+    other = next((index for index, fingerprint in enumerate(found) if fingerprint != found[0]), None)
+    if other is not None:
+      raise UserError(f"config.data.sources: hosts {hosts[0]} and {hosts[other]} found different text, and so prepared different "
+                      f"data in {directory.parent}: remove it on both, or name a config.data.directory that all hosts see")
 
 
 def make_workdir(workdir: str) -> epath.Path:

@@ -11,7 +11,7 @@ usage() {
 usage: launch/gke/jobset.sh COMMAND --name=NAME [OPTION ...] [-- TRAINING ARGUMENT ...]
 commands
   render   prints the manifest
-  apply    renders it and gives it to kubectl
+  apply    checks, then renders it and gives it to kubectl
   status   lists the JobSet and its pods
   logs     follows the log of process 0
   delete   SIGTERM to training (it saves, within --grace), then the JobSet is gone
@@ -30,6 +30,8 @@ options of render and apply
   --spot                  on Spot nodes
   --max-restarts=N        of the whole JobSet (100)
   --grace=SECONDS         between SIGTERM and SIGKILL, for the last checkpoint (120)
+  --extras=LIST           apply: further extras of the package that the image has, e.g. s3,wandb
+  --no-check              apply: do not look first for what would make training fail (train --check)
   --dry-run               prints the commands (and the manifest), runs none
 Example: launch/gke/jobset.sh apply --name=atma --tpu=v6e --topology=4x4 --image=REPOSITORY/atma_jax:1 --claim=runs \
            -- --config=configs/atma_378m.py --workdir=/workdir/378m
@@ -52,6 +54,8 @@ queue=
 spot=
 max_restarts=100
 grace=120
+extras=tpu
+CHECK=1
 while [[ $# -gt 0 && $1 != -- ]]; do
   case $1 in
     render | apply | status | logs | delete)
@@ -71,12 +75,14 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --queue=?*) queue=${1#*=} ;;
     --spot) spot=1 ;;
     --max-restarts=?*) max_restarts=${1#*=} ;;
+    --extras=?*) extras=tpu,${1#*=} ;;
+    --no-check) CHECK=0 ;;
     --grace=?*) grace=${1#*=} ;;
     --help | -h) usage && exit 0 ;;
     *)
       usage_error "unknown argument '$1': legal are a command ($commands), --name=, --namespace=, --context=, --tpu=," \
         "--topology=, --image=, --slices=, --chips-per-node=, --claim=, --queue=, --spot, --max-restarts=, --grace=," \
-        "--dry-run, --help, then -- TRAINING ARGUMENT"
+        "--extras=, --no-check, --dry-run, --help, then -- TRAINING ARGUMENT"
       ;;
   esac
   shift
@@ -169,6 +175,7 @@ case $command in
   apply)
     check "$@"
     manifest=$(render "$@")
+    check_training "" "--check_for=$(devices_of "$tpu-$topology" "$slices")" "--check_elsewhere=$extras" -- "$@"
     if [[ $DRY_RUN == 1 ]]; then
       echo "$(quoted "${kubectl[@]}" apply -f -) <<'MANIFEST'"
       echo "$manifest"

@@ -10,7 +10,7 @@ usage() {
 usage: launch/gke/xpk.sh COMMAND --cluster=CLUSTER --zone=ZONE [OPTION ...] [-- TRAINING ARGUMENT ...]
 commands
   create-cluster   a GKE cluster with --slices node pools of --tpu-type, JobSet and Kueue installed
-  run              starts the job
+  run              checks, then starts the job
   list             lists the cluster's jobs
   logs             follows the log of process 0
   delete           deletes the job
@@ -27,6 +27,8 @@ options
   --priority=PRIORITY    run: very-low, low, medium, high, very-high (medium)
   --max-restarts=N       run: of the whole job, on exit code 75 and on crashes (100)
   --grace=SECONDS        run: between SIGTERM and SIGKILL, for the last checkpoint (120)
+  --extras=LIST          run: further extras of the package that the image has, e.g. s3,wandb
+  --no-check             run: do not look first for what would make training fail (train --check)
   --spot | --on-demand | --reservation=NAME   create-cluster: one of them is required
   --dry-run              prints the commands, runs none
 Example: launch/gke/xpk.sh run --cluster=atma --zone=us-east5-b --name=atma-378m --tpu-type=v6e-16 \
@@ -49,6 +51,8 @@ module=atma_jax.train
 priority=medium
 max_restarts=100
 grace=120
+extras=tpu
+CHECK=1
 capacity=()
 while [[ $# -gt 0 && $1 != -- ]]; do
   case $1 in
@@ -68,12 +72,14 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --module=?*) module=${1#*=} ;;
     --priority=?*) priority=${1#*=} ;;
     --max-restarts=?*) max_restarts=${1#*=} ;;
+    --extras=?*) extras=tpu,${1#*=} ;;
+    --no-check) CHECK=0 ;;
     --grace=?*) grace=${1#*=} ;;
     --spot | --on-demand | --reservation=?*) capacity+=("$1") ;;
     --help | -h) usage && exit 0 ;;
     *)
       usage_error "unknown argument '$1': legal are a command ($commands), --cluster=, --zone=, --project=, --name=," \
-        "--tpu-type=, --slices=, --image=, --storage=, --module=, --priority=, --max-restarts=, --grace=, --spot, --on-demand," \
+        "--tpu-type=, --slices=, --image=, --storage=, --module=, --priority=, --max-restarts=, --grace=, --extras=, --no-check, --spot, --on-demand," \
         "--reservation=, --dry-run, --help, then -- TRAINING ARGUMENT"
       ;;
   esac
@@ -115,6 +121,9 @@ case $command in
     whole --grace "$grace" 1
     one_of --module "$module" atma_jax.train atma_jax.ablate atma_jax.evaluate
     [[ $# -gt 0 ]] || usage_error "TRAINING ARGUMENT is required: -- --config=FILE --workdir=DIR"
+    if [[ $module == atma_jax.train ]]; then
+      check_training "" "--check_for=$(devices_of "$tpu_type" "$slices")" "--check_elsewhere=$extras" -- "$@"
+    fi
     # Without --restart-on-exit-codes xpk restarts on 42 and 127 to 255 only; 2, bad input, ends the job.
     run xpk workload create "${where[@]}" "--workload=$name" "--tpu-type=$tpu_type" "--num-slices=$slices" \
       "--docker-image=$image" ${storage:+"--storage=$storage"} "--priority=$priority" \

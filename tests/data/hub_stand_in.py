@@ -21,6 +21,7 @@ class HubStandIn:
     address: of the server.
     datasets: by name, the files by path, and the card's metadata.
     models: by name, the files by path.
+    digests: by name, a sha256 that is not that of the file, to be said of it.
     files: by path, what is served under ``/files/``; with ``ranges`` False always whole.
     faults: regular expression of a path -> faults to answer with, one after the other: a status, "cut", or "cut at once".
     requests: method, path and range of every request.
@@ -32,6 +33,7 @@ class HubStandIn:
     self.datasets: dict[str, tuple[dict[str, bytes], dict[str, Any] | None]] = {}
     self.models: dict[str, dict[str, bytes]] = {}
     self.files: dict[str, bytes] = {}
+    self.digests: dict[str, str] = {}
     self.ranges = True
     self.faults: dict[str, list[int | str]] = {}
     self.requests: list[tuple[str, str, str]] = []
@@ -44,12 +46,17 @@ class HubStandIn:
         return faults.pop(0)
     return None
 
+  def lfs(self, name: str, content: bytes) -> dict[str, Any]:
+    """What the hub says of a large file."""
+    digest = self.digests.get(name) or hashlib.sha256(content).hexdigest()
+    return {"sha256": digest, "oid": digest, "size": len(content), "pointerSize": 130}
+
   def find(self, path: str) -> tuple[str, Any]:
     """What is at a path: ("json", value), ("move", path), ("file", content) or ("missing", None)."""
     none: tuple[dict[str, bytes], None] = ({}, None)
     if match := re.fullmatch(rf"/api/datasets/(.+?)(?:/revision/(main|{SHA}))?", path):
       files, card = self.datasets.get(match[1], none)
-      siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
+      siblings = [{"rfilename": name, "size": len(content), "lfs": self.lfs(name, content)} for name, content in files.items()]
       found = {"id": match[1], "sha": SHA, "siblings": siblings, "cardData": card, "private": False, "tags": []}
       return ("json", found) if files else ("missing", None)
     if match := re.fullmatch(rf"/datasets/(.+)/resolve/{SHA}/(.+)", path):

@@ -350,7 +350,7 @@ def test_documents_end_with_end_of_text_and_keep_every_token(config, corpus, tmp
 @pytest.mark.parametrize("changes, message", [
     (dict(sources=("text:/no/such/*.txt",)), "'text:/no/such/*.txt' matches no file or folder"),
     (dict(sources=("bin:/no/such.bin",)), "'bin:/no/such.bin' matches no file or folder"),
-    (dict(sources=("pyton-source",)), "'pyton-source' is not a source; legal: bin:GLOB"),
+    (dict(sources=("pyton-source",)), "'pyton-source' is not a source; legal: arrayrecord:GLOB"),
     (dict(tokenizer="/no/such.model"), "config.data.tokenizer='/no/such.model': No such file"),
     (dict(heldout_documents=40), "has 30 documents, too few for its share of config.data.heldout_documents"),
 ])

@@ -82,7 +82,7 @@ def test_an_empty_folder(tmp_path):
 @pytest.mark.parametrize("source", ["", "text", "text:", "bin:", "python", "recall:", "recall:bin:x", "recall:recall:x",
                                     "/data/x.txt"])
 def test_what_is_not_a_source(source):
-  legal = r"config\.data\.sources: .* legal: bin:GLOB .*, python-source .*, recall:SOURCE .*, text:GLOB"
+  legal = r"config\.data\.sources: .* legal: arrayrecord:GLOB .*, python-source .*, recall:SOURCE .*, text:GLOB"
   with pytest.raises(UserError, match=legal):
     parse_source(source)
 
@@ -115,7 +115,7 @@ def test_a_registered_source(tmp_path, monkeypatch):
   entry = f"lines:{tmp_path}/*.lst"
   config = DataConfig(sources=(entry, f"recall:{entry}"), weights=(1.0, 1.0), tokenizer="bytes", heldout_documents=2,
                       validation_documents=2, sequence_length=64)
-  with pytest.raises(UserError, match=r"'lines:.*' is not a source; legal: bin:GLOB"):
+  with pytest.raises(UserError, match=r"'lines:.*' is not a source; legal: arrayrecord:GLOB"):
     prepare(config, tmp_path / "data", workers=1, progress=False)
   sources.register(LinesSource)
   lines = [make_text(seed, 40).replace("\n", " ") for seed in range(30)]

@@ -24,6 +24,14 @@ esac
 """
 
 
+PYTHON = """#!/bin/bash
+[[ $1 != -c ]] || exit "${STUB_PYTHON_EXIT:-0}"  # asked whether it has the package
+{ printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >>"$RECORD"
+[[ ${STUB_CHECK_EXIT:-0} == 0 ]] || echo "error: config.data.sources: no such thing" >&2
+exit "${STUB_CHECK_EXIT:-0}"
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
   """What a script printed, and the commands it ran as shell-quoted lines."""
@@ -43,6 +51,9 @@ def launch(tmp_path) -> Callable[..., Result]:
   for name in STUBS:
     (stubs / name).write_text(STUB)
     (stubs / name).chmod(0o755)
+  for name in ("python", "python3"):
+    (stubs / name).write_text(PYTHON)
+    (stubs / name).chmod(0o755)
   (stubs / "mktemp").write_text("#!/bin/bash\necho /tmp/atma_jax_scratch\n")
   (stubs / "mktemp").chmod(0o755)
 
@@ -54,7 +65,7 @@ def launch(tmp_path) -> Callable[..., Result]:
     done = subprocess.run(
       ["bash", str(REPOSITORY / "launch" / script), *arguments], cwd=REPOSITORY, stdin=subprocess.DEVNULL,
       capture_output=True, text=True, timeout=30,
-      env=inherited | {"PATH": f"{stubs}:{os.environ['PATH']}", "RECORD": str(record)} | environ)
+      env=inherited | {"PATH": f"{stubs}:{os.environ['PATH']}", "RECORD": str(record), "PYTHON": "python"} | environ)
     recorded = record.read_text().split("\n\0")[:-1] if record.exists() else []
     given = tmp_path / "record.stdin"
     return Result(done.returncode, done.stdout, done.stderr,

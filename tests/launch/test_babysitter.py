@@ -127,3 +127,21 @@ def test_dry_run():
   first, second = done.stdout.splitlines()
   assert first.startswith("export XLA_FLAGS=--xla_gpu")
   assert second == r"touch /no/such\ dir/file"
+
+
+@pytest.mark.parametrize(("codes", "options", "returned", "starts"), [
+  ((2, 0), (), 2, ["--check"]), ((0, 0), (), 0, ["--check", ""]), ((1, 0), (), 0, ["--check", ""]),
+  ((0,), ("--no-check",), 0, [""]),
+])
+def test_training_is_checked_first(tmp_path, codes, options, returned, starts):
+  """Once; bad input ends it there."""
+  python = tmp_path / "python"
+  python.write_text(f"""#!/bin/bash
+echo "${{*:4}}" >>{tmp_path}/starts
+codes=({" ".join(map(str, codes))})
+exit "${{codes[$(wc -l <{tmp_path}/starts) - 1]}}"
+""")
+  python.chmod(0o755)
+  done = subprocess.run(["bash", RUN, "--backoff=0", *options, "--", str(python), "-m", "atma_jax.train", "--config=x"],
+                        capture_output=True, text=True, timeout=30)
+  assert (done.returncode, (tmp_path / "starts").read_text().split("\n")[:-1]) == (returned, starts), done.stderr

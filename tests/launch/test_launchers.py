@@ -187,7 +187,43 @@ def test_a_queued_resource_that_fails_ends_the_launch(launch, state):
   result = launch(*CASES["tpu_vm_launch"], STUB_STATE=state)
   assert result.code == 1
   assert re.fullmatch(f"error: atma is {state}: delete it and ask again [^\n]+\n", result.stderr)
-  assert len(result.commands) == 2
+  assert len(result.commands) == 3  # the check, create and the question for the state
+
+
+STARTERS = ("tpu_vm_launch", "tpu_vm_run", "jobset_apply", "xpk_run", "slurm_submit")
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_what_would_fail_is_not_started(launch, name):
+  """The check comes first; where it fails, it is all that was run, and its exit code is the launcher's."""
+  for code in (1, 2):
+    result = launch(*CASES[name], STUB_CHECK_EXIT=str(code))
+    (command,) = result.commands
+    assert result.code == code and command.startswith("python -m atma_jax.train --check ")
+    assert result.stderr == ("error: config.data.sources: no such thing\n"
+                             "# nothing was started; --no-check starts it without the check\n")
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_the_check_can_be_left_out(launch, name):
+  """By an option; and where no Python has the package, which is said."""
+  checked = launch(*CASES[name]).commands
+  script, *arguments = CASES[name]
+  without = launch(script, "--no-check", *arguments, STUB_CHECK_EXIT="2")
+  assert (without.code, without.stderr, without.commands) == (0, "", checked[1:])
+  if (REPOSITORY / ".venv").exists():
+    return  # it has the package
+  unable = launch(*CASES[name], STUB_PYTHON_EXIT="1")
+  assert (unable.code, unable.commands) == (0, checked[1:])
+  assert re.fullmatch(r"# not checked: no Python here has atma_jax[^\n]+\n", unable.stderr)
+
+
+def test_further_extras_are_checked_and_installed(launch):
+  """`--extras` of a TPU VM reaches both the check and the installation."""
+  script, command, *rest = CASES["tpu_vm_launch"]
+  lines = launch(script, command, "--extras=s3,wandb", *rest).commands
+  assert "--check_elsewhere=tpu,s3,wandb" in lines[0] and any('".[tpu,s3,wandb]"' in line for line in lines)
+  assert launch(script, command, "--extras=s3]", *rest).stderr.startswith("error: --extras=s3]: must be extras")
 
 
 def test_remote_commands_are_valid_shell(launch):
@@ -197,7 +233,7 @@ def test_remote_commands_are_valid_shell(launch):
       for word in shlex.split(line):
         if word.startswith("--command="):
           assert subprocess.run(["bash", "-n", "-c", word.removeprefix("--command=")]).returncode == 0
-  (line,) = launch(*CASES["tpu_vm_run"]).commands
+  _, line = launch(*CASES["tpu_vm_run"]).commands
   remote = shlex.split(line)[-1].removeprefix("--command=")
   assert "--workdir=/mnt/atma/runs/my run" in shlex.split(remote)
 

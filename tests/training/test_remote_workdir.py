@@ -9,14 +9,16 @@ import os
 import socket
 import subprocess
 import sys
+import types
 import urllib.parse
 import urllib.request
 
 import pytest
 
-from atma_jax.config import Config
+from atma_jax.config import Config, DataConfig
 from atma_jax.errors import UserError
-from atma_jax.training.loop import train
+from atma_jax.training import workdir
+from atma_jax.training.workdir import data_directory
 
 RECIPE = """
 from atma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -156,6 +158,41 @@ def upload(address: str, name: str, content: bytes) -> None:
   urllib.request.urlopen(request).close()
 
 
-def test_prepared_data_needs_a_directory_of_this_machine():
-  with pytest.raises(UserError, match=r"config\.data\.directory is required with --workdir=gs://bucket/run"):
-    train(Config().validate(), "gs://bucket/run")
+@pytest.mark.slow
+def test_without_a_directory_every_host_prepares_its_own(main, storage, recipe, tmp_path):
+  """In the user's cache; the check leaves nothing in the bucket."""
+  environ, bucket = storage
+  environ = os.environ | environ | {"XDG_CACHE_HOME": str(tmp_path)}
+  arguments = (f"--config={recipe}", "--config.data.directory=", "--config.train.steps=1")
+  done = main("train", *arguments, "--workdir=gs://bucket/checked", "--check", environ=environ)
+  assert done.returncode == 0 and "written to and removed again" in done.stdout, done.stderr
+  assert not [path for path in (bucket / "checked").rglob("*") if path.is_file()]
+  done = main("train", *arguments, "--workdir=gs://bucket/own", environ=environ)
+  assert done.returncode == 0, done.stderr
+  [folder] = (tmp_path / "atma_jax" / "data").iterdir()
+  assert folder.name.endswith(f"-{socket.gethostname()}") and (folder / "manifest.json").exists()
+
+
+def test_data_without_a_directory(monkeypatch, tmp_path):
+  """Other options, another folder; never one of the bucket."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  found = {data_directory(Config(data=DataConfig(max_mib=most)), "gs://bucket/run") for most in (1, 2, None)}
+  assert len(found) == 3 and {path.parent for path in found} == {tmp_path / "atma_jax" / "data"}
+
+
+@pytest.mark.parametrize(("index", "shared", "prepares"), [
+  (0, False, True), (1, False, False), (2, False, True), (2, True, False)])
+def test_one_process_of_a_host_prepares(monkeypatch, tmp_path, index, shared, prepares):
+  """The first one of every host, or only the first of all; hosts that find different text are refused."""
+  calls, found = [], ["x", "x", "x"]
+  monkeypatch.setattr(workdir.jax, "process_index", lambda: index)
+  monkeypatch.setattr(workdir.distributed, "agreed", contextlib.nullcontext)
+  monkeypatch.setattr(workdir.distributed, "exchange", lambda message: ["a", "a", "b"] if message != "x" else found)
+  monkeypatch.setattr(workdir, "prepare", lambda config, directory: calls.append(directory))
+  monkeypatch.setattr(workdir, "load_manifest", lambda directory: types.SimpleNamespace(fingerprint="x"))
+  workdir.prepare_data(Config(), tmp_path, shared=shared)
+  assert calls == [tmp_path] * prepares
+  found[2] = "y"
+  if not shared:
+    with pytest.raises(UserError, match=r"config\.data\.sources: hosts a and b found different text"):
+      workdir.prepare_data(Config(), tmp_path, shared=shared)

@@ -53,6 +53,10 @@ class HubSource(TextSource):
     if match["options"] is not None and [(name, bool(value)) for name, value in options] != [("column", True)]:
       raise ValueError(f"has the option ?{match['options']}; legal: ?column=NAME")
 
+  @property
+  def is_pattern(self) -> bool:
+    return False
+
   def files(self) -> list[SourceFile]:
     match = _ARGUMENT.fullmatch(self.argument)
     assert match is not None  # checked when the source was made

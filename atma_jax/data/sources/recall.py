@@ -14,6 +14,7 @@ import numpy as np
 
 from atma_jax.config import DataConfig
 from atma_jax.data.documents import Entry
+from atma_jax.data.entries import EntryTable
 from atma_jax.data.needles import CUE, KEY_RANGE, MAGIC_CUE, VALUE_DIGITS, VALUE_RANGE, is_evaluation_number, spaced
 from atma_jax.data.source import TextSource
 from atma_jax.data.sources import parse_source
@@ -53,18 +54,17 @@ class RecallSource(TextSource):
     assert isinstance(source, TextSource)  # checked when this source was made
     return source
 
-  def group(self, entries: Sequence[Entry], config: DataConfig, characters: int) -> list[list[Entry]]:
+  def group(self, entries: EntryTable, config: DataConfig, characters: int) -> Sequence[Sequence[Entry]]:
     """Puts consecutive documents together until they hold several training lengths, and thins the groups out evenly."""
-    groups: list[list[Entry]] = []
+    starts: list[int] = []
     least = filled = _DOCUMENT_LENGTHS * characters
-    for entry in entries:
+    for index, entry in enumerate(entries):
       if filled >= least:
-        groups.append([])
+        starts.append(index)
         filled = 0
-      groups[-1].append(entry)
       filled += entry.size
-    total = sum(entry.size for entry in entries)
-    return groups[::-(-total // (config.recall_max_mib << 20))]
+    groups = list(zip(starts, [*starts[1:], len(entries)]))
+    return [list(entries[start:stop]) for start, stop in groups[::-(-entries.total_size // (config.recall_max_mib << 20))]]
 
   def compose(self, text: str, digest: bytes, characters: int) -> str:
     return recall_document(text, longest_gap=characters, rng=np.random.default_rng(list(digest)))
