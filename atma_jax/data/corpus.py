@@ -13,7 +13,7 @@ from absl import logging
 import numpy as np
 
 from atma_jax.config import DataConfig
-from atma_jax.data.documents import LEGAL_FILES, Entry, SourceFile
+from atma_jax.data.documents import Entry, SourceFile
 from atma_jax.data.near_duplicates import EvaluationLines, text_digest
 from atma_jax.data.process_pool import Pool
 from atma_jax.data.remote import fetch_file, is_remote_path
@@ -39,7 +39,7 @@ class EvaluationDocument:
   Attributes:
     source: the entry of ``config.data.sources`` that it comes from.
     name: of the document.
-    text: the document; None if it comes from a ready shard.
+    text: the document, as its source reads it; None if it comes from a ready shard.
     tokens: (n,) without end-of-text; None until the text is encoded.
   """
 
@@ -103,7 +103,7 @@ class TextCorpus:
     with progress_bar(len(self.files), " files", description=f"scan {entry_name}", scale=False, enabled=progress) as bar:
       for (_, files), (entries, problems, skipped) in zip(portions, self._scanned(pool, portions)):
         if problems and not self.source.skips_unreadable:
-          raise UserError(f"config.data.sources: {entry_name!r}: {problems[0]}; legal: {LEGAL_FILES}")
+          raise UserError(f"config.data.sources: {entry_name!r}: {problems[0]}; legal: {self.source.legal}")
         for entry in entries:
           if entry.digest not in seen:
             seen.add(entry.digest)
@@ -118,7 +118,7 @@ class TextCorpus:
     report["bytes"] = sum(entry.size for entry in self.entries)
     if not self.entries:
       raise UserError(f"config.data.sources: {entry_name!r} has no text in its {len(self.files)} files, or none "
-                      f"that the sources before it lack; legal: {LEGAL_FILES}")
+                      f"that the sources before it lack; legal: {self.source.legal}")
     if report["problems"]:
       logging.info("%s: %d unreadable files left out, the first: %s", entry_name, report["unreadable"], report["problems"][0])
 

@@ -18,7 +18,7 @@ from atma_jax import distributed
 from atma_jax.checkpoints.store import Checkpointer
 from atma_jax.claims import Claim
 from atma_jax.config import Config, TrainConfig
-from atma_jax.data.manifest import load_manifest
+from atma_jax.data.manifest import MANIFEST, load_manifest
 from atma_jax.data.pipeline import TrainingData, check_state
 from atma_jax.data.prepare import prepare
 from atma_jax.data.tokenizers import check_vocabulary
@@ -29,7 +29,7 @@ from atma_jax.models.operations import peak_flops, training_flops_per_token
 from atma_jax.sharding import make_mesh
 from atma_jax.training.batches import GlobalBatches, check_divides
 from atma_jax.training.boards import WeightsAndBiases, check_project
-from atma_jax.training.continued import check_start, with_initial_weights
+from atma_jax.training.continued import check_start, initial_tokenizer, with_initial_weights
 from atma_jax.training.goodput import Goodput
 from atma_jax.training.interruption import Preemption
 from atma_jax.training.metrics import MetricWriter, log_progress
@@ -90,7 +90,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, folder: epath.Path, director
   """Does what `train` says in a working directory that is claimed, or that cannot be written, for the reason `refusal`."""
   with distributed.agreed():
     if jax.process_index() == 0:
-      prepare(config.data, directory)
+      prepare(config.data, directory, tokenizer=None if (directory / MANIFEST).exists() else initial_tokenizer(config))
   batches = GlobalBatches(config, mesh)
   with distributed.agreed():
     data = TrainingData(config.data, directory, parts=batches.parts, part_count=batches.part_count)

@@ -14,13 +14,14 @@ from atma_jax.models.block import Block, Trace
 from atma_jax.ops.regularizers import draw_sketch, regularizer
 
 
-def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], *, z_loss: float,
+def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], weights: Float[Array, "B T"] | None = None, *, z_loss: float,
                         chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """The next-token loss.
 
   Args:
     model: the network.
     tokens: the inputs are the first T of each row, the targets the last T.
+    weights: of the targets' losses in the mean; None is 1 for all.
     z_loss: weight of the squared log-partition function in the loss.
     chunk: time steps of each sequence whose logits exist at once.
 
@@ -28,10 +29,11 @@ def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], *, z_loss: flo
     The mean loss per target token, in nats, and the mean squared log-partition function.
   """
   chex.assert_rank(tokens, 2)
-  return _token_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], z_loss, chunk)
+  return _token_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], weights, z_loss, chunk)
 
 
-def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""], options: AuxiliaryConfig, *, z_loss: float,
+def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""], options: AuxiliaryConfig,
+                   weights: Float[Array, "B T"] | None = None, *, z_loss: float,
                    chunk: int) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """The next-token loss combined with auxiliary objectives, ``(1 - a) L_lm + a L_reg + d L_distractor``.
 
@@ -44,6 +46,7 @@ def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""]
     tokens: the inputs are the first T of each row, the targets the last T.
     key: what everything random is drawn from.
     options: which objectives are on, and their weights.
+    weights: of the targets' losses in L_lm; None is 1 for all.
     z_loss: weight of the squared log-partition function in L_lm.
     chunk: time steps of each sequence whose logits exist at once.
 
@@ -66,7 +69,7 @@ def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""]
     return found
 
   hidden, results = model.tapped(tokens[:, :-1], tap)
-  loss, z = _token_loss(model, hidden, tokens[:, 1:], z_loss, chunk)
+  loss, z = _token_loss(model, hidden, tokens[:, 1:], weights, z_loss, chunk)
   terms, total = {"loss": loss, "z": z}, loss
   if regularize:
     terms["regularizer"] = jnp.mean(jnp.stack([r["regularizer"] for r in results]))
@@ -80,7 +83,7 @@ def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""]
   return total, terms
 
 
-def _token_loss(model: Atma, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"], z_loss: float,
-                chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  loss, square = model.next_token_loss(hidden, targets, z_loss=z_loss, chunk=chunk)
+def _token_loss(model: Atma, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"], weights: Float[Array, "B T"] | None,
+                z_loss: float, chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  loss, square = model.next_token_loss(hidden, targets, weights, z_loss=z_loss, chunk=chunk)
   return loss / targets.size, square / targets.size
