@@ -8,7 +8,7 @@ import json
 from jaxtyping import Int
 import numpy as np
 
-from atma_jax.data.chat import LEGAL_MESSAGES, ChatTemplate, Message, parse_messages, to_training
+from atma_jax.data.chat_template import LEGAL_MESSAGES, ChatTemplate, Message, parse_messages, to_training
 from atma_jax.data.documents import Document
 from atma_jax.data.source import TextSource
 from atma_jax.data.tokenizers import Tokenizer

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from atma_jax.config import TOKENIZER_OF_INIT_FROM, DataConfig
 from atma_jax.data import tokenizers
-from atma_jax.data.chat import ChatTemplate
+from atma_jax.data.chat_template import ChatTemplate
 from atma_jax.data.corpus import EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
 from atma_jax.data.documents import Entry
 from atma_jax.data.files import exclusive, write_json

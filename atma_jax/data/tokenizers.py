@@ -26,7 +26,7 @@ import sentencepiece
 import tokenizers
 
 from atma_jax.config import TOKENIZER_OF_INIT_FROM, ModelConfig, shown
-from atma_jax.data.chat import ChatTemplate
+from atma_jax.data.chat_template import ChatTemplate
 from atma_jax.data.remote import hub_address, retried
 from atma_jax.errors import UserError
 from atma_jax.json_input import MalformedJSON, parse_json, read_bytes

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 import inspect
 import warnings
 
-from atma_jax.data.chat import Message
+from atma_jax.data.chat_template import Message
 from atma_jax.data.conversations import ConversationSource, document_of
 from atma_jax.data.documents import Document, SourceFile
 from atma_jax.data.sources.python_source import PythonSource
@@ -35,14 +35,14 @@ class DocstringSource(ConversationSource):
       if document.text is None:
         yield document
         continue
-      for name, kind, answer in _described(document.text):
+      for name, kind, answer in answers_in(document.text):
         if rows is None or row in rows:
           question = Message("user", _QUESTIONS[kind].format(name=name, module=module))
           yield document_of(f"{file.name}:{name}", row, [question, Message("assistant", answer)])
         row += 1
 
 
-def _described(code: str) -> Iterator[tuple[str, type[ast.AST], str]]:
+def answers_in(code: str) -> Iterator[tuple[str, type[ast.AST], str]]:
   """Yields the dotted name, the kind and the first paragraph of the docstring of what a module defines, in its order."""
   try:
     with warnings.catch_warnings():
