@@ -14,9 +14,9 @@ from atma_jax.models.block import Block, Trace
 from atma_jax.ops.regularizers import draw_sketch, regularizer
 
 
-def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], weights: Float[Array, "B T"] | None = None, *, z_loss: float,
-                        chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """The next-token loss.
+def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], weights: Float[Array, "B T"] | None = None, *,
+                        z_loss: float = 0.0, chunk: int = 512) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """The next-token loss, differentiable in the model's parameters.
 
   Args:
     model: the network.
@@ -27,6 +27,14 @@ def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], weights: Float
 
   Returns:
     The mean loss per target token, in nats, and the mean squared log-partition function.
+
+  Raises:
+    AssertionError: tokens that are not of two axes, or not integers.
+
+  Example:
+    >>> model = atma_jax.Atma(Config().model, rngs=nnx.Rngs(0))
+    >>> tokens = jnp.zeros((2, 65), jnp.int32)
+    >>> loss, gradient = nnx.value_and_grad(lambda model: language_model_loss(model, tokens)[0])(model)
   """
   chex.assert_rank(tokens, 2)
   return _token_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], weights, z_loss, chunk)

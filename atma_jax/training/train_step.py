@@ -34,7 +34,8 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
   Args:
     config: the recipe.
     definition: the model.
-    optimizer: made by `atma_jax.training.state.optimizer_for`, or any other; only of the former learning rates are reported.
+    optimizer: made by `atma_jax.training.state.optimizer_for`, or any other. The learning rates of the former are reported, and
+      of another those that `optax.inject_hyperparams` keeps in its state.
     mesh: the devices.
     state: a state, or its shapes, whose shardings are pinned for input and output, so that the step compiles once.
 
@@ -101,6 +102,10 @@ def make_train_step(config: Config, definition: ModelDefinition, optimizer: opta
                "bad_steps": new_state.bad_steps, "bad_steps_total": new_state.bad_steps_total}
     if isinstance(optimizer, RecipeOptimizer):  # another one may have other groups, or none
       metrics |= {f"learning_rate/{group}": rate for group, rate in optimizer.rates(applied).items()}
+    else:  # what `optax.inject_hyperparams` keeps
+      found = optax.tree.get_all_with_path(opt_state, "learning_rate", lambda _, value: isinstance(value, jax.Array))
+      names = ["learning_rate"] if len(found) == 1 else [f"learning_rate/{index}" for index in range(len(found))]
+      metrics |= {name: rate for name, (_, rate) in zip(names, found, strict=True)}
     return new_state, metrics
 
   return jax.jit(step, donate_argnums=0, in_shardings=(shardings, named_sharding(mesh, ("batch", None))),
