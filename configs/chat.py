@@ -27,7 +27,7 @@ def get_config() -> Config:
   return Config(
     name="chat",
     model=load_recipe(str(pathlib.Path(__file__).with_name("quickstart.py"))).model,
-    data=DataConfig(sources=("docstrings",), tokenizer="init_from", max_mib=4, validation_documents=16, heldout_documents=0,
+    data=DataConfig(sources=("docstrings",), tokenizer="init_from", max_mib=1, validation_documents=16, heldout_documents=0,
                     shard_tokens=1_000_000, sequence_length=256, batch_size=16),
     optimizer=OptimizerConfig(embedding_learning_rate=0.1, learning_rate_scale=0.1, warmup_steps=10),
     train=TrainConfig(steps=200, init_from="runs/quickstart", log_every=20, checkpoint_every=100, validate_every=100),

@@ -40,7 +40,7 @@ def run_cell(source: str, name: str, names: dict[str, Any]) -> list[dict[str, An
     encoded = base64.b64encode(image.getvalue()).decode()
     outputs.append({"output_type": "display_data", "data": {"image/png": encoded}, "metadata": {}})
   plt.close("all")
-  if value is not None:
+  if value is not None and not source.rstrip().endswith(";"):
     outputs.append({"output_type": "execute_result", "execution_count": None, "metadata": {},
                     "data": {"text/plain": repr(value).splitlines(keepends=True)}})
   return outputs

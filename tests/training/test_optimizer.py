@@ -133,7 +133,8 @@ def test_logged_learning_rates_are_those_of_the_optimizer(kind, groups):
   """An optimizer of somebody else's has no Muon whose rate could be logged; what `inject_hyperparams` keeps is."""
   config = Config(model=ModelConfig(vocab_size=64, num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32,
                                     block_pattern=("local",)),
-                  data=DataConfig(sequence_length=16, batch_size=4), optimizer=OptimizerConfig(kind="adamw" if kind == "adamw" else "muon"))
+                  data=DataConfig(sequence_length=16, batch_size=4),
+                  optimizer=OptimizerConfig(kind="adamw" if kind == "adamw" else "muon"))
   definition, mesh = ModelDefinition(config.model), make_mesh(devices=jax.devices()[:1])
   others = {None: optax.sgd(0.1), "injected": optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.1, 0.0, 9))}
   optimizer = others[kind] if kind in others else optimizer_for(config, definition)

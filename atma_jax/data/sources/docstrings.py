@@ -15,6 +15,7 @@ from atma_jax.data.sources.python_source import PythonSource
 _QUESTIONS = {ast.ClassDef: "What is {name} in {module}?", ast.FunctionDef: "What does {name} in {module} do?",
               ast.AsyncFunctionDef: "What does {name} in {module} do?"}
 _SHORTEST, _LONGEST = 16, 400  # characters of an answer
+_CODE_PER_ANSWER = 20  # bytes of code that are read for a byte of conversations
 
 
 class DocstringSource(ConversationSource):
@@ -27,6 +28,12 @@ class DocstringSource(ConversationSource):
 
   def files(self) -> list[SourceFile]:
     return PythonSource().files()
+
+  def choose(self, files: list[SourceFile], most_bytes: int | None) -> list[SourceFile]:
+    """Every so many files, so that what is wanted of answers is found without reading all code."""
+    if most_bytes is None:
+      return files
+    return files[::max(1, sum(file.size for file in files) // (_CODE_PER_ANSWER * most_bytes))]
 
   def read(self, file: SourceFile, rows: Collection[int] | None = None) -> Iterator[Document]:
     module = file.name.partition("/")[2].removesuffix(".py").removesuffix("/__init__").replace("/", ".")
