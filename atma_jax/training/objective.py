@@ -34,7 +34,7 @@ def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], weights: Float
   Example:
     >>> model = atma_jax.Atma(Config().model, rngs=nnx.Rngs(0))
     >>> tokens = jnp.zeros((2, 65), jnp.int32)
-    >>> loss, gradient = nnx.value_and_grad(lambda model: language_model_loss(model, tokens)[0])(model)
+    >>> loss, _ = nnx.jit(language_model_loss)(model, tokens)
   """
   chex.assert_rank(tokens, 2)
   return _token_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], weights, z_loss, chunk)

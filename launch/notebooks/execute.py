@@ -46,26 +46,31 @@ def run_cell(source: str, name: str, names: dict[str, Any]) -> list[dict[str, An
   return outputs
 
 
+def run_notebook(path: pathlib.Path, check: bool) -> None:
+  """Runs the cells of a notebook and writes their outputs to it, unless it is only a check; raises what a cell raises."""
+  notebook, names, count = json.loads(path.read_text(encoding="utf-8")), {"__name__": "__main__"}, 0
+  for cell in notebook["cells"]:
+    if cell["cell_type"] == "code":
+      count, began = count + 1, time.perf_counter()
+      outputs = run_cell("".join(cell["source"]), f"cell {count}", names)
+      for output in outputs:
+        if "execution_count" in output:
+          output["execution_count"] = count
+      cell |= {"execution_count": count, "outputs": outputs}
+      print(f"cell {count}: {time.perf_counter() - began:.1f} s")
+  if not check:
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main() -> None:
   """Parses the command line and runs the notebook."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
   parser.add_argument("--check", action="store_true", help="leave the file alone")
   parser.add_argument("notebook", type=pathlib.Path)
   arguments = parser.parse_args()
-  notebook, names = json.loads(arguments.notebook.read_text(encoding="utf-8")), {"__name__": "__main__"}
-  count, began = 0, time.perf_counter()
-  for cell in notebook["cells"]:
-    if cell["cell_type"] == "code":
-      count, cell_began = count + 1, time.perf_counter()
-      outputs = run_cell("".join(cell["source"]), f"cell {count}", names)
-      for output in outputs:
-        if "execution_count" in output:
-          output["execution_count"] = count
-      cell |= {"execution_count": count, "outputs": outputs}
-      print(f"cell {count}: {time.perf_counter() - cell_began:.1f} s")
-  if not arguments.check:
-    arguments.notebook.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-  print(f"{count} cells in {time.perf_counter() - began:.0f} s")
+  if not arguments.notebook.is_file():
+    parser.error(f"{arguments.notebook}: no such file; legal: a .ipynb file")
+  run_notebook(arguments.notebook, arguments.check)
 
 
 if __name__ == "__main__":

@@ -199,4 +199,4 @@ def test_docstrings():
           '  def _c(self):\n    "This one is private indeed."\ndef d(): pass\nasync def e():\n  "Waits for the fifth letter."\n')
   assert [(name, answer) for name, _, answer in answers_in(code)] == [
     ("A", "The first letter of all, in a box."), ("e", "Waits for the fifth letter."), ("A.b", "Returns the second letter.")]
-  assert list(answers_in("def (")) == list(_described("\0")) == []
+  assert list(answers_in("def (")) == list(answers_in("\0")) == []
