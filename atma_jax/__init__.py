@@ -3,6 +3,8 @@
     Atma, Config                     the model and everything that can be configured
     load_model, load_pytorch         a trained model from its directory, a published one from PyTorch's files
     generate, evaluate               text from a checkpoint, and its losses and retrieval past the training length
+    language_model_loss, save_model  for training loops of your own; `launch/notebooks/atma_tour.ipynb` has one
+    register_mixer                   makes a mixer of your own a kind of block
     polar_attention, gated_delta     the two operations, on arrays
 
 Every name is imported when it is first used, so that ``import atma_jax`` costs nothing and starts no accelerator.
@@ -18,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from atma_jax.checkpoints.load import load_model
+  from atma_jax.checkpoints.store import save_model
   from atma_jax.config import Config
   from atma_jax.evaluation.api import evaluate
   from atma_jax.inference.api import generate
   from atma_jax.models import Atma
+  from atma_jax.models.mixers import register_mixer
   from atma_jax.ops import gated_delta, polar_attention
   from atma_jax.pytorch import load_pytorch
+  from atma_jax.training.objective import language_model_loss
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 __all__ = [
@@ -33,9 +38,12 @@ __all__ = [
   "evaluate",
   "gated_delta",
   "generate",
+  "language_model_loss",
   "load_model",
   "load_pytorch",
   "polar_attention",
+  "register_mixer",
+  "save_model",
 ]
 
 STARTED = time.perf_counter()  # as good as the start of the process: what takes long is imported after this
@@ -46,9 +54,12 @@ _MODULE_OF = {
   "evaluate": "evaluation.api",
   "gated_delta": "ops",
   "generate": "inference.api",
+  "language_model_loss": "training.objective",
   "load_model": "checkpoints.load",
   "load_pytorch": "pytorch",
   "polar_attention": "ops",
+  "register_mixer": "models.mixers",
+  "save_model": "checkpoints.store",
 }
 
 

@@ -37,6 +37,7 @@ OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine")
 WAYS_TO_JOIN = ("auto", "cloud_tpu", "off")  # how the processes of a program find each other
 HEARTBEAT_SECONDS = 100  # without a sign of life, after which a process counts as dead
+TOKENIZER_OF_INIT_FROM = "init_from"  # the value of data.tokenizer
 REGULARIZERS = ("baseline", "weak", "strong", "discrete", "zipfian")
 
 
@@ -191,7 +192,7 @@ class DataConfig:
   weights: tuple[float, ...] = option((1.0,), "Share of the sequences that each source gives.",
                                       each(within(0, 1e9, above_low=True), empty=True))
   tokenizer: str = option("sentencepiece", "A path to a .model or tokenizer.json; a model on the Hugging Face hub, such as "
-                          "gpt2; sentencepiece, which trains one; or bytes.")
+                          "gpt2; sentencepiece, which trains one; bytes; or init_from, that of the checkpoint train.init_from.")
   tokenizer_vocab_size: int = option(8192, "Vocabulary of a tokenizer trained here.", within(1, 1 << 24))
   tokenizer_train_mib: int = option(32, "MiB of text sampled to train the tokenizer.", within(1, 1 << 20))
   max_mib: int | None = option(None, "MiB of text taken from each text source; None takes all of it.", POSITIVE)
@@ -461,6 +462,8 @@ def _validate_train(c: Config) -> None:
   distractors = c.train.auxiliary.distractors
   _require(distractors == 0 or not set(c.model.layer_kinds) <= set(WITHOUT_ATTENTION), "train.auxiliary.distractors",
            distractors, "0 in a model without global blocks")
+  _require(c.data.tokenizer != TOKENIZER_OF_INIT_FROM or c.train.init_from != "", "train.init_from", c.train.init_from,
+           f"a checkpoint when data.tokenizer={TOKENIZER_OF_INIT_FROM!r}")
   _require(c.data.batch_size % c.train.accumulation == 0, "train.accumulation", c.train.accumulation,
            f"a divisor of data.batch_size={c.data.batch_size}")
   free = [axis.name for axis in dataclasses.fields(c.mesh) if getattr(c.mesh, axis.name) == -1]

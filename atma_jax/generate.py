@@ -4,10 +4,13 @@
     python -m atma_jax.generate --checkpoint=DIR --prompts_file=FILE > completions.jsonl
     python -m atma_jax.generate --checkpoint=DIR --prompt_file=BOOK --save_state=STATE; ... --load_state=STATE --prompt=QUESTION
 
-A single prompt is streamed to the terminal. A file of prompts holds one per line, and each becomes a JSON line, in order.
+A single prompt is streamed to the terminal. A file of prompts holds one per line, and each becomes a JSON line, in order. With
+--chat every line that is typed is a message, and Ctrl-D ends the conversation.
 """
 
 from __future__ import annotations
+
+import sys
 
 from absl import flags
 import numpy as np
@@ -17,7 +20,7 @@ from atma_jax.checkpoints.load import load_model
 from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.errors import UserError
 from atma_jax.inference.api import engine_for
-from atma_jax.inference.console import complete_all, read_prompts, stream_one
+from atma_jax.inference.console import complete_all, converse, read_prompts, stream_one
 from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
@@ -28,6 +31,7 @@ _EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; empty starts a document.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File whose text is continued.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "File with one prompt per line.")
+_CHAT = flags.DEFINE_boolean("chat", False, "Hold a conversation: every line of the input is a message of the user.")
 _LOAD_STATE = flags.DEFINE_string("load_state", None, "File written by --save_state, whose prompt comes before the one given.")
 _SAVE_STATE = flags.DEFINE_string("save_state", None, "File to write the state after the prompt to.")
 _SAMPLING = DataclassFlags(Sampling, repeated=("stop",))
@@ -45,25 +49,25 @@ def main() -> None:
   """Prints the text that continues a prompt. Raises `UserError` on bad flags, checkpoints and saved states."""
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint=DIR is required")
-  if sum(flag.value is not None for flag in (_PROMPT, _PROMPT_FILE, _PROMPTS_FILE)) != 1:
-    raise UserError("--prompt=TEXT, --prompt_file=FILE or --prompts_file=FILE is required, and only one of them")
-  if _PROMPTS_FILE.value is not None and (_LOAD_STATE.value or _SAVE_STATE.value):
-    raise UserError("--load_state and --save_state take one prompt, so they cannot be used with --prompts_file")
-  sampling = _SAMPLING.value
-  prompts = read_prompts(_PROMPT.value, _PROMPT_FILE.value, _PROMPTS_FILE.value)
+  if sum(flag.value is not None for flag in (_PROMPT, _PROMPT_FILE, _PROMPTS_FILE)) + _CHAT.value != 1:
+    raise UserError("--prompt=TEXT, --prompt_file=FILE, --prompts_file=FILE or --chat is required, and only one of them")
+  if (_PROMPTS_FILE.value is not None or _CHAT.value) and (_LOAD_STATE.value or _SAVE_STATE.value):
+    raise UserError("--load_state and --save_state take one prompt, so they cannot be used with --prompts_file or --chat")
+  sampling, prompts = _SAMPLING.value, read_prompts(_PROMPT.value, _PROMPT_FILE.value, _PROMPTS_FILE.value)
   compilation_cache.use_compilation_cache(_CACHE.value)
   config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, overrides=_OVERRIDES.values())
+  if _CHAT.value:
+    return converse(model, tokenizer, sampling, sys.stdin, chunk=_CHUNK.value, cache_dtype=_CACHE_DTYPE.value)
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
   tokens = len(before) + max(len(tokenizer.encode(p)) for p in prompts) + sampling.max_tokens
   engine = engine_for(model, tokenizer, tokens, min(_ROWS.value, len(prompts)), chunk=_CHUNK.value, prefixes=1,
-                      saved_states=bool(_LOAD_STATE.value or _SAVE_STATE.value),
-                      first_chunk=_FIRST_CHUNK.value, decode_steps=_DECODE_STEPS.value, cache_dtype=_CACHE_DTYPE.value)
-  if _LOAD_STATE.value:
-    engine.load(_LOAD_STATE.value)
+                      saved_states=bool(_LOAD_STATE.value or _SAVE_STATE.value), first_chunk=_FIRST_CHUNK.value,
+                      decode_steps=_DECODE_STEPS.value, cache_dtype=_CACHE_DTYPE.value)
   if _PROMPTS_FILE.value is not None:
     return complete_all(engine, prompts, sampling)
-  prompt = np.concatenate([before, tokenizer.encode(prompts[0])])
-  if len(prompt) == len(before) > 0:
+  if _LOAD_STATE.value:
+    engine.load(_LOAD_STATE.value)
+  if len(prompt := np.concatenate([before, tokenizer.encode(prompts[0])])) == len(before) > 0:
     raise UserError("--load_state: needs a prompt of at least one token that continues it")
   prompt = engine.check(prompt, sampling)
   if _SAVE_STATE.value:

@@ -1,9 +1,10 @@
-"""Serves a checkpoint, from its directory alone, with the OpenAI completions protocol.
+"""Serves a checkpoint, from its directory alone, with the OpenAI completions and chat protocols.
 
     python -m atma_jax.serve --checkpoint=DIR [--port=8000 --rows=8 --capacity=4096 --cache_gib=8 --cache_dtype=int8]
     curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "def main(", "max_tokens": 64, "stream": true}'
 
-Paths: /v1/completions, /v1/models, /health, /metrics (Prometheus). After SIGTERM it ends what it has begun and exits with 0.
+Paths: /v1/completions, /v1/chat/completions (of a checkpoint that was trained on conversations), /v1/models, /health, /metrics
+(Prometheus). After SIGTERM it ends what it has begun and exits with 0.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-NAMES = ["Atma", "Config", "evaluate", "gated_delta", "generate", "load_model", "load_pytorch", "polar_attention"]
+NAMES = ["Atma", "Config", "evaluate", "gated_delta", "generate", "language_model_loss", "load_model", "load_pytorch",
+         "polar_attention", "register_mixer", "save_model"]
 # Runs each script in a child of a process that has the libraries, and nothing of atma_jax, imported.
 IN_FRESH_PACKAGES = """
 import os, sys

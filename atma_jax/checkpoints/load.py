@@ -7,6 +7,7 @@ import dataclasses
 import os
 from typing import Any, NamedTuple
 
+from absl import logging
 from etils import epath
 import jax
 from jax.sharding import Mesh
@@ -16,7 +17,7 @@ from atma_jax.checkpoints.overrides import checked_overrides, refuse_unfitting
 from atma_jax.checkpoints.steps import FOLDER, LoadedStep, absolute, is_remote, newest_good_step, read_arrays, read_meta
 from atma_jax.config import Config
 from atma_jax.data.tokenizers import Tokenizer, tokenizer_from_dict
-from atma_jax.errors import UserError
+from atma_jax.errors import UserError, described
 from atma_jax.models import Atma
 from atma_jax.models.definition import ModelDefinition, params_of, reconfigured
 from atma_jax.pytorch import is_published, read_published
@@ -67,10 +68,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
   """
   overrides = {} if overrides is None else overrides
   checked_overrides(overrides)  # a wrong name is told before anything is read
-  folder = absolute(directory)
-  folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-  if not folder.is_dir():
-    raise UserError(f"--checkpoint={directory}: no such directory")
+  folder = _folder(directory)
   mesh = make_mesh() if mesh is None else mesh
   if not is_remote(folder) and is_published(folder):
     if step:
@@ -79,11 +77,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
       raise UserError(f"--ema: {directory} is a published checkpoint, which holds no average")
     config, model, tokenizer = read_published(folder)
     return _overridden(LoadedModel(config, place(model, mesh), tokenizer, 0), overrides)
-  manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, read_only=True))
-  steps = sorted(manager.all_steps(), reverse=True)
-  manager.close()
-  if not steps:
-    raise UserError(f"--checkpoint={directory}: holds no checkpoint step")
+  steps = _steps(folder, directory)[::-1]
   if step is not None and step not in steps:
     raise UserError(f"--step={step}: not in {folder}; legal: {', '.join(map(str, reversed(steps)))}")
 
@@ -104,6 +98,44 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
   chosen, loaded = result
   config, definition, tokenizer = loaded.rest
   return _overridden(LoadedModel(config, definition.merge(loaded.arrays[weights]), tokenizer, chosen), overrides)
+
+
+def load_tokenizer_of(directory: str | os.PathLike) -> Tokenizer:
+  """The tokenizer of a checkpoint, without reading its arrays; `directory` as for `load_model`.
+
+  Raises:
+    UserError: no such directory, no step that can be read, or a malformed published checkpoint.
+  """
+  folder = _folder(directory)
+  if not is_remote(folder) and is_published(folder):
+    return read_published(folder)[2]
+  for step in reversed(_steps(folder, directory)):
+    try:
+      return tokenizer_from_dict(read_meta(folder / str(step))["tokenizer"])
+    except UserError:
+      raise
+    except Exception as error:  # whatever a damaged file makes Orbax or a decoder raise
+      logging.warning("checkpoint %s is damaged and was passed over: %s", folder / str(step), described(error))
+  raise UserError(f"{folder}: none of its steps can be read")
+
+
+def _folder(directory: str | os.PathLike) -> epath.Path:
+  """The folder of the steps. Raises `UserError` if there is no such directory."""
+  folder = absolute(directory)
+  folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+  if not folder.is_dir():
+    raise UserError(f"--checkpoint={directory}: no such directory")
+  return folder
+
+
+def _steps(folder: epath.Path, directory: str | os.PathLike) -> list[int]:
+  """The steps in a folder, ascending. Raises `UserError` if there are none."""
+  manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, read_only=True))
+  steps = sorted(manager.all_steps())
+  manager.close()
+  if not steps:
+    raise UserError(f"--checkpoint={directory}: holds no checkpoint step")
+  return steps
 
 
 def overridden(model: Atma, overrides: Mapping[str, Any]) -> Atma:

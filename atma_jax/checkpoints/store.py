@@ -277,11 +277,25 @@ class Checkpointer:
 
 
 def save_model(workdir: str | os.PathLike, config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> None:
-  """Writes a step that holds parameters alone: `load_model` reads it, but a run cannot be resumed from it.
+  """Writes a checkpoint that holds parameters alone, for `load_model`, ``serve`` and the like; no run resumes from it.
+
+  Args:
+    workdir: the directory to write, made if missing; it holds no checkpoints yet.
+    config: the configuration; `config.model` is that of the model.
+    model: the model.
+    tokenizer: its tokenizer, which is stored too.
+    step: the number of the step.
+
+  Returns:
+    None; the directory then is a checkpoint.
 
   Raises:
     UserError: there are checkpoints already, or the directory cannot be made.
     RunError: several attempts to write it failed.
+
+  Example:
+    >>> config, model, tokenizer, step = atma_jax.load_model("runs/quickstart")
+    >>> save_model("runs/needles/copy", config, model, tokenizer, step)
   """
   if (absolute(workdir) / FOLDER).exists():
     raise UserError(f"--output={workdir}: holds checkpoints already; name another directory")

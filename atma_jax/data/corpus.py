@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from atma_jax.config import DataConfig
-from atma_jax.data.documents import LEGAL_FILES, Entry, SourceFile
+from atma_jax.data.documents import Entry, SourceFile
 from atma_jax.data.entries import EntryTable
 from atma_jax.data.near_duplicates import EvaluationLines, text_digest
 from atma_jax.data.process_pool import Pool
@@ -43,7 +43,7 @@ class EvaluationDocument:
   Attributes:
     source: the entry of ``config.data.sources`` that it comes from.
     name: of the document.
-    text: the document; None if it comes from a ready shard.
+    text: the document, as its source reads it; None if it comes from a ready shard.
     tokens: (n,) without end-of-text; None until the text is encoded.
   """
 
@@ -108,7 +108,7 @@ class TextCorpus:
     def tables(bar: tqdm) -> Iterator[EntryTable]:
       for (_, files), (entries, problems, skipped) in zip(portions, self._scanned(pool, portions)):
         if problems and not self.source.skips_unreadable:
-          raise UserError(f"config.data.sources: {entry_name!r}: {problems[0]}; legal: {LEGAL_FILES}")
+          raise UserError(f"config.data.sources: {entry_name!r}: {problems[0]}; legal: {self.source.legal}")
         report["skipped"] += skipped
         report["unreadable"] += len(problems)
         report["problems"] += problems[:_PROBLEMS_KEPT - len(report["problems"])]
@@ -128,7 +128,7 @@ class TextCorpus:
     report["bytes"] = self.entries.total_size
     if not self.entries:
       raise UserError(f"config.data.sources: {entry_name!r} has no text in its {len(self.files)} files, or none "
-                      f"that the sources before it lack; legal: {LEGAL_FILES}")
+                      f"that the sources before it lack; legal: {self.source.legal}")
     if report["problems"]:
       logging.info("%s: %d unreadable files left out, the first: %s", entry_name, report["unreadable"], report["problems"][0])
 

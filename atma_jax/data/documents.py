@@ -13,7 +13,7 @@ import io
 import json
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zlib
 
 import pyarrow
@@ -75,6 +75,9 @@ class Document:
   problem: str = ""
 
 
+CheckValue = Callable[[str, int, Any, str], Document]  # name, row, value and column, see `read_documents`
+
+
 class Entry(NamedTuple):
   """A distinct document found by a scan of its source. Entries sort in the source's order.
 
@@ -91,7 +94,8 @@ class Entry(NamedTuple):
   size: int
 
 
-def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Iterator[Document]:
+def read_documents(file: SourceFile, rows: Collection[int] | None = None, *,
+                   check: CheckValue | None = None) -> Iterator[Document]:
   """Reads the documents of one file in order.
 
   The suffix decides the format: ``.jsonl`` and ``.parquet`` hold one document per row in a field, "text" unless the file says
@@ -100,6 +104,7 @@ def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Ite
   Args:
     file: the file to read.
     rows: the rows wanted; None reads all of them.
+    check: makes a document of a row's name, number, value and column; None takes the value for its text.
 
   Yields:
     The documents. One that cannot be read has a `problem` and no text; after damage to the file itself it is the last.
@@ -117,7 +122,7 @@ def read_documents(file: SourceFile, rows: Collection[int] | None = None) -> Ite
   wanted = None if rows is None else _marked(rows)
   row = -1
   try:
-    for row, parse in enumerate(read(file, compression)):
+    for row, parse in enumerate(read(file, compression, check or _checked)):
       if wanted is None or (row < len(wanted) and wanted[row]):
         yield parse(row)
   except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, _TooLarge) as error:
@@ -142,7 +147,8 @@ class _TooLarge(Exception):
 # The readers below yield one function per row, so that rows which nobody wants are never parsed.
 
 
-def _whole_text(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
+def _whole_text(file: SourceFile, compression: str, check: CheckValue) -> Iterator[Callable[[int], Document]]:
+  del check  # there are no rows
   with _open(file, compression) as stream:
     content = stream.read(_MOST_BYTES + 1)
   if len(content) > _MOST_BYTES:
@@ -150,15 +156,15 @@ def _whole_text(file: SourceFile, compression: str) -> Iterator[Callable[[int], 
   yield lambda row: text_document(file.name, row, content)
 
 
-def _json_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
+def _json_rows(file: SourceFile, compression: str, check: CheckValue) -> Iterator[Callable[[int], Document]]:
   with _open(file, compression) as stream:
     while line := stream.readline(_MOST_BYTES + 1):
       if len(line) > _MOST_BYTES:
         raise _TooLarge
-      yield lambda row, line=line: _json_document(f"{file.name}:{row + 1}", row, line, file.column)
+      yield lambda row, line=line: _json_document(f"{file.name}:{row + 1}", row, line, file.column, check)
 
 
-def _parquet_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int], Document]]:
+def _parquet_rows(file: SourceFile, compression: str, check: CheckValue) -> Iterator[Callable[[int], Document]]:
   del compression  # Parquet has its own
   with open_parquet(file) as table:
     if file.column not in table.schema_arrow.names:
@@ -166,7 +172,7 @@ def _parquet_rows(file: SourceFile, compression: str) -> Iterator[Callable[[int]
     groups = range(table.num_row_groups) if file.row_group is None else [file.row_group]
     for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[file.column], row_groups=groups):
       for value in batch.column(0):
-        yield lambda row, value=value: _parquet_document(f"{file.name}:{row + 1}", row, value, file.column)
+        yield lambda row, value=value: _parquet_document(f"{file.name}:{row + 1}", row, value, file.column, check)
 
 
 def open_parquet(file: SourceFile) -> pyarrow.parquet.ParquetFile:
@@ -208,14 +214,14 @@ def text_document(name: str, row: int, content: bytes) -> Document:
     return Document(name, row, None, f"not UTF-8 at byte {error.start}")
 
 
-def _parquet_document(name: str, row: int, value: pyarrow.Scalar, column: str) -> Document:
-  try:
-    return _checked(name, row, value.as_py() if value.is_valid else "", column)  # a null is a row without text
+def _parquet_document(name: str, row: int, value: pyarrow.Scalar, column: str, check: CheckValue) -> Document:
+  try:  # a null is a row without text
+    return check(name, row, value.as_py(), column) if value.is_valid else Document(name, row, "")
   except UnicodeDecodeError as error:
     return Document(name, row, None, f"not UTF-8 at byte {error.start} of field {column!r}")
 
 
-def _json_document(name: str, row: int, line: bytes, column: str) -> Document:
+def _json_document(name: str, row: int, line: bytes, column: str, check: CheckValue) -> Document:
   if line.isspace():
     return Document(name, row, "")
   try:
@@ -231,7 +237,7 @@ def _json_document(name: str, row: int, line: bytes, column: str) -> Document:
   if not isinstance(value, dict) or column not in value:
     found = "fields: " + ", ".join(value)[:200] if isinstance(value, dict) else f"a {type(value).__name__}, not an object"
     return Document(name, row, None, f"no field {column!r} ({found})")
-  return _checked(name, row, value[column], column)
+  return check(name, row, value[column], column)
 
 
 def _checked(name: str, row: int, text: object, column: str) -> Document:

@@ -19,7 +19,8 @@ import numpy as np
 
 from atma_jax.config import DataConfig
 from atma_jax.data.manifest import check_settings, load_manifest, load_prepared_tokenizer, open_stream, settings_of
-from atma_jax.data.shards import TokenStream
+from atma_jax.data.shards import TokenStream, split_mask
+from atma_jax.data.sources import masks
 from atma_jax.data.tokenizers import check_tokens
 from atma_jax.errors import UserError
 
@@ -35,13 +36,15 @@ class TokenWindows:
     sequence_length: T.
     vocab_size: of the tokenizer; a window with a larger id raises `UserError`.
     name: of the stream, for error messages.
+    masked: whether tokens may have the bit `shards.MASKED`.
   """
 
-  def __init__(self, stream: TokenStream, sequence_length: int, vocab_size: int, name: str):
+  def __init__(self, stream: TokenStream, sequence_length: int, vocab_size: int, name: str, masked: bool = False):
     self._stream = stream
     self._length = sequence_length
     self._vocab_size = vocab_size
     self._name = name
+    self._masked = masked
 
   def __len__(self) -> int:
     return -(-len(self._stream) // self._length)
@@ -49,7 +52,7 @@ class TokenWindows:
   def __getitem__(self, index: int) -> Int[np.ndarray, " T+1"]:
     start = index * self._length
     tokens = self._stream.read(start, start + self._length + 1)
-    check_tokens(tokens, self._vocab_size, self._name)
+    check_tokens(split_mask(tokens)[0] if self._masked else tokens, self._vocab_size, self._name)
     return tokens
 
   def __repr__(self) -> str:
@@ -58,6 +61,8 @@ class TokenWindows:
 
 class TrainingData:
   """Endless iterator over training batches, {"tokens": (rows, T + 1) int32}.
+
+  Tokens of conversations that are read but not predicted are negative, see `atma_jax.data.shards.split_mask`.
 
   Part p of n holds the rows [p B / n, (p + 1) B / n) of every global batch. A process reads the parts that its devices hold.
 
@@ -169,14 +174,15 @@ def _mixed_sequences(config: DataConfig, directory: pathlib.Path, records: list[
   seeds = np.random.SeedSequence(config.shuffle_seed).generate_state(len(records))
   datasets = []
   for record, seed in zip(records, seeds):
-    windows = TokenWindows(open_stream(directory, record), config.sequence_length, vocab_size, record["source"])
+    windows = TokenWindows(open_stream(directory, record), config.sequence_length, vocab_size, record["source"],
+                           masks([record["source"]]))
     datasets.append(grain.MapDataset.source(windows).shuffle(seed=int(seed)).repeat())
   return grain.MapDataset.mix(datasets, config.weights) if len(datasets) > 1 else datasets[0]
 
 
 def validation_batches(config: DataConfig, directory: str | os.PathLike, batch_size: int,
                        sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
-  """Iterates over the validation stream once, in order: {"tokens": (batch_size, sequence_length + 1) int32}.
+  """Iterates over the validation stream once, in order: {"tokens": (batch_size, sequence_length + 1) int32}, as `TrainingData`.
 
   Args:
     config: the data options, which must be those that the directory was prepared with.
@@ -191,7 +197,7 @@ def validation_batches(config: DataConfig, directory: str | os.PathLike, batch_s
   manifest = load_manifest(directory)
   check_settings(manifest.settings, settings_of(config), directory)
   stream = _evaluation_stream(directory, "validation")
-  windows = TokenWindows(stream, sequence_length, manifest.tokenizer["vocab_size"], "validation")
+  windows = TokenWindows(stream, sequence_length, manifest.tokenizer["vocab_size"], "validation", masks(config.sources))
 
   def batches() -> Iterator[dict[str, np.ndarray]]:
     for first in range(0, len(windows), batch_size):
@@ -203,7 +209,7 @@ def validation_batches(config: DataConfig, directory: str | os.PathLike, batch_s
 def validation_stream(directory: str | os.PathLike) -> Int[np.ndarray, " S"]:
   """Returns the tokens of the validation documents, each followed by end-of-text, (S,) int32."""
   stream = _evaluation_stream(pathlib.Path(directory), "validation")
-  return stream.read(0, len(stream))
+  return split_mask(stream.read(0, len(stream)))[0]
 
 
 def heldout_documents(directory: str | os.PathLike) -> list[Int[np.ndarray, " S"]]:
@@ -212,7 +218,7 @@ def heldout_documents(directory: str | os.PathLike) -> list[Int[np.ndarray, " S"
   manifest = load_manifest(directory)
   stream = _evaluation_stream(directory, "heldout")
   end = np.array([manifest.tokenizer["eot_id"]], np.int32)
-  return [np.concatenate([end, stream.read(document["start"], document["start"] + document["tokens"])])
+  return [np.concatenate([end, split_mask(stream.read(document["start"], document["start"] + document["tokens"]))[0]])
           for document in manifest.heldout["documents"]]
 
 

@@ -32,8 +32,9 @@ from absl import logging
 import numpy as np
 from tqdm import tqdm
 
-from atma_jax.config import DataConfig
+from atma_jax.config import TOKENIZER_OF_INIT_FROM, DataConfig
 from atma_jax.data import tokenizers
+from atma_jax.data.chat_template import ChatTemplate
 from atma_jax.data.corpus import EvaluationDocument, ReadyTokens, TextCorpus, scan_files, split_corpora
 from atma_jax.data.entries import EntryTable, flattened, total_size
 from atma_jax.data.files import exclusive, write_json
@@ -51,7 +52,7 @@ from atma_jax.data.near_duplicates import EvaluationLines
 from atma_jax.data.process_pool import Pool
 from atma_jax.data.shards import file_digest, token_dtype, write_shard
 from atma_jax.data.source import TextSource, TokenSource
-from atma_jax.data.sources import parse_source
+from atma_jax.data.sources import masks, parse_source
 from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.errors import UserError
 from atma_jax.json_input import mismatch, read_json
@@ -62,11 +63,11 @@ _PROGRESS = "progress.json"
 _BATCH_BYTES = 256 << 10  # text handed to a worker at a time
 _LENGTH_SAMPLE_BYTES = 1 << 20  # text tokenised to measure the training length in characters
 
-_Group = tuple[TextSource | None, list[str], bytes]  # source (None: evaluation), texts of one document, digest of the first
+_Group = tuple[TextSource, list[str], bytes | None]  # source, texts of one document, digest of the first (None: evaluation)
 
 
-def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | None = None,
-            progress: bool = True) -> Manifest:
+def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | None = None, progress: bool = True,
+            tokenizer: Tokenizer | None = None) -> Manifest:
   """Prepares `directory` for training and evaluation, or returns at once if that is done.
 
   Args:
@@ -74,6 +75,7 @@ def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | 
     directory: created if missing. One begun with other options is refused.
     workers: processes that read and tokenise. None takes one per core, at most `MOST_WORKERS`; 1 works in this process.
     progress: whether to show progress bars.
+    tokenizer: what ``config.tokenizer="init_from"`` stands for.
 
   Returns:
     The manifest of the directory.
@@ -86,15 +88,15 @@ def prepare(config: DataConfig, directory: str | os.PathLike, *, workers: int | 
   if not (directory / MANIFEST).exists():  # a finished directory may be read-only
     with exclusive(directory):
       if not (directory / MANIFEST).exists():  # nobody has finished it meanwhile
-        _prepare(config, settings, directory, workers, progress)
+        _prepare(config, settings, directory, workers, progress, tokenizer)
   manifest = load_manifest(directory)
   check_settings(manifest.settings, settings, directory)
   return manifest
 
 
 def _prepare(config: DataConfig, settings: dict[str, Any], directory: pathlib.Path, workers: int | None,
-             progress: bool) -> None:
-  tokenizer = configured_tokenizer(config, directory / TOKENIZER)
+             progress: bool, given: Tokenizer | None) -> None:
+  tokenizer = configured_tokenizer(config, directory / TOKENIZER, given)
   sources, text, ready = _open_sources(config, directory, progress)
   scanned: list[EntryTable] = []
   with Pool(workers if text else 1, scan_files) as pool:
@@ -184,13 +186,15 @@ def _begin(directory: pathlib.Path, settings: dict[str, Any], corpora: Iterable[
 # --- Tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def configured_tokenizer(config: DataConfig, path: pathlib.Path) -> Tokenizer | None:
+def configured_tokenizer(config: DataConfig, path: pathlib.Path, given: Tokenizer | None = None) -> Tokenizer | None:
   """The tokenizer that the options name, None if one is to be trained.
 
   One that is named as on the hub is taken from `path` if an earlier run has put it there.
   """
   if config.tokenizer == "sentencepiece":
     return None
+  if config.tokenizer == TOKENIZER_OF_INIT_FROM and given is not None:
+    return given
   if path.exists() and tokenizers.is_hub_name(config.tokenizer):
     return tokenizers.load_tokenizer(str(path))
   return tokenizers.load_tokenizer(config.tokenizer)
@@ -204,6 +208,8 @@ def _settle_tokenizer(tokenizer: Tokenizer | None, config: DataConfig, corpora: 
   if tokenizer is None:
     texts = _sample_texts(list(corpora), config.tokenizer_train_mib << 20)
     tokenizer = tokenizers.train_sentencepiece(texts, config.tokenizer_vocab_size)
+  if masks(config.sources) and tokenizer.chat_template is None:
+    tokenizer.chat_template = ChatTemplate()
   write_json(path, tokenizer.to_dict())
   return tokenizer
 
@@ -212,7 +218,7 @@ def _sample_texts(corpora: Sequence[TextCorpus], size: int) -> Iterator[str]:
   """Yields about `size` bytes of training text, the same amount from every source."""
   for corpus in corpora:
     for _, text in corpus.read(corpus.sample(size / len(corpora))):
-      yield text
+      yield corpus.source.plain(text)
 
 
 def _training_characters(config: DataConfig, sources: Sequence[TextSource | TokenSource], corpora: Iterable[TextCorpus],
@@ -238,18 +244,17 @@ class _Encoder:
     self._tokenizer = tokenizer
     self._lines = lines
     self._characters = characters
-    self._dtype = token_dtype(tokenizer.vocab_size)
 
   def __call__(self, batch: list[_Group]) -> list[tuple[np.ndarray, int]]:
     return [self._encode(*group) for group in batch]
 
-  def _encode(self, source: TextSource | None, texts: list[str], digest: bytes) -> tuple[np.ndarray, int]:
-    kept = texts if source is None else [text for text in texts if not self._lines.cover(text)]
+  def _encode(self, source: TextSource, texts: list[str], digest: bytes | None) -> tuple[np.ndarray, int]:
+    kept = texts if digest is None else [text for text in texts if not self._lines.cover(text)]
     text = "\n".join(kept)
-    if source is not None and kept:
+    if digest is not None and kept:
       text = source.compose(text, digest, self._characters)
-    tokens = np.append(self._tokenizer.encode(text), self._tokenizer.eot_id) if kept else np.zeros(0)
-    return tokens.astype(self._dtype), len(texts) - len(kept)
+    tokens = source.encode(text, self._tokenizer) if kept else np.zeros(0)
+    return tokens.astype(token_dtype(self._tokenizer.vocab_size, source.masked)), len(texts) - len(kept)
 
 
 class _SourceWriter:
@@ -260,7 +265,7 @@ class _SourceWriter:
     self._directory, self._source, self._corpus = directory, source, corpus
     self._folder = directory / "train" / f"{index}-{re.sub('[^A-Za-z0-9]+', '-', source.entry).strip('-')[:48]}"
     self._groups = source.group(corpus.entries, config, characters)
-    self._dtype, self._shard_tokens = token_dtype(tokenizer.vocab_size), config.shard_tokens
+    self._dtype, self._shard_tokens = token_dtype(tokenizer.vocab_size, source.masked), config.shard_tokens
 
   def write(self, pool: Pool, progress: bool) -> dict[str, Any]:
     """Tokenises the source, or what an interrupted run left of it; returns its entry of the manifest."""
@@ -334,14 +339,15 @@ def _write_evaluation(directory: pathlib.Path, name: str, documents: Sequence[Ev
                       tokenizer: Tokenizer) -> dict[str, Any]:
   """Writes evaluation documents, longest first, to one shard; returns their record for the manifest."""
   texts = [document for document in documents if document.text is not None]
-  encoded = pool.map([(None, [document.text], b"")] for document in texts)
+  encoded = pool.map([(parse_source(document.source), [document.text], None)] for document in texts)
   for document, [(tokens, _)] in zip(texts, encoded):
     document.tokens = tokens[:-1]
   ordered = sorted(((document, np.asarray(document.tokens)) for document in documents),
                    key=lambda pair: (-len(pair[1]), pair[0].name))
   end = np.array([tokenizer.eot_id])
   path = directory / name / _shard_name(0)
-  total = write_shard(path, [part for _, tokens in ordered for part in (tokens, end)], token_dtype(tokenizer.vocab_size))
+  dtype = token_dtype(tokenizer.vocab_size, any(parse_source(document.source).masked for document in documents))
+  total = write_shard(path, [part for _, tokens in ordered for part in (tokens, end)], dtype)
   index, start = [], 0
   for document, tokens in ordered:
     index.append({"source": document.source, "name": document.name, "start": start, "tokens": len(tokens)})

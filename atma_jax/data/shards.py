@@ -3,6 +3,9 @@
 The header words are the magic number 20240520, version 1, the number of tokens, the bytes per token (2 or 4; 0 means 2), then
 zeros. Tokens are little-endian unsigned integers. The nanoGPT speed runs use the same format, so their shards (FineWeb, GPT-2
 tokens) can be used as they are.
+
+In the shards of conversations the highest bit of the 32 of a token, `MASKED`, says that the token is read but not predicted: it
+adds nothing to the loss. Read as int32, such a token is negative; `split_mask` takes the bit off.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
+MASKED = 1 << 31
 _checked: dict[tuple[str, str], tuple[int, ...]] = {}  # path and digest -> identity of the file that had it, in this process
 _DTYPES = {0: np.dtype("<u2"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
@@ -94,9 +98,14 @@ def file_digest(path: str | os.PathLike) -> str:
     raise UserError(f"cannot read token shard {path}: {error.strerror or error}") from error
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-  """Returns the narrowest token type that holds `vocab_size` ids."""
-  return _DTYPES[2] if vocab_size <= 1 << 16 else _DTYPES[4]
+def token_dtype(vocab_size: int, masked: bool = False) -> np.dtype:
+  """Returns the narrowest token type that holds `vocab_size` ids, and `MASKED` if some of them are `masked`."""
+  return _DTYPES[2] if vocab_size <= 1 << 16 and not masked else _DTYPES[4]
+
+
+def split_mask(tokens: Any) -> tuple[Any, Any]:
+  """Returns int32 tokens, of NumPy or JAX, without `MASKED`, and whether each of them counts in the loss."""
+  return tokens & (MASKED - 1), tokens >= 0
 
 
 def write_shard(path: pathlib.Path, tokens: Sequence[np.ndarray] | np.ndarray, dtype: np.dtype) -> int:

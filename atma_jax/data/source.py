@@ -20,10 +20,14 @@ import glob
 import os
 from typing import ClassVar
 
+from jaxtyping import Int
+import numpy as np
+
 from atma_jax.config import DataConfig
-from atma_jax.data.documents import Document, Entry, SourceFile, read_documents
+from atma_jax.data.documents import LEGAL_FILES, Document, Entry, SourceFile, read_documents
 from atma_jax.data.entries import EachAlone, EntryTable
 from atma_jax.data.remote import find_files, is_remote_path
+from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.errors import UserError
 from atma_jax.json_input import check_regular
 
@@ -39,6 +43,7 @@ class Source:
     help: what the source holds, in a few words, for the same messages.
     settings: fields of `DataConfig` that decide what is prepared from this source, beyond those that matter to every source.
       A prepared directory records their values and is refused where they differ.
+    masked: whether some of its tokens are read but not predicted, as in conversations.
   """
 
   argument: str = ""
@@ -46,6 +51,7 @@ class Source:
   syntax: ClassVar[str]
   help: ClassVar[str]
   settings: ClassVar[tuple[str, ...]] = ()
+  masked: ClassVar[bool] = False
 
   def __post_init__(self) -> None:
     """Checks the argument; raises a `ValueError` that says what is wrong with the entry, as in "must be ..."."""
@@ -101,10 +107,12 @@ class TextSource(Source):
     skips_unreadable: whether documents that cannot be read are left out and counted; otherwise the first one is an error.
     needs_training_length: whether `group` and `compose` use `characters`, the text that the training length holds, which has
       to be measured first; they are given 0 otherwise.
+    legal: what its files may hold, for error messages.
   """
 
   skips_unreadable: ClassVar[bool] = False
   needs_training_length: ClassVar[bool] = False
+  legal: ClassVar[str] = LEGAL_FILES
 
   @property
   def base(self) -> TextSource:
@@ -165,6 +173,14 @@ class TextSource(Source):
     """
     del digest, characters
     return text
+
+  def plain(self, text: str) -> str:
+    """The text of a document on which a tokenizer is trained; here all of it."""
+    return text
+
+  def encode(self, text: str, tokenizer: Tokenizer) -> Int[np.ndarray, " T"]:
+    """The tokens of a document, (T,), with end-of-text last; those of a `masked` source may have the bit `shards.MASKED`."""
+    return np.append(tokenizer.encode(text), tokenizer.eot_id)
 
 
 class TokenSource(Source):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Sequence
+import dataclasses
 import functools
 import hashlib
 import io
+import json
 import os
 import pathlib
 import re
@@ -23,7 +25,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from atma_jax.config import ModelConfig, shown
+from atma_jax.config import TOKENIZER_OF_INIT_FROM, ModelConfig, shown
+from atma_jax.data.chat_template import ChatTemplate
 from atma_jax.data.remote import hub_address, retried
 from atma_jax.errors import UserError
 from atma_jax.json_input import MalformedJSON, parse_json, read_bytes
@@ -48,11 +51,13 @@ class Tokenizer:
     kind: name of the class of tokenizers, as stored beside its bytes.
     vocab_size: number of ids.
     eot_id: the end-of-text id.
+    chat_template: how conversations are written, for a model that is trained on them; None otherwise.
   """
 
   kind: ClassVar[str]
   vocab_size: int
   eot_id: int
+  chat_template: ChatTemplate | None = None
 
   def encode(self, text: str) -> Int[np.ndarray, " T"]:
     """Returns the token ids of a text, (T,) int32, without end-of-text."""
@@ -66,17 +71,19 @@ class Tokenizer:
     """Returns everything that defines the tokenizer."""
     raise NotImplementedError
 
-  def to_dict(self) -> dict[str, str]:
+  def to_dict(self) -> dict[str, Any]:
     """Returns a JSON-ready form for checkpoints and prepared directories; `tokenizer_from_dict` reads it back."""
-    return {"kind": self.kind, "base64": base64.b64encode(self.to_bytes()).decode()}
+    stored: dict[str, Any] = {"kind": self.kind, "base64": base64.b64encode(self.to_bytes()).decode()}
+    return stored if self.chat_template is None else stored | {"chat_template": dataclasses.asdict(self.chat_template)}
 
   def __reduce__(self) -> tuple[Any, ...]:
     return tokenizer_from_dict, (self.to_dict(),)
 
   @property
   def fingerprint(self) -> str:
-    """sha256 of the kind and the defining bytes."""
-    return hashlib.sha256(self.kind.encode() + b"\0" + self.to_bytes()).hexdigest()
+    """sha256 of the kind, the defining bytes and the chat template, if there is one."""
+    template = b"" if self.chat_template is None else b"\0" + json.dumps(dataclasses.asdict(self.chat_template)).encode()
+    return hashlib.sha256(self.kind.encode() + b"\0" + self.to_bytes() + template).hexdigest()
 
 
 class ByteTokenizer(Tokenizer):
@@ -248,6 +255,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
   """
   if spec == ByteTokenizer.kind:
     return ByteTokenizer()
+  if spec == TOKENIZER_OF_INIT_FROM:
+    raise UserError(f"config.data.tokenizer={spec!r}: only train has a checkpoint to take it from, config.train.init_from; "
+                    f"otherwise legal: {_LEGAL}")
   path = _from_hub(spec) if is_hub_name(spec) else pathlib.Path(os.path.expanduser(spec))
   try:
     content = read_bytes(path, most_bytes=_MOST_BYTES)
@@ -270,7 +280,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 def is_hub_name(spec: str) -> bool:
   """Whether a tokenizer is one of a model on the Hugging Face hub: MODEL or OWNER/MODEL, also @REVISION, and no file here."""
-  reserved = (ByteTokenizer.kind, SentencePieceTokenizer.kind)
+  reserved = (ByteTokenizer.kind, SentencePieceTokenizer.kind, TOKENIZER_OF_INIT_FROM)
   return spec not in reserved and _HUB_NAME.fullmatch(spec) is not None and not pathlib.Path(spec).exists()
 
 
@@ -313,17 +323,20 @@ def tokenizer_from_dict(values: dict[str, Any], name: str = "stored tokenizer") 
   try:
     match kind:
       case ByteTokenizer.kind:
-        return ByteTokenizer()
+        tokenizer = ByteTokenizer()
       case SentencePieceTokenizer.kind:
-        return SentencePieceTokenizer(content, name)
+        tokenizer = SentencePieceTokenizer(content, name)
       case HuggingFaceTokenizer.kind:
-        return HuggingFaceTokenizer(content.decode(), name)
+        tokenizer = HuggingFaceTokenizer(content.decode(), name)
       case NamedTokenizer.kind:
-        return NamedTokenizer(content.decode())
+        tokenizer = NamedTokenizer(content.decode())
+      case _:
+        raise UserError(f"{name}: tokenizer kind {shown(kind)} does not exist; legal: bytes, huggingface, named, sentencepiece")
   except UnicodeDecodeError as error:
     raise UserError(f"{name}: no tokenizer: its base64 is not UTF-8 at byte {error.start}") from error
-  raise UserError(f"{name}: tokenizer kind {shown(kind)} does not exist; legal: bytes, huggingface, named, "
-                  "sentencepiece")
+  if "chat_template" in values:
+    tokenizer.chat_template = ChatTemplate.from_dict(values["chat_template"], name)
+  return tokenizer
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
@@ -361,6 +374,8 @@ def _passages(texts: Iterable[str], characters: int = 4096) -> Iterable[str]:
 def check_tokens(tokens: Int[np.ndarray, " *shape"], vocab_size: int, source: str) -> None:
   """Raises `UserError` if ready tokens of `source` include an id that a tokenizer of `vocab_size` ids does not have."""
   largest = tokens.max(initial=0)
+  if tokens.min(initial=0) < 0:  # of 32 bits, the highest of which is set
+    largest = int(tokens.min()) + (1 << 32)
   if largest >= vocab_size:
     raise UserError(f"config.data.sources: {source!r} holds token {largest}, but config.data.tokenizer has "
                     f"{vocab_size} tokens: it is not the tokenizer that made them")

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
 import json
 import pathlib
 import sys
 import time
+from typing import Any
 
+from atma_jax.data.chat_template import Message, template_of
+from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.errors import UserError
+from atma_jax.inference.api import engine_for
 from atma_jax.inference.engine import Engine, Prompt
 from atma_jax.inference.sampling import Sampling
+from atma_jax.models import Atma
+
+_CONVERSATION = 2000  # tokens of a conversation on the terminal, without the last answer
 
 
 def read_text(flag: str, path: str) -> str:
@@ -49,6 +57,33 @@ def stream_one(engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
     seconds = rest[-1] - first[-1]
     summary += f", then {len(rest)} in {seconds:.2f} s: {len(rest) / seconds:.1f} tokens/s"
   print(summary, file=sys.stderr)
+
+
+def converse(model: Atma, tokenizer: Tokenizer, sampling: Sampling, lines: Iterable[str], **options: Any) -> None:
+  """Answers every line as the next message of one conversation; the text before it is not read again.
+
+  Args:
+    model: the model.
+    tokenizer: its tokenizer.
+    sampling: of every answer; answer i draws from the seed `sampling.seed` + i.
+    lines: what the user says. Empty lines are passed over.
+    **options: further arguments of `Engine`.
+
+  Raises:
+    UserError: the checkpoint has no chat template, or the conversation has become too long.
+  """
+  template, messages = template_of(tokenizer), []
+  engine = engine_for(model, tokenizer, _CONVERSATION + sampling.max_tokens, 1, prefixes=1, saved_states=False, **options)
+  for line in map(str.strip, lines):
+    if line:
+      messages.append(Message("user", line))
+      prompt = engine.check(template.prompt(messages, tokenizer), sampling)
+      answer = ""
+      for output in engine.stream([prompt], dataclasses.replace(sampling, seed=(sampling.seed + len(messages) // 2) % 2**32)):
+        print(output.text, end="", flush=True)
+        answer += output.text
+      print()
+      messages.append(Message("assistant", answer))
 
 
 def complete_all(engine: Engine, prompts: list[str], sampling: Sampling) -> None:

@@ -1,4 +1,4 @@
-"""The answer to one completion request while the engine works on it: in one piece, or as a stream of server-sent events."""
+"""The answer to one request while the engine works on it: in one piece, or as a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from atma_jax.serving.chat_protocol import ChatForm
 from atma_jax.serving.engine_thread import EngineThread, OutputQueue, Ticket
 from atma_jax.serving.prometheus import ServerMetrics
-from atma_jax.serving.protocol import Call, Choice, ProtocolError, dumps, usage
+from atma_jax.serving.protocol import Call, Choice, ProtocolError, TextForm, dumps, usage
 
 READ_GRACE_S = 30.0  # time that a client has to read a stream after its deadline
 OUTCOME = "atma_jax.outcome"  # where a request's scope holds the status of a stream that did not end well
@@ -47,8 +48,9 @@ class Answer:
     self._queue: OutputQueue = asyncio.Queue()
     self.outcome: int | None = None
     self._choices = [Choice(call, i, thread.engine.tokenizer) for i in range(len(call.samplings))]
-    self._frame = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
-                   "model": model}
+    self._form = (ChatForm if call.chat else TextForm)(call)
+    self._frame = {"id": f"{self._form.prefix}{secrets.token_hex(12)}", "object": self._form.whole_object,
+                   "created": int(time.time()), "model": model}
     metrics.prompt_tokens.inc(sum(map(len, call.prompts)))
     self._tickets: list[Ticket] = [thread.submit(i, self._queue, call.prompts[i // call.n], sampling, call.scored)
                                    for i, sampling in enumerate(call.samplings)]
@@ -70,17 +72,17 @@ class Answer:
     finally:
       left.cancel()
       work.cancel()
-    return self._frame | {"choices": choices, "usage": usage(self.call, self._choices)}
+    return self._frame | {"choices": [self._form.whole(choice) for choice in choices], "usage": usage(self.call, self._choices)}
 
   async def events(self) -> AsyncIterator[bytes]:
     """Yields the answer as server-sent events, among them the error object if it cannot be finished."""
-    extra = {"usage": None} if self.call.include_usage else {}
+    extra, frame = {"usage": None} if self.call.include_usage else {}, self._frame | {"object": self._form.part_object}
     try:
       async for _, choice in self._additions():
-        if choice["text"] or choice["finish_reason"] or (choice["logprobs"] and choice["logprobs"]["tokens"]):
-          yield b"data: " + dumps(self._frame | {"choices": [choice]} | extra) + b"\n\n"
+        for part in self._form.parts(choice):
+          yield b"data: " + dumps(frame | {"choices": [part]} | extra) + b"\n\n"
       if self.call.include_usage:
-        yield b"data: " + dumps(self._frame | {"choices": [], "usage": usage(self.call, self._choices)}) + b"\n\n"
+        yield b"data: " + dumps(frame | {"choices": [], "usage": usage(self.call, self._choices)}) + b"\n\n"
       status = 200
     except ProtocolError as error:
       status = error.status

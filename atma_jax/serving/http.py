@@ -1,6 +1,6 @@
-"""The HTTP application: the OpenAI completions protocol, health, and metrics for Prometheus.
+"""The HTTP application: the OpenAI completions and chat protocols, health, and metrics for Prometheus.
 
-    POST /v1/completions      GET /v1/models, /v1/models/NAME      GET /health      GET /metrics
+    POST /v1/completions, /v1/chat/completions      GET /v1/models, /v1/models/NAME      GET /health      GET /metrics
 
 Every request is answered once: with its text, or with the protocol's error object (400 malformed or too long, 401 without a
 key, 404, 405, 408 header or body too slow, 413 body too large, 429 queue or memory for bodies full, 500 the engine failed,
@@ -33,6 +33,7 @@ from atma_jax.inference.engine import Engine
 from atma_jax.serving.access import Access
 from atma_jax.serving.answers import OUTCOME, Answer, EventStream
 from atma_jax.serving.bodies import SMALL_BODY, BodyRoom, count_values
+from atma_jax.serving.chat_protocol import parse_chat
 from atma_jax.serving.connections import BACKLOG, SWEEP_S, Connections
 from atma_jax.serving.engine_thread import EngineThread
 from atma_jax.serving.limits import Limits
@@ -41,7 +42,7 @@ from atma_jax.serving.prompts import most_characters
 from atma_jax.serving.protocol import Call, ProtocolError, dumps, parse_call, parse_json
 
 CLIENT_CLOSED = 499  # the status counted for a client that disconnected
-COMPLETIONS = "/v1/completions"
+PARSERS = {"/v1/completions": parse_call, "/v1/chat/completions": parse_chat}  # what is generated, and how it is asked for
 WAITING_CONNECTIONS = 1024  # that the kernel holds until they are accepted
 FEW_VALUES = 10_000  # JSON values of a body that need not be token ids
 
@@ -107,7 +108,7 @@ class CompletionServer:
     self._server: uvicorn.Server | None = None
     self._routes = Starlette(
       routes=[
-        Route(COMPLETIONS, self._refusing(self._completions), methods=["POST"]),
+        *(Route(path, self._refusing(self._completions), methods=["POST"]) for path in PARSERS),
         Route("/v1/models", self._models), Route("/v1/models/{name:path}", self._models),
         Route("/health", self._health), Route("/metrics", self._metrics),
       ],
@@ -130,7 +131,7 @@ class CompletionServer:
     """The ASGI application: it refuses whom it must and counts how every completion request ended."""
     refusal = self.access.refusal(scope, self._keys) if scope["type"] == "http" else None
     app = self._routes if refusal is None else _error_response(refusal)
-    if scope["type"] != "http" or scope["path"] != COMPLETIONS:
+    if scope["type"] != "http" or scope["path"] not in PARSERS:
       return await app(scope, receive, send)
     status = CLIENT_CLOSED
 
@@ -208,7 +209,7 @@ class CompletionServer:
     arrival = time.monotonic()
     self._refuse_if_ending()
     async with self.bodies.body(request) as body:
-      call = await self._parse(body)
+      call = await self._parse(body, PARSERS[request.url.path])
     if call.scored and not self.engine.scores_prompts:
       raise ProtocolError(400, "echo with logprobs is not served: it needs --prompt_logprobs", param="echo")
     self._refuse_if_ending()
@@ -227,29 +228,29 @@ class CompletionServer:
   def _most_sequences(self) -> int:
     return self.engine.rows + self.limits.queue
 
-  async def _parse(self, body: bytes) -> Call:
+  async def _parse(self, body: bytes, parse: Callable[..., Call]) -> Call:
     """Reads a request in one of the two threads for it. Raises `ProtocolError`, also if its turn does not come in time."""
     pool, patience = self._small if len(body) <= SMALL_BODY else self._large, self.limits.body_timeout_s
     try:
       async with asyncio.timeout(patience):
-        return await asyncio.get_running_loop().run_in_executor(pool, self._parse_now, body)
+        return await asyncio.get_running_loop().run_in_executor(pool, self._parse_now, body, parse)
     except TimeoutError as error:
       raise ProtocolError(503, f"requests before this one take more than {patience:g} s to read; try again later",
                           code="busy") from error
 
-  def _parse_now(self, body: bytes) -> Call:
+  def _parse_now(self, body: bytes, parse: Callable[..., Call]) -> Call:
     try:
-      return self._parse_call(body)
+      return self._parse_call(body, parse)
     except Exception:
       raise
     except BaseException as error:  # the panic of a library, which must not pass for the end of the server
       raise RuntimeError(f"a request could not be read: {error}") from error
 
-  def _parse_call(self, body: bytes) -> Call:
+  def _parse_call(self, body: bytes, parse: Callable[..., Call]) -> Call:
     most, longest = self._most_sequences, self.engine.capacity
     if len(body) > FEW_VALUES and (count := count_values(body)) > (most_values := most * longest + FEW_VALUES):
       raise ProtocolError(400, f"the body holds {count} values; at most {most_values}, for {most} prompts of {longest} tokens")
-    return parse_call(parse_json(body), self.engine, self.model, most, longest, admit=self._refuse_if_full)
+    return parse(parse_json(body), self.engine, self.model, most, longest, admit=self._refuse_if_full)
 
   def _refuse_if_full(self, sequences: int) -> None:
     outstanding, most = len(self.thread.outstanding), self._most_sequences
@@ -310,7 +311,7 @@ def _http_error(request: Request, error: Exception) -> Response:
   """Answers what Starlette refuses by itself: unknown paths and methods."""
   assert isinstance(error, HTTPException)
   path = request.url.path[:60]
-  messages = {404: f"no such path {path!r}; there are POST /v1/completions, GET /v1/models, /health, /metrics",
+  messages = {404: f"no such path {path!r}; there are POST {', '.join(PARSERS)}, GET /v1/models, /health, /metrics",
               405: f"{request.method} is not a method of {path!r}"}
   response = _protocol_error(request, ProtocolError(error.status_code, messages.get(error.status_code, str(error.detail))))
   response.headers.update(error.headers or {})

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import secrets
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 from jaxtyping import Int
 import numpy as np
@@ -48,6 +48,7 @@ class Call:
     stream: whether the answer is a stream of events.
     include_usage: whether the stream ends with the token counts.
     silent: max_tokens=0, so only the prompt is wanted.
+    chat: whether choices are messages.
   """
 
   prompts: list[Int[np.ndarray, " T"]]
@@ -58,6 +59,7 @@ class Call:
   stream: bool
   include_usage: bool
   silent: bool
+  chat: bool = False
 
   @property
   def scored(self) -> bool:
@@ -85,7 +87,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices: int, longest: int,
-               admit: Callable[[int], None] | None = None) -> Call:
+               admit: Callable[[int], None] | None = None, chat: bool = False) -> Call:
   """Checks every field of a request, and then, one after the other, turns its prompts into tokens.
 
   Args:
@@ -95,6 +97,7 @@ def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices:
     most_choices: legal number of choices of all prompts together.
     longest: legal number of tokens of a prompt and its text.
     admit: called with the number of choices before anything is tokenised; it raises what keeps them out.
+    chat: whether choices are messages.
 
   Raises:
     ProtocolError: names the first wrong field and what is legal.
@@ -106,17 +109,17 @@ def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices:
   if named != model:
     raise ProtocolError(404, f"model {named[:60]!r} does not exist; legal: {model!r}", param="model", code="model_not_found")
   _refuse_unserved(values)
-  n = _integer(values, "n", 1, 1, most_choices)
+  n = read_integer(values, "n", 1, 1, most_choices)
   raw = raw_prompts(values.get("prompt"))
   if len(raw) * n > most_choices:
     raise ProtocolError(400, f"{len(raw)} prompts of n={n} choices: at most {most_choices} choices at a time", param="prompt")
-  echo = _typed(values, "echo", bool, False, "true or false")
+  echo = read_flag(values, "echo")
   logprobs = None
   if values.get("logprobs") is not None:
-    logprobs = _integer(values, "logprobs", 0, 0, engine.alternatives)
-  max_tokens = _integer(values, "max_tokens", DEFAULT_MAX_TOKENS, 0, 2**31 - 1)
+    logprobs = read_integer(values, "logprobs", 0, 0, engine.alternatives)
+  max_tokens = read_integer(values, "max_tokens", DEFAULT_MAX_TOKENS, 0, 2**31 - 1)
   sampling = _sampling(values, max(max_tokens, 1))
-  stream = _typed(values, "stream", bool, False, "true or false")
+  stream = read_flag(values, "stream")
   options = _typed(values, "stream_options", dict, {}, "an object")
   if options and not stream:
     raise ProtocolError(400, "stream_options: only with stream=true", param="stream_options")
@@ -127,8 +130,7 @@ def parse_call(values: dict[str, Any], engine: Engine, model: str, most_choices:
     admit(len(raw) * n)
   prompts = [_fitting(prompt, engine, sampling.max_tokens, longest) for prompt in raw]
   samplings = [own for _ in prompts for own in sampling.spread(n)]
-  return Call(prompts, samplings, n, echo, logprobs, stream, _typed(options, "include_usage", bool, False, "true or false"),
-              max_tokens == 0)
+  return Call(prompts, samplings, n, echo, logprobs, stream, read_flag(options, "include_usage"), max_tokens == 0, chat)
 
 
 def _refuse_unserved(values: dict[str, Any]) -> None:
@@ -150,7 +152,7 @@ def _sampling(values: dict[str, Any], max_tokens: int) -> Sampling:
       isinstance(s, str) and 0 < len(s) <= LONGEST_STOP and is_text(s) for s in stop):
     raise ProtocolError(400, f"stop: must be a string of 1 to {LONGEST_STOP} characters, or up to {MOST_STOPS} of them",
                         param="stop")
-  seed = secrets.randbits(32) if values.get("seed") is None else _integer(values, "seed", 0, -2**63, 2**63 - 1) % 2**32
+  seed = secrets.randbits(32) if values.get("seed") is None else read_integer(values, "seed", 0, -2**63, 2**63 - 1) % 2**32
   options: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "stop": tuple(stop)}
   options |= {name: _option(values, field) for name, field in SAMPLING_FIELDS.items() if name not in options}
   try:
@@ -164,7 +166,7 @@ def _option(values: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
   if isinstance(field.default, bool):
     return _typed(values, field.name, bool, field.default, "true or false")
   if isinstance(field.default, int):
-    return _integer(values, field.name, field.default, field.metadata["low"], field.metadata["high"])
+    return read_integer(values, field.name, field.default, field.metadata["low"], field.metadata["high"])
   assert isinstance(field.default, float), f"{field.name}: how a request spells it has to be said in _sampling"
   return _number(values, field.name, field.default)
 
@@ -182,6 +184,11 @@ def _fitting(prompt: str | list[Any], engine: Engine, max_tokens: int, longest: 
   return tokens
 
 
+def read_flag(values: dict[str, Any], name: str) -> bool:
+  """A boolean of a body, False if it is missing or null. Raises `ProtocolError` for anything else."""
+  return _typed(values, name, bool, False, "true or false")
+
+
 def _typed(values: dict[str, Any], name: str, kind: type, default: Any, legal: str) -> Any:
   value = values.get(name)
   if value is None:
@@ -191,7 +198,16 @@ def _typed(values: dict[str, Any], name: str, kind: type, default: Any, legal: s
   return value
 
 
-def _integer(values: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
+@overload
+def read_integer(values: dict[str, Any], name: str, default: int, low: int, high: int) -> int: ...
+
+
+@overload
+def read_integer(values: dict[str, Any], name: str, default: None, low: int, high: int) -> int | None: ...
+
+
+def read_integer(values: dict[str, Any], name: str, default: int | None, low: int, high: int) -> int | None:
+  """A whole number of a body, `default` if it is missing or null. Raises `ProtocolError` if it is not from `low` to `high`."""
   value = values.get(name)
   if value is None:
     return default
@@ -218,6 +234,27 @@ def _short(value: Any) -> str:
   except RecursionError:
     text = "a value nested too deeply"
   return text if len(text) <= 60 else text[:57] + "..."
+
+
+class TextForm:
+  """Shows the choices of a call as the completions protocol does: as they are.
+
+  Args:
+    call: the request.
+  """
+
+  prefix, whole_object, part_object = "cmpl-", "text_completion", "text_completion"
+
+  def __init__(self, call: Call):
+    del call
+
+  def whole(self, choice: dict[str, Any]) -> dict[str, Any]:
+    """The choice with its whole text."""
+    return choice
+
+  def parts(self, choice: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a stream says of an addition to a choice, if it says anything."""
+    return [choice] if choice["text"] or choice["finish_reason"] or (choice["logprobs"] and choice["logprobs"]["tokens"]) else []
 
 
 class Choice:

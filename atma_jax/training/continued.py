@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from atma_jax.checkpoints.load import load_model
+from atma_jax.checkpoints.load import load_model, load_tokenizer_of
 from atma_jax.checkpoints.steps import FOLDER, absolute
-from atma_jax.config import Config, leaves, shown
+from atma_jax.config import TOKENIZER_OF_INIT_FROM, Config, leaves, shown
 from atma_jax.data.tokenizers import Tokenizer
 from atma_jax.errors import UserError
 from atma_jax.models.definition import ModelDefinition, params_of
@@ -32,6 +32,20 @@ def check_start(config: Config, workdir: str) -> None:
   if origin and not (absolute(workdir) / FOLDER).is_dir() and not absolute(origin).is_dir():
     raise UserError(f"config.train.init_from={origin}: no such directory; legal: a training workdir, a published checkpoint, or "
                     "empty")
+
+
+def initial_tokenizer(config: Config) -> Tokenizer | None:
+  """The tokenizer of ``config.train.init_from`` if ``config.data.tokenizer`` asks for it, else None.
+
+  Raises:
+    UserError: the checkpoint cannot be read.
+  """
+  if config.data.tokenizer != TOKENIZER_OF_INIT_FROM:
+    return None
+  try:
+    return load_tokenizer_of(config.train.init_from)
+  except UserError as error:
+    raise UserError(f"config.train.init_from={config.train.init_from}: {error}") from error
 
 
 def with_initial_weights(state: TrainState, config: Config, definition: ModelDefinition, tokenizer: Tokenizer,
@@ -69,7 +83,10 @@ def with_initial_weights(state: TrainState, config: Config, definition: ModelDef
                       f"differ: {', '.join(other) or 'none'}")
   if other:
     logging.info("%s: fields of the model that differ: %s", origin, ", ".join(other))
-  if loaded.tokenizer.to_dict() != tokenizer.to_dict():
+  if (loaded.tokenizer.kind, loaded.tokenizer.to_bytes()) != (tokenizer.kind, tokenizer.to_bytes()):
+    if config.data.tokenizer == TOKENIZER_OF_INIT_FROM:
+      raise UserError(f"{origin}: {config.data.directory} was prepared with the tokenizer of another checkpoint: name another "
+                      "config.data.directory or remove that one")
     logging.warning("%s: its tokenizer is not that of the data: the same token may mean something else", origin)
   shardings = {name: leaf.sharding for name, leaf in wanted.items()}
 

@@ -15,13 +15,15 @@ from atma_jax.ops import document_starts
 from atma_jax.ops.regularizers import draw_sketch, regularizer
 
 
-def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], *, z_loss: float, chunk: int,
+def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], weights: Float[Array, "B T"] | None = None, *,
+                        z_loss: float = 0.0, chunk: int = 512,
                         first_token: int | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """The next-token loss.
+  """The next-token loss, differentiable in the model's parameters.
 
   Args:
     model: the network.
     tokens: the inputs are the first T of each row, the targets the last T.
+    weights: of the targets' losses in the mean; None is 1 for all.
     z_loss: weight of the squared log-partition function in the loss.
     chunk: time steps of each sequence whose logits exist at once.
     first_token: the token that documents start with, end-of-text, to keep the documents of a row apart. Every target still
@@ -30,15 +32,24 @@ def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], *, z_loss: flo
 
   Returns:
     The mean loss per target token, in nats, and the mean squared log-partition function.
+
+  Raises:
+    AssertionError: tokens that are not of two axes, or not integers.
+
+  Example:
+    >>> model = atma_jax.Atma(Config().model, rngs=nnx.Rngs(0))
+    >>> tokens = jnp.zeros((2, 65), jnp.int32)
+    >>> loss, _ = nnx.jit(language_model_loss)(model, tokens)
   """
   chex.assert_rank(tokens, 2)
   inputs = tokens[:, :-1]
   hidden = model.hidden(inputs, _starts(inputs, first_token))
-  return _token_loss(model, hidden, tokens[:, 1:], z_loss, chunk)
+  return _token_loss(model, hidden, tokens[:, 1:], weights, z_loss, chunk)
 
 
-def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""], options: AuxiliaryConfig, *, z_loss: float,
-                   chunk: int, first_token: int | None = None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""], options: AuxiliaryConfig,
+                   weights: Float[Array, "B T"] | None = None, *, z_loss: float, chunk: int,
+                   first_token: int | None = None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """The next-token loss combined with auxiliary objectives, ``(1 - a) L_lm + a L_reg + d L_distractor``.
 
   L_reg is the mean over blocks of the regulariser of the block's output, whose rows are all tokens of the call. L_distractor is
@@ -50,6 +61,7 @@ def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""]
     tokens: the inputs are the first T of each row, the targets the last T.
     key: what everything random is drawn from.
     options: which objectives are on, and their weights.
+    weights: of the targets' losses in L_lm; None is 1 for all.
     z_loss: weight of the squared log-partition function in L_lm.
     chunk: time steps of each sequence whose logits exist at once.
     first_token: as for `language_model_loss`; without distractors.
@@ -74,7 +86,7 @@ def auxiliary_loss(model: Atma, tokens: Int[Array, "B T+1"], key: Key[Array, ""]
 
   inputs = tokens[:, :-1]
   hidden, results = model.tapped(inputs, tap, _starts(inputs, first_token))
-  loss, z = _token_loss(model, hidden, tokens[:, 1:], z_loss, chunk)
+  loss, z = _token_loss(model, hidden, tokens[:, 1:], weights, z_loss, chunk)
   terms, total = {"loss": loss, "z": z}, loss
   if regularize:
     terms["regularizer"] = jnp.mean(jnp.stack([r["regularizer"] for r in results]))
@@ -92,7 +104,7 @@ def _starts(tokens: Int[Array, "B T"], first_token: int | None) -> Int[Array, "B
   return None if first_token is None else document_starts(tokens, first_token)
 
 
-def _token_loss(model: Atma, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"], z_loss: float,
-                chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  loss, square = model.next_token_loss(hidden, targets, z_loss=z_loss, chunk=chunk)
+def _token_loss(model: Atma, hidden: Float[Array, "B T C"], targets: Int[Array, "B T"], weights: Float[Array, "B T"] | None,
+                z_loss: float, chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  loss, square = model.next_token_loss(hidden, targets, weights, z_loss=z_loss, chunk=chunk)
   return loss / targets.size, square / targets.size

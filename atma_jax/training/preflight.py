@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from atma_jax.checkpoints.steps import FOLDER, absolute, is_remote
 from atma_jax.claims import Claims
-from atma_jax.config import AT_LEAST_1, MOST_DEVICES, Config
+from atma_jax.config import AT_LEAST_1, MOST_DEVICES, TOKENIZER_OF_INIT_FROM, Config
 from atma_jax.data.first_look import look_at
 from atma_jax.data.manifest import MANIFEST, TOKENIZER, check_settings, load_manifest, load_prepared_tokenizer, settings_of
 from atma_jax.data.prepare import configured_tokenizer, parse_sources
@@ -33,7 +33,7 @@ from atma_jax.ops.core.devices import DEVICES
 from atma_jax.sharding import mesh_sizes
 from atma_jax.training.batches import check_divides
 from atma_jax.training.boards import check_project
-from atma_jax.training.continued import check_start
+from atma_jax.training.continued import check_start, initial_tokenizer
 from atma_jax.training.workdir import data_directory
 
 LIMIT = 60.0  # seconds that one answer may take
@@ -161,11 +161,13 @@ def _data(config: Config, directory: pathlib.Path, target: Target, remote: bool)
       raise UserError(f"config.data.tokenizer_vocab_size={config.data.tokenizer_vocab_size}: must be at most "
                       f"config.model.vocab_size={config.model.vocab_size}")
     yield f"ok           tokenizer: trained here, {config.data.tokenizer_vocab_size:,} tokens"
-  elif not target.here and _is_path_elsewhere(config.data.tokenizer):
-    yield f"not checked  config.data.tokenizer={config.data.tokenizer}: a file of the other machines"
+  elif not target.here and (config.data.tokenizer == TOKENIZER_OF_INIT_FROM
+                                or _is_path_elsewhere(config.data.tokenizer)):
+    yield f"not checked  config.data.tokenizer={config.data.tokenizer}: of the other machines"
   else:
-    found: Tokenizer | None = _within_limit(lambda: configured_tokenizer(config.data, directory / TOKENIZER),
-                                            f"config.data.tokenizer={config.data.tokenizer!r}")
+    found: Tokenizer | None = _within_limit(
+      lambda: configured_tokenizer(config.data, directory / TOKENIZER, initial_tokenizer(config)),
+      f"config.data.tokenizer={config.data.tokenizer!r}")
     assert found is not None, "only sentencepiece is trained"
     tokenizer = found
     check_vocabulary(tokenizer, config.model)

@@ -15,6 +15,7 @@ import numpy as np
 
 from atma_jax.config import Config
 from atma_jax.data.pipeline import heldout_documents, validation_batches
+from atma_jax.data.shards import split_mask
 from atma_jax.models.definition import ModelDefinition, Params
 from atma_jax.sharding import named_sharding
 
@@ -32,7 +33,7 @@ def make_validation(config: Config, definition: ModelDefinition, mesh: Mesh,
   Returns:
     ``params -> {"validation/loss": nats, "validation/loss_at_4x": nats, ...}``. The losses at multiples of the training length
     are means over nested prefixes of the same documents, those as long as the largest multiple; multiples that no document
-    reaches are left out.
+    reaches are left out. Of conversations, the first loss is that of the answers, the others are those of all tokens.
   """
   T, rows = config.data.sequence_length, mesh.shape["data"] * mesh.shape["fsdp"]
   sharding = named_sharding(mesh, ("batch", None))
@@ -56,8 +57,10 @@ def make_validation(config: Config, definition: ModelDefinition, mesh: Mesh,
   def validate(params: Params) -> dict[str, float]:
     batches = itertools.islice(validation_batches(config.data, directory, batch_size, T), config.train.validation_batches)
     with jax.set_mesh(mesh):
-      sums = [losses(params, place(batch["tokens"])) for batch in batches]
-      results = {"validation/loss": float(np.mean([np.asarray(s) for s in sums]))}
+      tokens, counts = zip(*(split_mask(batch["tokens"]) for batch in batches))
+      found = np.asarray([np.asarray(losses(params, place(rows))) for rows in tokens])
+      counted = np.asarray(counts)[..., 1:]
+      results = {"validation/loss": float(found.mean() if counted.all() else found[counted].mean())}
       if prefixes is not None:
         per_token = np.concatenate([np.asarray(losses(params, place(prefixes[i : i + rows]))) for i in range(0, padded, rows)])
         results |= {f"validation/loss_at_{m}x": float(per_token[:, : m * T].mean()) for m in reached}

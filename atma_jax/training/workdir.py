@@ -14,10 +14,11 @@ from atma_jax.checkpoints.steps import absolute, is_remote
 from atma_jax.claims import Claim, hold
 from atma_jax.compilation_cache import user_cache
 from atma_jax.config import Config
-from atma_jax.data.manifest import load_manifest, settings_of
+from atma_jax.data.manifest import MANIFEST, load_manifest, settings_of
 from atma_jax.data.prepare import prepare
 from atma_jax.errors import UserError, described
 from atma_jax.json_input import json_digest
+from atma_jax.training.continued import initial_tokenizer
 
 
 def data_directory(config: Config, workdir: str) -> pathlib.Path:
@@ -56,7 +57,7 @@ def prepare_data(config: Config, directory: pathlib.Path, *, shared: bool) -> No
   first = 0 if shared else hosts.index(hosts[jax.process_index()])
   with distributed.agreed():
     if jax.process_index() == first:
-      prepare(config.data, directory)
+      prepare(config.data, directory, tokenizer=None if (directory / MANIFEST).exists() else initial_tokenizer(config))
   if not shared:
     found = distributed.exchange(load_manifest(directory).fingerprint)
     other = next((index for index, fingerprint in enumerate(found) if fingerprint != found[0]), None)

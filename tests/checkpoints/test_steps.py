@@ -30,5 +30,5 @@ def test_an_error_of_the_file_is_damage(tmp_path):
   def load(step: epath.Path):
     raise ValueError(f"{step.name}: corrupt chunk")
 
-  with pytest.raises(UserError, match="none of the steps .* can be restored"):
+  with pytest.raises(UserError, match=r"none of the steps .* can be restored"):
     newest_good_step(epath.Path(tmp_path), [2, 1], load)

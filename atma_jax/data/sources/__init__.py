@@ -7,6 +7,7 @@ To add a source, add a file; `atma_jax.data.source` says what it defines. A sour
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import importlib
 import pkgutil
 
@@ -49,3 +50,8 @@ def parse_source(entry: str) -> Source:
         reason = str(error)
   legal = ", ".join(f"{source.syntax} ({source.help})" for source in types.values())
   raise UserError(f"config.data.sources: {entry!r} {reason}; legal: {legal}")
+
+
+def masks(entries: Iterable[str]) -> bool:
+  """Whether any of these entries of ``config.data.sources`` has tokens that are read but not predicted."""
+  return any(parse_source(entry).masked for entry in entries)

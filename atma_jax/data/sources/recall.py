@@ -45,7 +45,7 @@ class RecallSource(TextSource):
 
   def __post_init__(self) -> None:
     source = parse_source(self.argument)
-    if not isinstance(source, TextSource) or source.base is not source:
+    if not isinstance(source, TextSource) or source.base is not source or source.masked:
       raise ValueError(f"must name a source of text after {self.prefix}:")
 
   @property

@@ -92,8 +92,20 @@ _CLASSES: dict[str, type[Mixer]] = {}
 def register_mixer(kind: str) -> Callable[[M], M]:
   """Class decorator that makes a mixer available as `kind`; a cell of a notebook may be run again.
 
+  Args:
+    kind: its name in ``config.model.block_pattern``.
+
+  Returns:
+    The decorator, which returns the class as it is.
+
   Raises:
     ValueError: the kind is that of a mixer in another module.
+
+  Example:
+    >>> from atma_jax.models.mixers import MIXERS, Mixer
+    >>> NoMixer = register_mixer("nothing")(type("NoMixer", (Mixer,), {"__module__": "notebook"}))
+    >>> MIXERS.pop("nothing")
+    'notebook'
   """
   def register(cls: M) -> M:
     if MIXERS.setdefault(kind, cls.__module__) != cls.__module__:
