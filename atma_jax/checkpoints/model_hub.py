@@ -95,14 +95,20 @@ def push_directory(directory: str | os.PathLike, name: str, private: bool) -> st
   check_push_name(name)
   api = huggingface_hub.HfApi(endpoint=hub_address(), library_name="atma_jax")
   what, outcome = f"--push={name}", f"cannot be written on {hub_address()} ({directory} is complete)"
+
+  def upload() -> str:
+    try:
+      return api.upload_folder(repo_id=name, folder_path=directory, commit_message="Upload by atma_jax").oid
+    except RuntimeError as error:  # of a large file, which hides what the store answered
+      raise error.__cause__ or error from None
+
   with _quiet_hub():
     try:
       retried(lambda: api.create_repo(name, private=private or None, exist_ok=True), what, attempts=1, outcome=outcome)
-      commit = retried(lambda: api.upload_folder(repo_id=name, folder_path=directory, commit_message="Upload by atma_jax"), what,
-                       attempts=1, outcome=outcome)
+      commit = retried(upload, what, attempts=1, outcome=outcome)
     except FileNotFoundError as error:
       raise UserError(f"{what} {outcome}: there is no such user or model, or HF_TOKEN may not write to it") from error
-  logging.info("%s: commit %s", what, commit.oid)
+  logging.info("%s: commit %s", what, commit)
   return f"{hub_address()}/{name}"
 
 

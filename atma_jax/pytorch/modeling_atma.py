@@ -249,6 +249,10 @@ class AtmaRMSNorm(nn.Module):
     return (unit_rms(wide(x), self.eps) * wide(self.weight)).to(x.dtype)
 
 
+class AtmaOutput(nn.Linear):
+  """A projection to the residual stream or to logits, which training starts from zero."""
+
+
 class AtmaShortConv(nn.Conv1d):
   """Depthwise causal convolution without bias; its weight is (channels, 1, taps), the last tap for the current token."""
 
@@ -271,7 +275,7 @@ class AtmaMLP(nn.Module):
   def __init__(self, config: AtmaConfig):
     super().__init__()
     self.fc = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
-    self.proj = nn.Linear(config.intermediate_size, config.hidden_size)
+    self.proj = AtmaOutput(config.intermediate_size, config.hidden_size)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
     u, g = self.fc(x).chunk(2, dim=-1)
@@ -284,7 +288,7 @@ class AtmaLocalMixer(nn.Module):
   def __init__(self, config: AtmaConfig):
     super().__init__()
     width = config.hidden_size
-    self.in_proj, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+    self.in_proj, self.out_proj = nn.Linear(width, 3 * width), AtmaOutput(width, width)
     self.conv = AtmaShortConv(width, config.conv_kernel_size)
 
   def forward(self, x: torch.Tensor, span: Span, state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -300,7 +304,7 @@ class AtmaMemory(nn.Module):
     self.config, width, heads = config, config.hidden_size, config.num_attention_heads
     self.w_gamma, self.w_beta = nn.Linear(width, heads), nn.Linear(width, heads)
     self.gate = nn.Linear(width, heads * config.head_dim)
-    self.proj = nn.Linear(heads * config.head_dim, width)
+    self.proj = AtmaOutput(heads * config.head_dim, width)
 
   def forward(self, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span,
               state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -364,7 +368,7 @@ class AtmaGlobalMixer(nn.Module):
     width, heads, dim = config.hidden_size, config.num_attention_heads, config.head_dim
     inner, inner_kv = heads * dim, config.num_key_value_heads * dim
     self.q, self.k, self.v = nn.Linear(width, 2 * inner), nn.Linear(width, inner_kv), nn.Linear(width, inner_kv)
-    self.proj = nn.Linear(inner, width)
+    self.proj = AtmaOutput(inner, width)
     if config.attn_type != "rope":
       self.canon_q = AtmaShortConv(inner, config.attn_kernel_size)
       self.canon_k = AtmaShortConv(inner_kv, config.attn_kernel_size)
@@ -373,7 +377,7 @@ class AtmaGlobalMixer(nn.Module):
       self.null_base, self.null_slope_raw = nn.Parameter(torch.full((heads,), 2.0)), nn.Parameter(torch.full((heads,), 0.5))
       self.len_gain_raw, self.mag_beta_raw = nn.Parameter(torch.full((heads,), -1.0)), nn.Parameter(torch.full((heads,), -1.5))
       self.v_null = nn.Parameter(torch.zeros(heads, dim))
-      self.mu_proj = nn.Linear(heads, width)
+      self.mu_proj = AtmaOutput(heads, width)
     if config.mem_enabled:
       self.mem = AtmaMemory(config)
 
@@ -529,7 +533,7 @@ class AtmaPreTrainedModel(PreTrainedModel):
     scale = self.config.initializer_range
     if isinstance(module, (nn.Linear, nn.Conv1d)):
       fan_in = module.weight[0].numel()
-      nn.init.normal_(module.weight, std=scale / math.sqrt(fan_in))
+      nn.init.normal_(module.weight, std=0.0 if isinstance(module, AtmaOutput) else scale / math.sqrt(fan_in))
       if module.bias is not None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
@@ -540,10 +544,6 @@ class AtmaPreTrainedModel(PreTrainedModel):
       for raw, value in ((module.null_base, 2.0), (module.null_slope_raw, 0.5), (module.len_gain_raw, -1.0),
                          (module.mag_beta_raw, -1.5), (module.v_null, 0.0)):
         nn.init.constant_(raw, value)
-    for name in ("proj", "out_proj", "mu_proj"):
-      output = getattr(module, name, None)
-      if isinstance(output, nn.Linear):
-        nn.init.zeros_(output.weight)
 
 
 class AtmaForCausalLM(AtmaPreTrainedModel, GenerationMixin):
@@ -558,7 +558,7 @@ class AtmaForCausalLM(AtmaPreTrainedModel, GenerationMixin):
     self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
     self.blocks = nn.ModuleList([AtmaBlock(config, kind) for kind in config.layer_kinds])
     self.norm = AtmaRMSNorm(config.hidden_size, config.rms_norm_eps)
-    self.proj = nn.Linear(config.hidden_size, config.vocab_size)
+    self.proj = AtmaOutput(config.hidden_size, config.vocab_size)
     self.post_init()
 
   def get_input_embeddings(self) -> nn.Module:
