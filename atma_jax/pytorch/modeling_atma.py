@@ -27,68 +27,53 @@ CHUNK = 64  # tokens that the memory takes at once
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # as transformers calls it
 
 
-class AtmaConfig(PretrainedConfig):
-  """The fields of config.json.
+DEFAULTS: dict[str, Any] = {  # the fields of config.json
+  "vocab_size": 50304,  # tokens that the embedding and the head know
+  "hidden_size": 1024,  # width of the residual stream, C
+  "num_hidden_layers": 16,  # blocks
+  "num_attention_heads": 8,  # query heads, H
+  "num_key_value_heads": 2,  # key/value heads, K
+  "head_dim": 128,  # size of a head, D
+  "intermediate_size": 4096,  # hidden units of the gated MLP
+  "block_pattern": ("local", "local", "global", "local"),  # kinds of mixer, repeated over the depth
+  "attn_type": "polar",  # core of the global mixers: polar, nope or rope
+  "attn_window": None,  # keys that each query may see; None is all before it
+  "attn_kernel_size": 4,  # taps of the convolutions on queries, keys and values
+  "conv_kernel_size": 3,  # taps of the gated short convolution
+  "attn_null_length": None,  # visible keys at which the null's logit stops growing; None is never
+  "attn_count_length": None,  # visible keys past which null and magnitude are told the count relative to it; None is never
+  "attn_direction_scale": 1.0,  # length of the direction
+  "mem_enabled": True,  # whether global mixers have a gated-delta memory
+  "mem_gamma_bias": 3.9,  # added to the logit of its decay gate
+  "mem_beta_bias": 0.0,  # added to the logit of its write gate
+  "mem_max_half_life": None,  # tokens that no head's half-life exceeds; None is no bound
+  "mem_reset": None,  # tokens after which the memory begins again; None is never
+  "mem_off": False,  # leave out what is read from the memory
+  "logit_cap": 15.0,  # bound c on the logits: z becomes c z / sqrt(z^2 + c^2)
+  "rms_norm_eps": 1e-6,  # added to the mean square in the norms of the residual stream
+  "max_position_embeddings": 2048,  # tokens of a training sequence; longer ones are legal
+  "initializer_range": 1.0,  # factor of the initial weights, whose variance is otherwise 1 / fan-in
+  "use_cache": True,  # whether `forward` makes a cache by default
+}
 
-  Args:
-    vocab_size: tokens that the embedding and the head know.
-    hidden_size: width of the residual stream, C.
-    num_hidden_layers: blocks.
-    num_attention_heads: query heads, H.
-    num_key_value_heads: key/value heads, K.
-    head_dim: size of a head, D.
-    intermediate_size: hidden units of the gated MLP.
-    block_pattern: kinds of mixer, "local" or "global", repeated over the depth.
-    attn_type: core of the global mixers: "polar", "nope" or "rope".
-    attn_window: keys that each query may see; None is all before it.
-    attn_kernel_size: taps of the convolutions on queries, keys and values.
-    conv_kernel_size: taps of the gated short convolution.
-    attn_null_length: visible keys at which the null's logit stops growing; None is never.
-    attn_count_length: visible keys past which null and magnitude are told the count relative to it; None is never.
-    attn_direction_scale: length of the direction.
-    mem_enabled: whether global mixers have a gated-delta memory.
-    mem_gamma_bias, mem_beta_bias: added to the logits of its decay and write gates.
-    mem_max_half_life: tokens that no head's half-life exceeds; None is no bound.
-    mem_reset: tokens after which the memory begins again; None is never.
-    mem_off: leave out what is read from the memory.
-    logit_cap: bound c on the logits: z becomes c z / sqrt(z^2 + c^2).
-    rms_norm_eps: added to the mean square in the norms of the residual stream.
-    max_position_embeddings: tokens of a training sequence; longer ones are legal.
-    initializer_range: factor of the initial weights, whose variance is otherwise 1 / fan-in.
-    use_cache: whether `forward` makes a cache by default.
-  """
+
+class AtmaConfig(PretrainedConfig):
+  """The fields of config.json; see `DEFAULTS`."""
 
   model_type = "atma"
   keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
-  def __init__(self, vocab_size: int = 50304, hidden_size: int = 1024, num_hidden_layers: int = 16,
-               num_attention_heads: int = 8, num_key_value_heads: int = 2, head_dim: int = 128, intermediate_size: int = 4096,
-               block_pattern: list[str] | None = None, attn_type: str = "polar", attn_window: int | None = None,
-               attn_kernel_size: int = 4, conv_kernel_size: int = 3, attn_null_length: int | None = None,
-               attn_count_length: int | None = None, attn_direction_scale: float = 1.0, mem_enabled: bool = True,
-               mem_gamma_bias: float = 3.9, mem_beta_bias: float = 0.0, mem_max_half_life: float | None = None,
-               mem_reset: int | None = None, mem_off: bool = False, logit_cap: float = 15.0, rms_norm_eps: float = 1e-6,
-               max_position_embeddings: int = 2048, initializer_range: float = 1.0, use_cache: bool = True,
-               tie_word_embeddings: bool = False, **kwargs: Any):
-    self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
-    self.num_attention_heads, self.num_key_value_heads, self.head_dim = num_attention_heads, num_key_value_heads, head_dim
-    self.intermediate_size = intermediate_size
-    self.block_pattern = list(block_pattern or ("local", "local", "global", "local"))
-    self.attn_type, self.attn_window = attn_type, attn_window
-    self.attn_kernel_size, self.conv_kernel_size = attn_kernel_size, conv_kernel_size
-    self.attn_null_length, self.attn_count_length = attn_null_length, attn_count_length
-    self.attn_direction_scale = attn_direction_scale
-    self.mem_enabled, self.mem_gamma_bias, self.mem_beta_bias = mem_enabled, mem_gamma_bias, mem_beta_bias
-    self.mem_max_half_life, self.mem_reset, self.mem_off = mem_max_half_life, mem_reset, mem_off
-    self.logit_cap, self.rms_norm_eps, self.initializer_range = logit_cap, rms_norm_eps, initializer_range
-    self.max_position_embeddings, self.use_cache = max_position_embeddings, use_cache
-    if attn_type not in ("polar", "nope", "rope"):
-      raise ValueError(f"attn_type={attn_type!r}: legal: polar, nope, rope")
+  def __init__(self, tie_word_embeddings: bool = False, **kwargs: Any):
+    for name, default in DEFAULTS.items():
+      setattr(self, name, kwargs.pop(name, default))
+    self.block_pattern = list(self.block_pattern)
+    if self.attn_type not in ("polar", "nope", "rope"):
+      raise ValueError(f"attn_type={self.attn_type!r}: legal: polar, nope, rope")
     if not set(self.block_pattern) <= {"local", "global"}:
       raise ValueError(f"block_pattern={self.block_pattern}: legal: local, global")
-    if num_attention_heads % num_key_value_heads:
-      raise ValueError(f"num_attention_heads={num_attention_heads} must be a multiple of "
-                       f"num_key_value_heads={num_key_value_heads}")
+    if self.num_attention_heads % self.num_key_value_heads:
+      raise ValueError(f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                       f"num_key_value_heads={self.num_key_value_heads}")
     super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
   @property
@@ -140,22 +125,11 @@ class AtmaCache(Cache):
 
   get_max_cache_shape = get_max_length  # as older versions of transformers call it
 
-  def select_rows(self, change: Any) -> None:
-    """Replaces every tensor by what `change` makes of it."""
-    self.states = {layer: {name: change(tensor) for name, tensor in state.items()} for layer, state in self.states.items()}
-    self.mask = None if self.mask is None else change(self.mask)
-
   def reorder_cache(self, beam_idx: torch.Tensor) -> None:
     """Gives every row the cache of another, for beam search."""
-    self.select_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-  def batch_repeat_interleave(self, repeats: int) -> None:
-    """Repeats every row."""
-    self.select_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-  def batch_select_indices(self, indices: torch.Tensor) -> None:
-    """Keeps some rows."""
-    self.select_rows(lambda tensor: tensor[indices])
+    for state in self.states.values():
+      state.update({name: tensor.index_select(0, beam_idx.to(tensor.device)) for name, tensor in state.items()})
+    self.mask = None if self.mask is None else self.mask.index_select(0, beam_idx.to(self.mask.device))
 
   def crop(self, max_length: int) -> None:
     """Refuses: a memory cannot forget single tokens."""
@@ -455,14 +429,7 @@ class AtmaGlobalMixer(nn.Module):
 
   def _polar(self, scores: torch.Tensor, visible: torch.Tensor, values: torch.Tensor,
              positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Directions, times their length (B, K, G t, D), and magnitudes (B, t, H).
-
-    Args:
-      scores: (B, K, G, t, s), ``q.k / sqrt(D)``.
-      visible: broadcasts against scores.
-      values: (B, K, s, D).
-      positions: (B or 1, t).
-    """
+    """Directions, times their length (B, K, G t, D), and magnitudes (B, t, H), of scores ``q.k / sqrt(D)`` (B, K, G, t, s)."""
     config, (B, K, G, t, _) = self.config, scores.shape
     n = (positions + 1).to(scores.dtype)
     if config.attn_window is not None:
@@ -631,7 +598,3 @@ class AtmaForCausalLM(AtmaPreTrainedModel, GenerationMixin):
     output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=tuple(hidden_states) if keep_hidden else None,
                                     **{CACHE_FIELD: cache if use_cache else None})
     return output if return_dict is not False else output.to_tuple()
-
-
-AtmaConfig.register_for_auto_class("AutoConfig")
-AtmaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
