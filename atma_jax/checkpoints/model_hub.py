@@ -98,7 +98,7 @@ def push_directory(directory: str | os.PathLike, name: str, private: bool) -> st
 
   def upload() -> str:
     try:
-      return api.upload_folder(repo_id=name, folder_path=directory, commit_message="Upload by atma_jax").oid
+      return api.upload_folder(repo_id=name, folder_path=os.fspath(directory), commit_message="Upload by atma_jax").oid
     except RuntimeError as error:  # of a large file, which hides what the store answered
       raise error.__cause__ or error from None
 

@@ -291,9 +291,9 @@ class AtmaMemory(nn.Module):
       log_gamma = torch.where((span.positions % config.mem_reset == 0)[..., None], FORGETS, log_gamma)
     beta = torch.sigmoid(wide(self.w_beta(x)) + config.mem_beta_bias)
     log_gamma, beta = span.without_padding(log_gamma), span.without_padding(beta)
-    heads = [y.transpose(1, 2) for y in (unit_length(q), unit_length(k).repeat_interleave(groups, dim=2),
-                                         wide(v).repeat_interleave(groups, dim=2))]
-    readout, state["memory"] = gated_delta(*heads, log_gamma.transpose(1, 2), beta.transpose(1, 2), state.get("memory"))
+    k, v = unit_length(k).repeat_interleave(groups, dim=2), wide(v).repeat_interleave(groups, dim=2)
+    q, k, v, log_gamma, beta = (y.transpose(1, 2) for y in (unit_length(q), k, v, log_gamma, beta))
+    readout, state["memory"] = gated_delta(q, k, v, log_gamma, beta, state.get("memory"))
     if config.mem_off:
       readout = torch.zeros_like(readout)
     readout = unit_rms(readout.transpose(1, 2).to(x.dtype), HEAD_EPS).flatten(2)
