@@ -72,7 +72,8 @@ def write_for_transformers(folder: pathlib.Path, config: Config, model: Atma, to
     (folder / OWN_TOKENIZER).write_text(json.dumps(tokenizer.to_dict()))
   _write_json(folder / "tokenizer_config.json", {
     "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end, "padding_side": "left",
-    "clean_up_tokenization_spaces": False, "split_special_tokens": True})  # no text encodes to a special token
+    "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+    "split_special_tokens": True})  # no text encodes to a special token
   ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
   _write_json(folder / "generation_config.json", ids)
   use = _USE.format(dtype=config.model.param_dtype, end=end, end_id=tokenizer.eot_id)
