@@ -23,7 +23,8 @@ from atma_jax.evaluation.options import option_owners, parse_caps
 from atma_jax.evaluation.report.page import write_report
 from atma_jax.evaluation.suites import all_suites
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, a published checkpoint, or "
+                                  "hf:USER/NAME.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where results.jsonl, the plots and the report go.")
 _REPORT = flags.DEFINE_boolean("report", False, "Write OUTPUT/report.html.")
 _COMPARE = flags.DEFINE_list("compare", [], "More results.jsonl files, for the report.")

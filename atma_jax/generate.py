@@ -25,7 +25,8 @@ from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, or a published checkpoint.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, its checkpoints folder, a published checkpoint, or "
+                                  "hf:USER/NAME.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default is the newest good one.")
 _EMA = flags.DEFINE_boolean("ema", False, "Use the moving average of the weights (config.train.ema_decay).")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; empty starts a document.")

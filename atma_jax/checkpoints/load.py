@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 import orbax.checkpoint as ocp
 
+from atma_jax.checkpoints.model_hub import fetch_checkpoint, is_on_hub
 from atma_jax.checkpoints.overrides import checked_overrides, refuse_unfitting
 from atma_jax.checkpoints.steps import FOLDER, LoadedStep, absolute, is_remote, newest_good_step, read_arrays, read_meta
 from atma_jax.config import Config
@@ -45,7 +46,8 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
   """Loads configuration, model, tokenizer and step number; of the arrays only the parameters are read.
 
   Args:
-    directory: a training workdir, its folder ``checkpoints``, or a published checkpoint (see `atma_jax.pytorch`).
+    directory: a training workdir, its folder ``checkpoints``, a published checkpoint (see `atma_jax.pytorch`), or one of these on
+      the Hugging Face hub, ``hf:USER/NAME[@REVISION]``.
     step: the step to read; None is the newest good one.
     mesh: where the parameters go; None is every device along ``data``.
     ema: read the exponential moving average of the parameters instead (``config.train.ema_decay``).
@@ -58,8 +60,9 @@ def load_model(directory: str | os.PathLike, step: int | None = None, mesh: Mesh
     A `LoadedModel`: ``config``, ``model``, ``tokenizer`` and ``step`` by name, or unpacked in that order.
 
   Raises:
-    UserError: no such directory or step, no good step, no average in it, a malformed published checkpoint, or an override that
-      is unknown, not legal, or that the model has no use for.
+    RunError: the hub does not answer.
+    UserError: no such directory, model or step, no good step, no average in it, a malformed published checkpoint, or an override
+      that is unknown, not legal, or that the model has no use for.
 
   Example:
     >>> config, model, tokenizer, step = load_model("runs/quickstart")
@@ -120,8 +123,8 @@ def load_tokenizer_of(directory: str | os.PathLike) -> Tokenizer:
 
 
 def _folder(directory: str | os.PathLike) -> epath.Path:
-  """The folder of the steps. Raises `UserError` if there is no such directory."""
-  folder = absolute(directory)
+  """The folder of the steps, brought from the hub for ``hf:USER/NAME``. Raises `UserError` if there is no such directory."""
+  folder = absolute(fetch_checkpoint(os.fspath(directory)) if is_on_hub(directory) else directory)
   folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
   if not folder.is_dir():
     raise UserError(f"--checkpoint={directory}: no such directory")

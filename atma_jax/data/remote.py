@@ -146,13 +146,14 @@ def fetch_file(path: str, target: pathlib.Path, size: int | None, progress: Call
     write_atomically(target, write)
 
 
-def retried(call: Callable[[], _T], what: str, *, attempts: int | None = None) -> _T:
+def retried(call: Callable[[], _T], what: str, *, attempts: int | None = None, outcome: str = "cannot be read") -> _T:
   """Calls a function until it succeeds; only failures that may pass, such as a busy server and a cut connection, are tried again.
 
   Args:
     call: what to do, again from the start after each failure.
     what: it reads, for messages.
     attempts: how often; None is `ATTEMPTS`.
+    outcome: what a failure means for `what`, for messages.
 
   Raises:
     RunError: every attempt failed.
@@ -176,10 +177,10 @@ def retried(call: Callable[[], _T], what: str, *, attempts: int | None = None) -
       if status == 404:
         raise FileNotFoundError(reason) from error
       if not _is_temporary(cause, status):
-        raise UserError(f"{what} cannot be read: {reason}") from error
+        raise UserError(f"{what} {outcome}: {reason}") from error
       if attempt == attempts:
         tried = f", tried {attempts} times" if attempts > 1 else ""
-        raise RunError(f"{what} cannot be read{tried}: {reason}") from error
+        raise RunError(f"{what} {outcome}{tried}: {reason}") from error
       wait = min(max(pause, _asked_to_wait(cause)), LONGEST_WAIT)
       logging.warning("%s: %s; trying again in %.3g s (%d of %d)", what, reason, wait, attempt + 1, attempts)
       time.sleep(wait)

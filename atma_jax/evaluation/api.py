@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from atma_jax import distributed
 from atma_jax.checkpoints.load import LoadedModel, load_model, overridden
+from atma_jax.checkpoints.model_hub import located
 from atma_jax.checkpoints.overrides import checked_overrides, in_effect
 from atma_jax.config import Config, RetentionCap
 from atma_jax.data.manifest import load_manifest, load_prepared_tokenizer
@@ -42,7 +43,8 @@ def evaluate(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str],
   with the status "out_of_memory" and without a value, and tried again only on other hardware or within other limits.
 
   Args:
-    checkpoint: a working directory of `train`, its ``checkpoints`` folder, or a published checkpoint.
+    checkpoint: a working directory of `train`, its ``checkpoints`` folder, a published checkpoint, or one of these on the hub,
+      ``hf:USER/NAME[@REVISION]``.
     output: directory of the results.
     overrides: values of the model's fields that replace those it was trained with, as in `load_model`. Without ``window``
       among them, every key is visible, unless ``keep_window`` is given.
@@ -74,13 +76,14 @@ def evaluate(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str],
     raise UserError("--keep_window and --window: only one of them can be given")
   if single_cap is not None and retention_caps:
     raise UserError("--retention_cap and --retention_cap_sweep: only one of them can be given")
-  loaded = load_model(checkpoint, common.step, mesh, ema=common.ema, overrides=overrides)
+  source, recorded = located(checkpoint)
+  loaded = load_model(source, common.step, mesh, ema=common.ema, overrides=overrides)
   keeps_window = common.keep_window or "window" in overrides
   model = loaded.model if keeps_window else overridden(loaded.model, {"window": None})
   inputs = _make_inputs(loaded, model, mesh, common)
   with distributed.agreed():
     results = ResultsFile(pathlib.Path(output) / "results.jsonl", writes=jax.process_index() == 0)
-  identity = {"checkpoint": str(pathlib.Path(checkpoint).absolute()), "step": loaded.step, "name": loaded.config.name,
+  identity = {"checkpoint": recorded, "step": loaded.step, "name": loaded.config.name,
               **({"ema": True} if common.ema else {}), **in_effect(model.config)}
   length = loaded.config.data.sequence_length
   context = {"training_length": length, "config": loaded.config.to_dict(), "jax": jax.__version__, "code": code_version(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
@@ -38,6 +39,7 @@ _MOST_AXES = 8
 _MOST_SHARED = 4  # tied weights are stored once and read as often as they have names
 _ENCRYPTED = 1  # flag of a member
 _ALIGNMENT = 64  # bytes; where tensors start inside weights.pt
+_DIGEST = "data_sha256"  # of the bytes after the header, in the metadata of the safetensors files written here
 
 TensorSpec = tuple[str, tuple[int, ...], np.dtype]  # name, shape and dtype
 
@@ -136,7 +138,8 @@ def open_safetensors(paths: Sequence[pathlib.Path]) -> dict[str, StoredTensor]:
   """Opens safetensors files and returns their tensors by name, none of them read yet.
 
   Raises:
-    UserError: the library `safetensors` is not installed, a file is damaged, or two files hold a tensor of the same name.
+    UserError: the library `safetensors` is not installed, a file is damaged or has another digest than it says, or two files hold
+      a tensor of the same name.
   """
   try:
     import safetensors
@@ -149,8 +152,12 @@ def open_safetensors(paths: Sequence[pathlib.Path]) -> dict[str, StoredTensor]:
     try:
       file = safetensors.safe_open(path, "numpy")
       views = {name: file.get_slice(name) for name in list(file.keys())}
+      expected = (file.metadata() or {}).get(_DIGEST)
+      found = None if expected is None else _digest_of_data(path)
     except (OSError, safetensors.SafetensorError) as error:
       raise UserError(f"{path}: not a safetensors file: {error}") from error
+    if found != expected:
+      raise UserError(f"{path}: damaged: the digest of its tensors differs from the one it holds ({_DIGEST})")
     for name, view in views.items():
       if name in tensors:
         raise UserError(f"{path}: tensor {name!r} is in another file too")
@@ -193,9 +200,12 @@ def write_state_dict(path: pathlib.Path, specs: Sequence[TensorSpec], arrays: It
 def write_safetensors(path: pathlib.Path, specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]) -> None:
   """Writes a safetensors file, one array at a time; the library's own writer needs all of them in memory.
 
-  Arguments and errors are those of `write_state_dict`.
+  Its metadata holds a digest of the tensors, which `open_safetensors` verifies. Arguments and errors are those of
+  `write_state_dict`.
   """
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  digest = hashlib.sha256()
+  unknown = "0" * len(digest.hexdigest())  # until the tensors are written
+  header: dict[str, Any] = {"__metadata__": {"format": "pt", _DIGEST: unknown}}
   start = 0
   for name, shape, dtype in specs:
     stop = start + math.prod(shape) * dtype.itemsize
@@ -206,7 +216,18 @@ def write_safetensors(path: pathlib.Path, specs: Sequence[TensorSpec], arrays: I
   with open(path, "wb") as file:
     file.write(struct.pack("<Q", len(content)) + content)
     for array in _checked(specs, arrays):
-      file.write(array.reshape(-1).view(np.uint8).data)
+      data = array.reshape(-1).view(np.uint8).data
+      digest.update(data)
+      file.write(data)
+    file.seek(8)
+    file.write(content.replace(unknown.encode(), digest.hexdigest().encode(), 1))
+
+
+def _digest_of_data(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of what follows the header of a safetensors file."""
+  with open(path, "rb") as file:
+    file.seek(8 + struct.unpack("<Q", file.read(8))[0])
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checked(specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

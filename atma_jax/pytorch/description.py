@@ -26,7 +26,7 @@ class AtmaConfig(PretrainedConfig):
 '''
 
 _CARD = """---
-library_name: atma_jax
+library_name: {library}
 pipeline_tag: text-generation
 tags:
 - atma
@@ -43,13 +43,17 @@ A decoder of [Polar Attention](https://arxiv.org/abs/2606.25156): {kind}, {milli
 |---|---|
 {rows}
 
+{use}
+"""
+
+_USE = """\
 `config.json` is the configuration of the published PyTorch code with the fields that `transformers` describes a model by;
 tensors have the names of that code. There is no modelling code for `transformers` here. To use it:
 
     python -m atma_jax.generate --checkpoint=THIS_DIRECTORY --prompt="..."
     python -m atma_jax.evaluate --checkpoint=THIS_DIRECTORY --data=PREPARED_DATA --output=RESULTS
 
-`AutoConfig.from_pretrained(THIS_DIRECTORY, trust_remote_code=True)` describes it; the code it trusts is `configuration_atma.py`.
+`AutoConfig.from_pretrained(THIS_DIRECTORY, trust_remote_code=True)` describes it; the code it trusts is `configuration_atma.py`.\
 """
 
 
@@ -72,18 +76,22 @@ def describe(folder: pathlib.Path, config: Config, model: Atma, tokenizer: Token
     (folder / "tokenizer_config.json").write_text(json.dumps(
       {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "clean_up_tokenization_spaces": False,
        "model_max_length": config.data.sequence_length}, indent=1))
-  (folder / "README.md").write_text(_card(config, model, tokenizer, step))
+  (folder / "README.md").write_text(model_card(config, model, tokenizer, step, "atma_jax", _USE))
+  return common_fields(config, tokenizer) | {"auto_map": {"AutoConfig": "configuration_atma.AtmaConfig"}}
+
+
+def common_fields(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+  """Returns the fields by which `transformers` describes any decoder."""
   m = config.model
-  fields = {"architectures": ["AtmaForCausalLM"], "model_type": "atma",
-            "auto_map": {"AutoConfig": "configuration_atma.AtmaConfig"}, "num_attention_heads": m.num_heads,
+  fields = {"architectures": ["AtmaForCausalLM"], "model_type": "atma", "num_attention_heads": m.num_heads,
             "num_key_value_heads": m.num_kv_heads, "intermediate_size": m.mlp_width}
   if 0 < tokenizer.vocab_size <= m.vocab_size:
     fields |= {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
   return fields
 
 
-def _card(config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> str:
-  """Returns the text of the model card."""
+def model_card(config: Config, model: Atma, tokenizer: Tokenizer, step: int, library: str, use: str) -> str:
+  """Returns the text of the model card, with the library that loads the model and what to say about its use."""
   m = config.model
   cores = {"polar": "polar attention", "nope": "softmax attention without positions", "rope": "softmax attention with rotary "
            "positions"}
@@ -97,5 +105,6 @@ def _card(config: Config, model: Atma, tokenizer: Tokenizer, step: int) -> str:
           "head size": m.head_dim, "vocabulary": m.vocab_size, "tokenizer": tokenizer.kind,
           "window": "none" if m.window is None else m.window,
           "weights": ", ".join(sorted({np.dtype(dtype).name for _, _, dtype in specs}))}
-  return _CARD.format(name=config.name, kind=kind, millions=parameters / 1e6, length=config.data.sequence_length, step=step,
+  return _CARD.format(name=config.name, library=library, use=use, kind=kind, millions=parameters / 1e6,
+                      length=config.data.sequence_length, step=step,
                       rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()))

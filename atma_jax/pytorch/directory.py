@@ -22,8 +22,10 @@ from atma_jax.pytorch.published_config import from_published, model_config, read
 from atma_jax.pytorch.published_limits import uncarried
 from atma_jax.pytorch.published_raven import is_raven
 from atma_jax.pytorch.published_tensors import from_state_dict, to_state_dict
+from atma_jax.pytorch.transformers_export import OWN_TOKENIZER, check_exportable, write_for_transformers
 
-FORMATS = {"pytorch": "weights.pt", "safetensors": "model.safetensors"}  # the file that holds the weights
+# Formats, and the file that holds the weights.
+FORMATS = {"pytorch": "weights.pt", "safetensors": "model.safetensors", "transformers": "model.safetensors"}
 
 
 def is_published(directory: str | os.PathLike) -> bool:
@@ -89,19 +91,22 @@ def write_published(directory: str | os.PathLike, kind: str, config: Config, mod
 
   Args:
     directory: where to write; new or empty.
-    kind: one of `FORMATS`. "safetensors" is for `transformers`: it adds a model card and what ``AutoConfig`` needs to describe
-      the model.
+    kind: one of `FORMATS`. "safetensors" adds a model card and what ``AutoConfig`` of `transformers` needs to describe the
+      model; "transformers" adds what ``AutoModelForCausalLM`` and ``AutoTokenizer`` need to run it.
     config: of the model.
     model: its weights.
     tokenizer: of the model.
     step: the training step of the weights, for the model card.
     lossy: write a model that the public code would not compute, or not load, too: in fields and names that only this package
-      reads, with a warning for each.
+      reads, with a warning for each. "transformers" loses nothing.
 
   Raises:
-    UserError: the directory is not empty, or cannot be written; or, without `lossy`, the public code would not compute the model.
+    UserError: the directory is not empty, or cannot be written; without `lossy`, the public code would not compute the model; or
+      "transformers" cannot hold the model or its tokenizer.
   """
-  losses = uncarried(model)
+  if kind == "transformers":
+    check_exportable(model, tokenizer)
+  losses = [] if kind == "transformers" else uncarried(model)
   if losses and not lossy:
     raise UserError(f"--lossy is needed, because the public code would compute otherwise: {', '.join(losses)}")
   for loss in losses:
@@ -110,14 +115,17 @@ def write_published(directory: str | os.PathLike, kind: str, config: Config, mod
   partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise UserError(f"--output={directory}: there is something already; name a new or empty directory")
-  write = {"pytorch": write_state_dict, "safetensors": write_safetensors}[kind]
+  write = write_state_dict if kind == "pytorch" else write_safetensors
   try:
     partial.mkdir(parents=True)
     fields = to_published(config)
     if kind == "safetensors":
       fields |= describe(partial, config, model, tokenizer, step)
+    if kind == "transformers":
+      fields |= write_for_transformers(partial, config, model, tokenizer, step)
+    else:
+      _write_tokenizer(partial, kind, tokenizer)
     (partial / "config.json").write_text(json.dumps(fields, indent=1))
-    _write_tokenizer(partial, kind, tokenizer)
     write(partial / FORMATS[kind], *to_state_dict(model))
     os.replace(partial, target)
   except OSError as error:
@@ -135,6 +143,8 @@ def _open_tensors(folder: pathlib.Path) -> Tensors:
 def _read_tokenizer(folder: pathlib.Path) -> Tokenizer:
   """Reads the directory's own tokenizer."""
   path = folder / "tokenizer.json"
+  if (folder / OWN_TOKENIZER).is_file():
+    return load_tokenizer(str(folder / OWN_TOKENIZER))
   if (folder / "tokenizer.model").is_file():
     return load_tokenizer(str(folder / "tokenizer.model"))
   values = read_json(path, "valid JSON", "give --tokenizer=FILE, the one the model was trained with")

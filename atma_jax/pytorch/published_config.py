@@ -53,7 +53,9 @@ def from_published(published: dict[str, Any], tensors: Tensors, source: pathlib.
     config = from_raven(published, source) if is_raven(published) else _from_atma(published, source)
   except KeyError as error:
     raise UserError(f"{source}: not a published configuration: field {error} is missing") from error
-  if "dtype" in published:
+  if "activation_dtype" in published:  # transformers writes the dtype of the weights into the other field
+    config.activation_dtype = published["activation_dtype"]
+  elif "dtype" in published:
     dtype = published["dtype"]
     config.activation_dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
   for name, path in _EXTENSIONS.items():

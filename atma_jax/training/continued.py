@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from atma_jax.checkpoints.load import load_model, load_tokenizer_of
+from atma_jax.checkpoints.model_hub import is_on_hub
 from atma_jax.checkpoints.steps import FOLDER, absolute
 from atma_jax.config import TOKENIZER_OF_INIT_FROM, Config, leaves, shown
 from atma_jax.data.tokenizers import Tokenizer
@@ -29,9 +30,9 @@ def check_start(config: Config, workdir: str) -> None:
   A run that goes on from a step of its own no longer needs the checkpoint it started from.
   """
   origin = config.train.init_from
-  if origin and not (absolute(workdir) / FOLDER).is_dir() and not absolute(origin).is_dir():
-    raise UserError(f"config.train.init_from={origin}: no such directory; legal: a training workdir, a published checkpoint, or "
-                    "empty")
+  if origin and not is_on_hub(origin) and not (absolute(workdir) / FOLDER).is_dir() and not absolute(origin).is_dir():
+    raise UserError(f"config.train.init_from={origin}: no such directory; legal: a training workdir, a published checkpoint, "
+                    "hf:USER/NAME, or empty")
 
 
 def initial_tokenizer(config: Config) -> Tokenizer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 import contextlib
 import hashlib
@@ -15,13 +16,16 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubStandIn:
-  """Serves datasets, models and files.
+  """Serves datasets, models and files, and takes models that are pushed.
 
   Attributes:
     address: of the server.
     datasets: by name, the files by path, and the card's metadata.
-    models: by name, the files by path.
     digests: by name, a sha256 that is not that of the file, to be said of it.
+    models: by name, the files by path; pushed files are added.
+    private: names of the models that were made private.
+    tokens: Authorization headers that may write; empty is everybody.
+    large: files of at least so many bytes are pushed to a store of large files, beside the commit.
     files: by path, what is served under ``/files/``; with ``ranges`` False always whole.
     faults: regular expression of a path -> faults to answer with, one after the other: a status, "cut", or "cut at once".
     requests: method, path and range of every request.
@@ -32,6 +36,10 @@ class HubStandIn:
     self.address = address
     self.datasets: dict[str, tuple[dict[str, bytes], dict[str, Any] | None]] = {}
     self.models: dict[str, dict[str, bytes]] = {}
+    self.private: set[str] = set()
+    self.tokens: set[str] = set()
+    self.large = 10_000
+    self.stored: dict[str, bytes] = {}  # large files by digest
     self.files: dict[str, bytes] = {}
     self.digests: dict[str, str] = {}
     self.ranges = True
@@ -64,11 +72,55 @@ class HubStandIn:
       return ("move", f"/cdn/{match[1]}/{match[2]}") if known else ("missing", None)
     if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
       return "file", self.datasets[match[1]][0][match[2]]
-    if match := re.fullmatch(r"/(.+)/resolve/main/([^/]+)", path):
+    if match := re.fullmatch(rf"/api/models/([^/]+/[^/]+?)(?:/revision/(main|{SHA}))?", path):
+      files = self.models.get(match[1], {})
+      siblings = [{"rfilename": name} for name in files]
+      return ("json", {"id": match[1], "sha": SHA, "siblings": siblings, "private": match[1] in self.private, "tags": []}
+              ) if files else ("missing", None)
+    if match := re.fullmatch(rf"/api/models/([^/]+/[^/]+)/tree/{SHA}", path):
+      return "json", [{"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                      for name, content in self.models.get(match[1], {}).items()]
+    if match := re.fullmatch(rf"/(.+?)/resolve/(?:main|{SHA})/(.+)", path):
       content = self.models.get(match[1], {}).get(match[2])
     else:
       content = self.files.get(path.removeprefix("/files/"))
     return ("file", content) if content is not None else ("missing", None)
+
+
+  def take(self, path: str, body: bytes, authorization: str | None) -> tuple[int, Any]:
+    """What a POST or PUT to a path is answered with: a status and a value."""
+    if self.tokens and authorization not in self.tokens and not path.startswith("/store/"):
+      return 401, {"error": "Invalid username or password."}
+    if match := re.fullmatch(r"/store/(\w+)", path):
+      self.stored[match[1]] = body
+      return 200, {}
+    if path == "/api/repos/create":
+      wanted = json.loads(body)
+      name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
+      if wanted.get("visibility") == "private" or wanted.get("private"):
+        self.private.add(name)
+      known = name in self.models
+      self.models.setdefault(name, {})
+      return (409 if known else 200), {"url": f"{self.address}/{name}", "id": name}
+    if path == "/api/validate-yaml":
+      return 200, {"errors": [], "warnings": []}
+    if re.fullmatch(r"/api/models/.+/preupload/main", path):
+      modes = [{"path": file["path"], "uploadMode": "lfs" if file["size"] >= self.large else "regular", "shouldIgnore": False}
+               for file in json.loads(body)["files"]]
+      return 200, {"files": modes}
+    if re.fullmatch(r"/.+\.git/info/lfs/objects/batch", path):
+      objects = [wanted | {"actions": {"upload": {"href": f"{self.address}/store/{wanted['oid']}"}}}
+                 for wanted in json.loads(body)["objects"]]
+      return 200, {"transfer": "basic", "objects": objects}
+    if match := re.fullmatch(r"/api/models/(.+)/commit/main", path):
+      for line in map(json.loads, body.splitlines()):
+        value = line["value"]
+        if line["key"] == "file":
+          self.models[match[1]][value["path"]] = base64.b64decode(value["content"])
+        elif line["key"] == "lfsFile":
+          self.models[match[1]][value["path"]] = self.stored[value["oid"]]
+      return 200, {"commitUrl": f"{self.address}/{match[1]}/commit/{SHA}", "commitOid": SHA}
+    return 404, {"error": "not found"}
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -81,6 +133,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def do_GET(self) -> None:
     self._answer(body=True)
+
+  def do_POST(self) -> None:
+    path, body = self.path.partition("?")[0], self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    self.hub.requests.append((self.command, path, ""))
+    self.hub.authorizations.add((path.split("/")[1], self.headers.get("Authorization")))
+    fault = self.hub.fault(path)
+    if fault in ("cut", "cut at once"):
+      self.close_connection = True
+      return
+    status, value = (fault, {}) if isinstance(fault, int) else self.hub.take(path, body, self.headers.get("Authorization"))
+    self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", "Retry-After": "0"}, body=True)
+
+  do_PUT = do_POST
 
   def _answer(self, body: bool) -> None:
     path = self.path.partition("?")[0]
