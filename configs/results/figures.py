@@ -11,24 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import hashlib
 import io
+import json
 import math
 import pathlib
 from statistics import fmean
 import sys
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 from matplotlib.lines import Line2D
 import numpy as np
+from PIL import Image
 from tables import EIGHTH, FOLDER, GRID, THIRD, Line, Row
 
 SOFT, GRID_LINE = "#5b6470", "#e5e7eb"
 ROOM_FOR_NAMES = 0.50  # what the names at the right take, as a share of the width of a panel
 MOST_LETTERS = 65  # of a name in a legend with two columns
 LINE_HEIGHT = 12.0  # least distance between two names, in points
-SAME_PICTURE = 0.01  # largest mean difference, of 1, between two drawings of a picture by different versions of matplotlib
+MOST_DIFFERENT = 0.01  # largest mean difference, of 1, between two drawings of a picture by different versions of matplotlib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Look:
   """How a line is drawn: colour, dashes, and a marker, which is hollow where the model has no memory."""
 
   color: str
-  dashes: str
+  dashes: Literal["-", "--", "-.", ":"]
   marker: str
   filled: bool = True
 
@@ -115,8 +118,15 @@ def draw(title: str, about: str, panels: Sequence[Panel]) -> bytes:
   figure.legend([_sample(curve.look) for curve in curves.values()], list(curves), loc="lower left", ncols=columns, frameon=False,
                 fontsize=10.5, bbox_to_anchor=(0.01, 0.0), handlelength=4.0, columnspacing=3.0)
   content = io.BytesIO()
-  figure.savefig(content, format="png", metadata={"Software": None})
+  figure.savefig(content, format="png", metadata={"Software": None, "Numbers": _digest(panels)})
   return content.getvalue()
+
+
+def _digest(panels: Sequence[Panel]) -> str:
+  """Names the numbers that panels show: a picture keeps it, so that --check sees any change of a number."""
+  shown = [[panel.heading, curve.name, multiple, [(row["value"], row["n"]) for row in rows]]
+           for panel in panels for curve in panel.curves for multiple, rows in curve.points(panel.measure, panel.multiples)]
+  return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
 def _sample(look: Look) -> Line2D:
@@ -308,10 +318,14 @@ PICTURES: dict[str, Callable[[], bytes]] = {"headline/curves.png": headline, "he
 
 
 def _same(path: pathlib.Path, content: bytes) -> bool:
+  """Whether a stored picture shows the numbers of a new one, and looks like it."""
   if not path.exists():
     return False
-  old, new = imread(path), imread(io.BytesIO(content))
-  return old.shape == new.shape and float(np.abs(old - new).mean()) <= SAME_PICTURE
+  with Image.open(path) as old, Image.open(io.BytesIO(content)) as new:
+    if old.info.get("Numbers") != new.info["Numbers"] or old.size != new.size:
+      return False
+    difference = np.abs(np.asarray(old.convert("L"), float) - np.asarray(new.convert("L"), float))
+  return float(difference.mean()) / 255 <= MOST_DIFFERENT
 
 
 def main(arguments: Sequence[str]) -> int:
