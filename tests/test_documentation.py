@@ -67,3 +67,10 @@ def test_tables_are_those_of_the_result_files():
   command = [sys.executable, REPOSITORY / "configs" / "results" / "tables.py", "--check"]
   done = subprocess.run(command, capture_output=True, text=True)
   assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_pictures_are_those_of_the_result_files():
+  """Every picture of the results page is what the command draws from the files."""
+  command = [sys.executable, REPOSITORY / "configs" / "results" / "figures.py", "--check"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
