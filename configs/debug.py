@@ -14,7 +14,7 @@ def get_config() -> Config:
     name="debug",
     model=ModelConfig(vocab_size=257, num_layers=4, width=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64,
                       memory=MemoryConfig(), activation_dtype="float32"),
-    data=DataConfig(tokenizer="bytes", max_mib=1, validation_documents=4, heldout_documents=2, shard_tokens=1_000_000,
+    data=DataConfig(tokenizer="bytes", max_mib=1, validation_documents=4, heldout_documents=4, shard_tokens=1_000_000,
                     sequence_length=64, batch_size=8),
     optimizer=OptimizerConfig(embedding_learning_rate=0.03),
     train=TrainConfig(steps=40, log_every=5, checkpoint_every=20, validate_every=20, validation_batches=2,

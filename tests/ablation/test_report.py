@@ -7,6 +7,7 @@ import re
 
 import matplotlib.image
 import numpy as np
+from plotly.offline import get_plotlyjs
 from pyarrow import csv, parquet
 import pytest
 
@@ -80,21 +81,26 @@ def test_report_files(cells, tmp_path):
   assert "| attention | polar -> nope | document loss (nats) | 2x |" in markdown and "0 of 3" in markdown
   assert latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 4 and "(\\%)" in latex
   height, width, _ = matplotlib.image.imread(tmp_path / "curves.png").shape
-  assert (height, width) == (5.0 * 140, 2 * 5.2 * 140)  # two panels, documents and needle: there is no stream loss
+  assert (height, width) == (5.0 * 140, 2 * 7.0 * 140)  # two panels, documents and needle: there is no stream loss
   page = (tmp_path / "dashboard.html").read_text()
-  assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)", page)  # nothing is loaded from elsewhere
+  assert "default-src 'none'" in page and "</script" not in get_plotlyjs()
+  page = page.replace(get_plotlyjs(), "")
+  assert len(page) < 40_000  # nothing is loaded from elsewhere
+  assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)", page)
   data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S).group(1))
   assert len(data["cells"]) == 7 and data["unfinished"] == 1 and data["cells"][0]["labels"]["attention"] == "polar"
   assert len(data["cells"][0]["loss"]) <= 200 and data["cells"][0]["loss"][-1] == [300, 2.0]
 
 
 def test_a_line_style_for_every_setting(cells):
-  """The first axis, attention, decides the colour; memory decides line style and marker."""
+  """Every setting has a colour; without colour, the marker tells attention, the first axis, apart and the dashes memory."""
   axes, rows, _ = gather(cells)
-  styles = line_styles(seed_means(rows, axes))
-  assert len(styles) == len(set(styles.values())) == 4
-  assert styles["polar mem=1"][0] == styles["polar mem=0"][0] != styles["nope mem=1"][0]
-  assert styles["polar mem=1"][1:] == styles["nope mem=1"][1:] != styles["polar mem=0"][1:]
+  settings = seed_means(rows, axes)
+  styles = line_styles(settings)
+  assert len(styles) == len({color for color, _, _ in styles.values()}) == 4
+  assert styles["polar mem=1"][2] == styles["polar mem=0"][2] != styles["nope mem=1"][2]
+  assert styles["polar mem=1"][1] == styles["nope mem=1"][1] != styles["polar mem=0"][1]
+  assert {s.words for s in settings} == {"polar attention + memory", "polar attention", "nope + memory", "nope"}
 
 
 def test_nothing_done_is_said(tmp_path):

@@ -34,6 +34,9 @@ class Contrast:
   ties: int
 
 
+_WORDS = {("attention", "polar"): "polar attention", ("mem", "1"): "+ memory", ("mem", "0"): ""}  # of the paper
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
   """The mean of one measure over cells that differ in their seed only.
@@ -64,3 +67,10 @@ class Setting:
   def name(self) -> str:
     """The levels in words, such as "polar mem=1"."""
     return " ".join(value if axis == "attention" else f"{axis}={value}" for axis, value in self.labels if value) or "base"
+
+  @property
+  def words(self) -> str:
+    """The levels in the words of the paper, such as "polar attention + memory"."""
+    parts = [_WORDS.get((axis, value), value if axis in ("attention", "kind", "rest") else f"{axis} {value}")
+             for axis, value in self.labels if value]
+    return " ".join(part for part in parts if part) or "base"

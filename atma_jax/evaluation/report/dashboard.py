@@ -1,4 +1,8 @@
-"""``dashboard.html``: one page to filter, sort and compare the cells of a sweep, which loads nothing from elsewhere."""
+"""``dashboard.html``: one page to filter, sort and compare the cells of a sweep, which loads nothing from elsewhere.
+
+Plotly draws its curves. The page holds the library's script, 5 MB, out of the package `plotly`, with its licence; a policy in the
+page has the browser load nothing else.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import dataclasses
 import importlib.resources
 import json
 from typing import Any
+
+from plotly.offline import get_plotlyjs
 
 from atma_jax.evaluation.report.comparisons import Contrast
 
@@ -38,6 +44,7 @@ def render_dashboard(title: str, about: str, axes: Sequence[str], rows: Sequence
   data = {"title": title, "about": about, "axes": list(axes), "cells": cells, "unfinished": unfinished,
           "contrasts": [dataclasses.asdict(c) for c in contrasts], "higher_is_better": higher_is_better}
   page = importlib.resources.files("atma_jax.evaluation.report").joinpath("dashboard.html").read_text(encoding="utf-8")
+  page = page.replace("@PLOTLY@", get_plotlyjs())  # before the data, which may hold any text
   return page.replace("@DATA@", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
 
 

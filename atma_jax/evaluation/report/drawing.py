@@ -21,13 +21,13 @@ PALETTE = (BLUE, ORANGE, GREEN, "#7b4fb3", "#b8860b", "#c2255c", "#0c8599", "#5c
 _LONGEST_NAME = 80  # characters of a name in figures and tables
 
 
-def plain(name: str) -> str:
-  """A name as figures and tables show it: one line of at most 80 characters that print.
+def plain(name: str, most: int = _LONGEST_NAME) -> str:
+  """A name as figures and tables show it: one line of at most 80 characters that print, or of at most `most`.
 
   A legend would leave out a name that begins with an underscore, so that a space is put before it.
   """
   text = _printable(" ".join(name.split())) or "(no name)"
-  text = text if len(text) <= _LONGEST_NAME else text[:_LONGEST_NAME - 1] + "…"
+  text = text if len(text) <= most else text[:most - 1] + "…"
   return f" {text}" if text.startswith("_") else text
 
 
