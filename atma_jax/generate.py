@@ -17,7 +17,7 @@ from atma_jax.checkpoints.load import load_model
 from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.errors import UserError
 from atma_jax.inference.api import engine_for
-from atma_jax.inference.console import complete_all, read_prompts, stream_one
+from atma_jax.inference.console import announce_compiling, complete_all, read_prompts, stream_one
 from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
@@ -58,6 +58,7 @@ def main() -> None:
   engine = engine_for(model, tokenizer, tokens, min(_ROWS.value, len(prompts)), chunk=_CHUNK.value, prefixes=1,
                       saved_states=bool(_LOAD_STATE.value or _SAVE_STATE.value),
                       first_chunk=_FIRST_CHUNK.value, decode_steps=_DECODE_STEPS.value, cache_dtype=_CACHE_DTYPE.value)
+  announce_compiling()
   if _LOAD_STATE.value:
     engine.load(_LOAD_STATE.value)
   if _PROMPTS_FILE.value is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pathlib
 import sys
 import time
@@ -11,6 +12,7 @@ import time
 from atma_jax.errors import UserError
 from atma_jax.inference.engine import Engine, Prompt
 from atma_jax.inference.sampling import Sampling
+from atma_jax.ops.core.dispatch import LOGGER as DISPATCH_LOGGER
 
 
 def read_text(flag: str, path: str) -> str:
@@ -34,6 +36,13 @@ def read_prompts(prompt: str | None, prompt_file: str | None, prompts_file: str 
   if prompts_file is not None:
     return read_lines("prompts_file", prompts_file)
   return [read_text("prompt_file", prompt_file) if prompt_file is not None else prompt or ""]
+
+
+def announce_compiling() -> None:
+  """Says on stderr that programs are compiled now, and keeps the log of which kernels they use out of the text."""
+  logging.getLogger(DISPATCH_LOGGER).setLevel(logging.WARNING)
+  print("compiling the programs that read prompts and decode, unless they are kept from an earlier call ...", file=sys.stderr,
+        flush=True)
 
 
 def stream_one(engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
