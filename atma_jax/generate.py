@@ -17,7 +17,7 @@ from atma_jax.checkpoints.load import load_model
 from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.errors import UserError
 from atma_jax.inference.api import engine_for
-from atma_jax.inference.console import announce_compiling, complete_all, read_prompts, stream_one
+from atma_jax.inference.console import announce_compiling, complete_all, hide_choices_of_kernels, read_prompts, stream_one
 from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
@@ -51,6 +51,7 @@ def main() -> None:
     raise UserError("--load_state and --save_state take one prompt, so they cannot be used with --prompts_file")
   sampling = _SAMPLING.value
   prompts = read_prompts(_PROMPT.value, _PROMPT_FILE.value, _PROMPTS_FILE.value)
+  hide_choices_of_kernels()
   compilation_cache.use_compilation_cache(_CACHE.value)
   config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, overrides=_OVERRIDES.values())
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)

@@ -38,9 +38,13 @@ def read_prompts(prompt: str | None, prompt_file: str | None, prompts_file: str 
   return [read_text("prompt_file", prompt_file) if prompt_file is not None else prompt or ""]
 
 
-def announce_compiling() -> None:
-  """Says on stderr that programs are compiled now, and keeps the log of which kernels they use out of the text."""
+def hide_choices_of_kernels() -> None:
+  """Keeps the log lines about kernels, which come while programs are compiled, out of the text."""
   logging.getLogger(DISPATCH_LOGGER).setLevel(logging.WARNING)
+
+
+def announce_compiling() -> None:
+  """Says on stderr that programs are compiled now."""
   print("compiling the programs that read prompts and decode, unless they are kept from an earlier call ...", file=sys.stderr,
         flush=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from atma_jax.inference.console import announce_compiling
+from atma_jax.inference.console import announce_compiling, hide_choices_of_kernels
 from atma_jax.ops.core import dispatch
 
 
@@ -15,6 +15,7 @@ def test_compiling_is_announced_and_choices_of_kernels_are_not_shown(capsys, cap
   try:
     with caplog.at_level(logging.INFO):
       logger.info("an op: 'xla' chosen before")
+      hide_choices_of_kernels()
       announce_compiling()
       logger.info("an op: 'xla' chosen after")
   finally:

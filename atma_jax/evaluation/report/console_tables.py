@@ -85,6 +85,7 @@ def shares_text(records: Sequence[Record], heading: str, label: Callable[[Record
   lines = [title]
   for first in range(0, len(lengths), at_once):
     here = slice(first, first + at_once)
+    lines += [""] if first else []
     lines.append("  ".join([" " * width, *(f"{length:>{cell}}" for length in lengths[here])]))
     for name, texts in cells.items():
       *above, label = textwrap.wrap(name, width) or [""]
