@@ -88,8 +88,8 @@ def shares_text(records: Sequence[Record], heading: str, label: Callable[[Record
     lines += [""] if first else []
     lines.append("  ".join([" " * width, *(f"{length:>{cell}}" for length in lengths[here])]))
     for name, texts in cells.items():
-      *above, label = textwrap.wrap(name, width) or [""]
-      lines += [*above, "  ".join([f"{label:<{width}}", *(f"{text:>{cell}}" for text in texts[here])])]
+      *above, last = textwrap.wrap(name, width) or [""]
+      lines += [*above, "  ".join([f"{last:<{width}}", *(f"{text:>{cell}}" for text in texts[here])])]
   return "\n".join(lines)
 
 
