@@ -4,7 +4,7 @@
 field of `Config` has a flag (``--config.model.attention=nope``) that overrides the recipe; ``--print_config`` shows what results.
 
 Exit codes: 0 done, 1 something outside the program failed, 2 bad input (both say so in one line, without a traceback), 75
-pre-empted after saving, 130 interrupted (Ctrl-C).
+pre-empted after saving, 130 interrupted (Ctrl-C), 141 nobody reads the output any more (``| head``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import logging as std_logging
+import os
 import re
+import select
 import sys
 import typing
 from typing import Any
@@ -29,6 +31,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
+EXIT_READER_GONE = 141  # what a shell reports of a program that SIGPIPE has ended
 ENDED = {"preempted": EXIT_PREEMPTED, "interrupted": EXIT_INTERRUPTED}  # exit codes of what training and sweeps return
 
 flags.disclaim_key_flags()  # --help lists --config among the flags of the main that defines it
@@ -119,7 +122,8 @@ def define_override_flags() -> OverrideFlags:
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, calls `main` and exits with the code that it returns; None is 0.
 
-  Bad flags and a `UserError` end in one line and exit code 2, a `RunError` in one line and exit code 1.
+  Bad flags and a `UserError` end in one line and exit code 2, a `RunError` in one line and exit code 1. Output that nobody reads
+  any more, as behind ``| head``, ends the program without a word.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -136,7 +140,24 @@ def run(main: Callable[[], int | None]) -> None:
     else:
       sys.exit(code)
 
-  app.run(guarded, flags_parser=_parse)
+  try:
+    try:
+      app.run(guarded, flags_parser=_parse)
+    finally:
+      sys.stdout.flush()
+  except BrokenPipeError as error:
+    if not _reader_has_gone():
+      raise
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter can flush what is left when it ends
+    ended = error.__context__  # the exit code, if only the flush at the end has failed
+    sys.exit(ended.code if isinstance(ended, SystemExit) and ended.code else EXIT_READER_GONE)
+
+
+def _reader_has_gone() -> bool:
+  """Whether standard output is a pipe, or a socket, that nobody reads any more, as behind ``| head``."""
+  poll = select.poll()
+  poll.register(1, select.POLLOUT)
+  return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _is_library_chatter(record: std_logging.LogRecord) -> bool:

@@ -20,7 +20,7 @@ from atma_jax.checkpoints.load import load_model
 from atma_jax.dataclass_flags import DataclassFlags
 from atma_jax.errors import UserError
 from atma_jax.inference.api import engine_for
-from atma_jax.inference.console import complete_all, converse, read_prompts, stream_one
+from atma_jax.inference.console import announce_compiling, complete_all, converse, read_prompts, stream_one
 from atma_jax.inference.sampling import Sampling
 from atma_jax.inference.saved_state import stored_tokens
 from atma_jax.models.cache import CACHE_DTYPES
@@ -50,20 +50,18 @@ def main() -> None:
   """Prints the text that continues a prompt. Raises `UserError` on bad flags, checkpoints and saved states."""
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint=DIR is required")
-  if sum(flag.value is not None for flag in (_PROMPT, _PROMPT_FILE, _PROMPTS_FILE)) + _CHAT.value != 1:
-    raise UserError("--prompt=TEXT, --prompt_file=FILE, --prompts_file=FILE or --chat is required, and only one of them")
-  if (_PROMPTS_FILE.value is not None or _CHAT.value) and (_LOAD_STATE.value or _SAVE_STATE.value):
-    raise UserError("--load_state and --save_state take one prompt, so they cannot be used with --prompts_file or --chat")
-  sampling, prompts = _SAMPLING.value, read_prompts(_PROMPT.value, _PROMPT_FILE.value, _PROMPTS_FILE.value)
+  sampling, states = _SAMPLING.value, bool(_LOAD_STATE.value or _SAVE_STATE.value)
+  prompts = read_prompts(_PROMPT.value, _PROMPT_FILE.value, _PROMPTS_FILE.value, chat=_CHAT.value, states=states)
   compilation_cache.use_compilation_cache(_CACHE.value)
   config, model, tokenizer, _ = load_model(_CHECKPOINT.value, _STEP.value, ema=_EMA.value, overrides=_OVERRIDES.values())
+  announce_compiling()
   if _CHAT.value:
     return converse(model, tokenizer, sampling, sys.stdin, chunk=_CHUNK.value, cache_dtype=_CACHE_DTYPE.value)
   before = stored_tokens(_LOAD_STATE.value, config.model) if _LOAD_STATE.value else np.zeros(0, np.int32)
   tokens = len(before) + max(len(tokenizer.encode(p)) for p in prompts) + sampling.max_tokens
   engine = engine_for(model, tokenizer, tokens, min(_ROWS.value, len(prompts)), chunk=_CHUNK.value, prefixes=1,
-                      saved_states=bool(_LOAD_STATE.value or _SAVE_STATE.value), first_chunk=_FIRST_CHUNK.value,
-                      decode_steps=_DECODE_STEPS.value, cache_dtype=_CACHE_DTYPE.value)
+                      saved_states=states, first_chunk=_FIRST_CHUNK.value, decode_steps=_DECODE_STEPS.value,
+                      cache_dtype=_CACHE_DTYPE.value)
   if _PROMPTS_FILE.value is not None:
     return complete_all(engine, prompts, sampling)
   if _LOAD_STATE.value:

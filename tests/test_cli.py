@@ -207,3 +207,32 @@ def test_in_a_process_of_its_own(command, words):
   result = subprocess.run([sys.executable, "-m", f"atma_jax.{command[0]}", *command[1:]], cwd=REPOSITORY,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
   assert_one_line(result, *words)
+
+
+PIPED = """
+import os, socket, sys
+from atma_jax import cli
+
+def elsewhere():
+  one, other = socket.socketpair()
+  other.close()
+  one.send(b"x")
+
+def printing():
+  print("text\\n" * 100_000)
+
+sys.argv = sys.argv[:1]
+cli.run({"stdout": printing, "elsewhere": elsewhere}[WHICH])
+"""
+
+
+@pytest.mark.parametrize(("which", "code"), [("stdout", 141), ("elsewhere", 1)])
+def test_a_reader_that_has_gone(which, code):
+  """Output piped into head ends the program quietly; a broken pipe to somewhere else is an error like any other."""
+  process = subprocess.Popen([sys.executable, "-c", PIPED.replace("WHICH", repr(which))], cwd=REPOSITORY, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  if which == "stdout":
+    process.stdout.close()
+  error = process.stderr.read()
+  assert process.wait(60) == code
+  assert ("BrokenPipeError" in error) == (which == "elsewhere"), error

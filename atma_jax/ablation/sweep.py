@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from atma_jax.ablation.grid import Cell
 from atma_jax.config import Config
@@ -60,6 +60,25 @@ class Evaluation:
     common = {field.name for field in dataclasses.fields(Options)}
     values = dataclasses.asdict(self)
     Options(**{name: value for name, value in values.items() if name in common})  # checks each against its rule
+
+
+class LastRecord(NamedTuple):
+  """How far the training of a cell is.
+
+  Attributes:
+    step: the last one that was recorded.
+    steps: of the whole training.
+    seconds_per_step: at the last record.
+    loss: in nats per token; None if it was not finite.
+  """
+
+  step: int
+  steps: int
+  seconds_per_step: float
+  loss: float | None
+
+  def __str__(self) -> str:
+    return f"step {self.step}/{self.steps}, loss " + ("not finite" if self.loss is None else f"{self.loss:.3f}")
 
 
 class CellFolder:
@@ -142,20 +161,26 @@ class CellFolder:
 
   def progress(self) -> tuple[float, float | None]:
     """The fraction of the training that is done, and the seconds that all of it takes at the latest speed, if known."""
+    found = self.last_record()
+    return (0.0, None) if found is None else (found.step / found.steps, found.seconds_per_step * found.steps)
+
+  def last_record(self) -> LastRecord | None:
+    """The last record of training in ``metrics.jsonl``; None if there is none yet."""
     try:
       with (self.path / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
         lines = file.read().splitlines()
       steps = self.config().train.steps
     except (OSError, UserError):
-      return 0.0, None
+      return None
     for line in reversed(lines):
       try:
         record = json.loads(line)
-        return record["step"] / steps, float(record["seconds_per_step"] * steps)
-      except (ValueError, LookupError, TypeError, RecursionError):  # being written, a record of validation, or none
+        loss = record.get("loss")  # null if it was not finite
+        return LastRecord(int(record["step"]), steps, float(record["seconds_per_step"]), None if loss is None else float(loss))
+      except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # being written, of a validation, or none
         continue
-    return 0.0, None
+    return None
 
   def failure(self) -> dict[str, Any] | None:
     """The content of ``failed.json``, or None if the last attempt did not fail."""

@@ -28,7 +28,7 @@ PREEMPTED, INTERRUPTED = "preempted", "interrupted"  # told to end, by SIGTERM o
 PARENT_VARIABLE = "ATMA_ABLATE_PARENT"  # process id of the worker, without which its cells do not live on
 _POLL_SECONDS = 0.2
 _SEARCH_SECONDS = 2.0  # between searches for a cell to start, unless a cell just ended
-_REPORT_SECONDS = 60.0
+_REPORT_SECONDS = 30.0
 _GRACE_SECONDS = 600.0  # that a cell has for saving after SIGTERM
 _SAME_SECONDS = 0.5  # within which two signals are one
 _EXIT_PREEMPTED = 75
@@ -207,23 +207,30 @@ class Worker:
     names = f" ({', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}; --retry_failed tries again)" if failed else ""
     logging.info("%d of %d cells done, %d running, %d failed%s  ETA %s", len(done), len(self._cells), running, len(failed), names,
                  remaining_time(done, left, running))
+    for cell in self._running:
+      logging.info("%s: %s", cell.folder.id, cell.folder.last_record() or "no step yet: preparing data or compiling")
 
 
 def remaining_time(done: Sequence[CellFolder], left: Sequence[CellFolder], running: int) -> str:
-  """The time until all cells are done, as H:MM:SS, or "unknown".
+  """The time until all cells are done, as H:MM:SS; until one is done only that of the training, or when it will be known.
 
   Args:
-    done: cells whose mean time is what each of the others is expected to take; without any, the speed of training decides.
+    done: cells whose mean time is what each of the others is expected to take. Without any, the speed of training decides, which
+      says nothing about the evaluation.
     left: the other cells. The part of their training that is done is subtracted.
     running: number of cells that run at a time.
   """
   if not left:
     return duration(0)
   progress = [c.progress() for c in left]
-  seconds = [known for c in done if (known := _seconds(c)) is not None] or [seconds for _, seconds in progress if seconds]
-  if not seconds or not running:
-    return "unknown"
-  return duration(sum(seconds) / len(seconds) * sum(1 - fraction for fraction, _ in progress) / running)
+  measured = [known for c in done if (known := _seconds(c)) is not None]
+  seconds = measured or [seconds for _, seconds in progress if seconds]
+  if not running:
+    return "once a cell runs"
+  if not seconds:
+    return "after the first steps"
+  rest = duration(sum(seconds) / len(seconds) * sum(1 - fraction for fraction, _ in progress) / running)
+  return rest if measured else f"{rest} of training, and the evaluation"
 
 
 def _seconds(cell: CellFolder) -> float | None:

@@ -19,6 +19,7 @@ import math
 import time
 from typing import Any
 
+from absl import logging
 import chex
 from flax import nnx
 import jax
@@ -279,7 +280,8 @@ class Scorer:
     """The result of a program, which is compiled if there is none of this key yet.
 
     Args:
-      key: identifies the program; its first entry is the name that errors use.
+      key: identifies the program; its first entry is the name that errors use. Its last entry, if the program runs the
+        model's layers, is the shape of the tokens.
       compile_: compiles the program, with the mesh set.
       *arguments: of the program.
 
@@ -288,6 +290,8 @@ class Scorer:
     """
     if key not in self._compiled:
       started = time.perf_counter()
+      if key[0] in _WITH_LAYERS:  # the others are small
+        logging.info("compiling the model for %s tokens (program %s) ...", " x ".join(map(str, key[-1])), key[0])
       with jax.set_mesh(self._mesh):
         compiled = compile_()
       self._compiled[key] = compiled, _bytes_needed(compiled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 import dataclasses
 import json
+import logging
 import pathlib
 import sys
 import time
@@ -17,6 +18,7 @@ from atma_jax.inference.api import engine_for
 from atma_jax.inference.engine import Engine, Prompt
 from atma_jax.inference.sampling import Sampling
 from atma_jax.models import Atma
+from atma_jax.ops.core.dispatch import LOGGER as DISPATCH_LOGGER
 
 _CONVERSATION = 2000  # tokens of a conversation on the terminal, without the last answer
 
@@ -37,11 +39,26 @@ def read_lines(flag: str, path: str) -> list[str]:
   return lines
 
 
-def read_prompts(prompt: str | None, prompt_file: str | None, prompts_file: str | None) -> list[str]:
-  """The prompts that one of the three flags gives. Raises `UserError` as `read_text` and `read_lines` do."""
+def read_prompts(prompt: str | None, prompt_file: str | None, prompts_file: str | None, *, chat: bool, states: bool) -> list[str]:
+  """The prompts that one of the three flags gives, or an empty one with ``--chat``.
+
+  Raises:
+    UserError: as `read_text` and `read_lines` do; none or several of the four flags; several prompts with saved states.
+  """
+  if sum(value is not None for value in (prompt, prompt_file, prompts_file)) + chat != 1:
+    raise UserError("--prompt=TEXT, --prompt_file=FILE, --prompts_file=FILE or --chat is required, and only one of them")
+  if states and (chat or prompts_file is not None):
+    raise UserError("--load_state and --save_state take one prompt, so they cannot be used with --prompts_file or --chat")
   if prompts_file is not None:
     return read_lines("prompts_file", prompts_file)
   return [read_text("prompt_file", prompt_file) if prompt_file is not None else prompt or ""]
+
+
+def announce_compiling() -> None:
+  """Says on stderr that programs are compiled now, and keeps the log of their kernels out of the text."""
+  logging.getLogger(DISPATCH_LOGGER).setLevel(logging.WARNING)
+  print("compiling the programs that read prompts and decode, unless they are kept from an earlier call ...", file=sys.stderr,
+        flush=True)
 
 
 def stream_one(engine: Engine, prompt: Prompt, sampling: Sampling) -> None:

@@ -151,11 +151,13 @@ def test_a_sweep_keeps_its_settings(tmp_path):
 
 def test_eta_counts_what_running_cells_have_trained(tmp_path):
   cells = sweep(tmp_path, 3)
-  assert remaining_time([], cells, 0) == remaining_time([], cells, 2) == "unknown" and remaining_time(cells, [], 0) == "0:00:00"
-  records = ['{"step": 9361, "seconds_per_step": 0.01}', '{"step": 9361, "validation/loss": 2}', '{"st']
+  assert (remaining_time([], cells, 0), remaining_time([], cells, 2)) == ("once a cell runs", "after the first steps")
+  assert remaining_time(cells, [], 0) == "0:00:00" and cells[0].last_record() is None
+  records = ['{"step": 9361, "seconds_per_step": 0.01, "loss": 2.5}', '{"step": 9361, "validation/loss": 2}', '{"st']
   (cells[0].path / "metrics.jsonl").write_text("\n".join(records))
   assert cells[0].progress() == (0.5, 187.22)
-  assert remaining_time([], cells, 2) == "0:03:54"  # two cells and a half, two at a time
+  assert str(cells[0].last_record()) == "step 9361/18722, loss 2.500"
+  assert remaining_time([], cells, 2) == "0:03:54 of training, and the evaluation"  # two cells and a half, two at a time
   (cells[2].path / "result.json").write_text('{"seconds": 100}')
   assert remaining_time(cells[2:], cells[:2], 1) == "0:02:30"
 

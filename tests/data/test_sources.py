@@ -168,6 +168,12 @@ def test_python_source_is_this_installation():
     assert document.text == file.read()
 
 
+def test_python_library_is_the_standard_library_without_its_tests():
+  names = [file.name for file in list_files("python-library")]
+  assert "stdlib/json/decoder.py" in names and 100 < len(names) < 3000
+  assert all(name.startswith("stdlib/") and "/test/" not in name and "site-packages" not in name for name in names)
+
+
 @pytest.mark.parametrize("code, used", [
     ("x = compute(1)\n" * 10, True),
     ("x = '" + "a" * 2000 + "'\n", False),  # a line too long

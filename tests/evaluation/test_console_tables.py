@@ -7,7 +7,7 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atma_jax.evaluation.report.console_tables import results_text
+from atma_jax.evaluation.report.console_tables import results_text, shares_text
 from atma_jax.evaluation.suites import all_suites
 
 SUITES = {name: dataclasses.replace(suite, table=None) for name, suite in all_suites().items()}
@@ -37,3 +37,14 @@ def test_shares_are_in_percent():
   assert text.splitlines() == [
     "  length       x  document_loss  needle_exact", "     512       1         0.9375        93.8 %",
     "   65536     128         0.9375        93.8 %"]
+
+
+@given(st.lists(st.text("ab c", min_size=1, max_size=120), min_size=1, max_size=3, unique=True),
+       st.lists(st.integers(1, 1 << 24), min_size=1, max_size=9, unique=True))
+@settings(max_examples=50, deadline=None)
+def test_shares_fit_100_columns(labels, lengths):
+  found = [{"measure": label, "length": length, "value": 0.5, "interval": [0.401, 1.0], "settings": {"trials": 24}}
+           for label in labels for length in lengths]
+  text = shares_text(found, "needle", lambda record: record["measure"])
+  assert max(map(len, text.splitlines())) <= 100
+  assert text.count("50 [40.1, 100.0]") == len(found)

@@ -1,6 +1,8 @@
-"""The conversation on the terminal: every line is answered with all that was said before it."""
+"""What `generate` shows on the terminal: a conversation, and what stands beside the text."""
 
 from __future__ import annotations
+
+import logging
 
 import pytest
 
@@ -10,6 +12,7 @@ from atma_jax.errors import UserError
 from atma_jax.inference import console
 from atma_jax.inference.requests import TokenOutput
 from atma_jax.inference.sampling import Sampling
+from atma_jax.ops.core import dispatch
 
 
 class Recording:
@@ -38,3 +41,19 @@ def test_a_conversation(monkeypatch, capsys):
   prompts = [template.prompt(messages[:count], tokenizer).tolist() for count in (1, 3)]
   assert engine.asked == [(prompts[0], 5), (prompts[1], 6)]
   assert capsys.readouterr().out == "So?\nSo?\n"
+
+
+def test_compiling_is_announced_and_choices_of_kernels_are_not_shown(capsys, caplog):
+  """The lines stay out of the text of a terminal; a training run, which does not call this, logs them."""
+  logger = logging.getLogger(dispatch.LOGGER)
+  before = logger.level
+  try:
+    with caplog.at_level(logging.INFO):
+      logger.info("an op: 'xla' chosen before")
+      console.announce_compiling()
+      logger.info("an op: 'xla' chosen after")
+  finally:
+    logger.setLevel(before)
+  shown = capsys.readouterr()
+  assert shown.out == "" and shown.err.startswith("compiling the programs that read prompts")
+  assert [record.getMessage() for record in caplog.records] == ["an op: 'xla' chosen before"]

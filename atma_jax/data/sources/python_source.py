@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 import dataclasses
 import os
 import pathlib
@@ -26,11 +26,16 @@ class PythonSource(TextSource):
   skips_unreadable = True  # a few installed files are not UTF-8
 
   def files(self) -> list[SourceFile]:
+    return self.installed(("stdlib", "site-packages", "platlib"))
+
+  def installed(self, labels: Sequence[str]) -> list[SourceFile]:
+    """The files of some of the folders "stdlib", "site-packages" and "platlib", each folder once, in a fixed order."""
     files = []
     paths = sysconfig.get_paths()
     roots = {"stdlib": paths["stdlib"], "site-packages": paths["purelib"], "platlib": paths["platlib"]}
     seen = set()
-    for label, root in roots.items():
+    for label in labels:
+      root = roots[label]
       if os.path.realpath(root) in seen:
         continue
       seen.add(os.path.realpath(root))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import itertools
+import textwrap
 
 from atma_jax.evaluation.records import Record
 from atma_jax.evaluation.suite import Suite
@@ -63,6 +65,8 @@ def _is_share(measure: str) -> bool:
 def shares_text(records: Sequence[Record], heading: str, label: Callable[[Record], str]) -> str:
   """Shares in percent with their 95 % Wilson intervals: one line per label, one column per length.
 
+  Columns that do not fit into `_WIDTH` letters stand below, and so do labels that leave no room for one.
+
   Args:
     records: of any measures whose records have an interval.
     heading: printed above the labels, with the number of trials.
@@ -74,10 +78,18 @@ def shares_text(records: Sequence[Record], heading: str, label: Callable[[Record
   lengths = sorted({record["length"] for record in records})
   trials = sorted({record["settings"]["trials"] for record in records})
   title = f"{heading}: % [95 % Wilson interval], {' and '.join(map(str, trials))} trials a cell"
-  width = max(map(len, found), default=0)
-  lines = [title, "  ".join([" " * width, *(f"{length:>15}" for length in lengths)])]
-  for name, by_length in found.items():
-    lines.append("  ".join([f"{name:<{width}}", *(f"{_share_text(by_length.get(n)):>15}" for n in lengths)]))
+  cells = {name: [_share_text(by_length.get(n)) for n in lengths] for name, by_length in found.items()}
+  cell = max(map(len, [*map(str, lengths), *itertools.chain(*cells.values())]), default=0)
+  width = min(max(map(len, found), default=0), _WIDTH - 2 - cell)
+  at_once = (_WIDTH - width) // (2 + cell)
+  lines = [title]
+  for first in range(0, len(lengths), at_once):
+    here = slice(first, first + at_once)
+    lines += [""] if first else []
+    lines.append("  ".join([" " * width, *(f"{length:>{cell}}" for length in lengths[here])]))
+    for name, texts in cells.items():
+      *above, last = textwrap.wrap(name, width) or [""]
+      lines += [*above, "  ".join([f"{last:<{width}}", *(f"{text:>{cell}}" for text in texts[here])])]
   return "\n".join(lines)
 
 

@@ -28,7 +28,8 @@ KERNEL_OUTPUTS = POLAR_ATTENTION, GATED_DELTA, GATED_SHORT_CONV, SUM_AND_NORM = 
 NAMES = ("auto", "reference", "xla", "pallas_gpu", "pallas_tpu")
 _DEVICE_OF = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
 
-_log = logging.getLogger(__name__)
+LOGGER = __name__  # name of the logger that the choices of "auto" go to
+_log = logging.getLogger(LOGGER)
 
 
 @dataclasses.dataclass(frozen=True)
