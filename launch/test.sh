@@ -44,8 +44,9 @@ suite() {  # number of CPU devices, pytest argument...
   shift
   # Small programs, run once or twice: most of the time would go into optimising them.
   local flags="--xla_force_host_platform_device_count=$devices --xla_backend_optimization_level=0"
+  flags+=" --xla_llvm_disable_expensive_passes=true"
   run env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" "XLA_FLAGS=$flags" \
-    "$PYTHON" -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile "$@" ${options[@]+"${options[@]}"} || status=$?
+    "$PYTHON" -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@" ${options[@]+"${options[@]}"} || status=$?
   case $status in
     0) collected=1 ;;
     5) ;;  # nothing collected, as -k may ask for

@@ -35,6 +35,10 @@ import jax
 import numpy as np
 import pytest
 
+# Test files, the one that takes longest first.
+LONGEST = ("test_kernels_in_step", "test_processes", "test_benchmark", "test_model", "test_public_api", "test_tpu_compile",
+           "test_cli", "test_cache", "test_faults", "test_prepare_data", "test_loop", "test_memory_controls", "test_auxiliary",
+           "test_document_masks", "test_ablate", "test_cross_entropy", "test_engine", "test_ahead", "test_notebooks")
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Reads jobs, one JSON line each; answers "PID" when one has started and "PID EXIT_CODE" when it has ended.
 FORKING = """
@@ -87,6 +91,11 @@ def pytest_configure(config: pytest.Config) -> None:
   paths = [pathlib.PurePath(argument.partition("::")[0]) for argument in config.args]
   if paths and all("multidevice" in path.parts for path in paths):
     chex.set_n_cpu_devices(8)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Begins with the files that take longest, so that no worker is left alone with one at the end."""
+  items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 class Child:

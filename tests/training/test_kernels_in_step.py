@@ -120,6 +120,7 @@ def test_remat_dots_keeps_the_residual_stream_and_what_norms_divide_by():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: install atma_jax[dev]")
 def test_a_whole_training_step_compiles_for_a_tpu_and_keeps_each_kernel_once():
   config = tiny("pallas_tpu", "dots", scan=False)
+  config.model.block_pattern, config.model.num_layers = ("local", "global"), 2
   config.data.batch_size, config.data.sequence_length = 16, 1024  # more than stays on the chip
   plan = ahead.plan(config, "v5e:1x1")
   print("\n".join(plan.lines()))
