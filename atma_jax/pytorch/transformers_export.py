@@ -68,12 +68,17 @@ def write_for_transformers(folder: pathlib.Path, config: Config, model: Atma, to
   (folder / "tokenizer.json").write_text(content)
   if isinstance(tokenizer, SentencePieceTokenizer):
     (folder / "tokenizer.model").write_bytes(tokenizer.to_bytes())
-  elif not isinstance(tokenizer, HuggingFaceTokenizer) or content.encode() != tokenizer.to_bytes():
+    complete = True
+  else:
+    complete = isinstance(tokenizer, HuggingFaceTokenizer) and content.encode() == tokenizer.to_bytes()
+  if not complete or tokenizer.chat_template is not None:
     (folder / OWN_TOKENIZER).write_text(json.dumps(tokenizer.to_dict()))
-  _write_json(folder / "tokenizer_config.json", {
+  # No text encodes to a special token, except in a conversation: `apply_chat_template` encodes the end of a turn as text.
+  chat = {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template.to_jinja()}
+  _write_json(folder / "tokenizer_config.json", chat | {
     "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end, "padding_side": "left",
     "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
-    "split_special_tokens": True})  # no text encodes to a special token
+    "split_special_tokens": not chat})
   ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
   _write_json(folder / "generation_config.json", ids)
   use = _USE.format(dtype=config.model.param_dtype, end=end, end_id=tokenizer.eot_id)

@@ -11,12 +11,14 @@ import random
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import pytest
 import tokenizers
 
 from atma_jax.checkpoints.load import load_model
 from atma_jax.config import Config, DataConfig, MemoryConfig, ModelConfig, RetentionCap
+from atma_jax.data.chat_template import ChatTemplate, Message
 from atma_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, NamedTokenizer, train_sentencepiece
 from atma_jax.errors import UserError
 from atma_jax.inference.api import generate
@@ -101,6 +103,23 @@ def test_what_is_written_is_read_back(kinds, kind, tmp_path):
   assert loaded.config.model == model_config and loaded.tokenizer.fingerprint == kinds[kind].fingerprint
   for a, b in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(loaded.model)), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, lambda: train_sentencepiece([SAMPLE], 400)])
+def test_the_chat_template_goes_along(make, tmp_path):
+  """What transformers renders and encodes is the prompt of a conversation, and the template is read back."""
+  tokenizer, model_config = make(), dataclasses.replace(SIZES, vocab_size=512, num_layers=2)
+  tokenizer.chat_template = ChatTemplate()
+  config = Config(model=model_config, data=DataConfig(sequence_length=32))
+  write_published(tmp_path / "out", "transformers", config, lively_model(model_config), tokenizer, 7)
+  written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+  messages = [Message("user", "the quick"), Message("assistant", "brown"), Message("user", "fox")]
+  text = jinja2.Environment().from_string(written["chat_template"]).render(
+    messages=[message._asdict() for message in messages], eos_token=written["eos_token"], add_generation_prompt=True)
+  fast = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+  fast.encode_special_tokens = written["split_special_tokens"]
+  assert fast.encode(text).ids == tokenizer.chat_template.prompt(messages, tokenizer).tolist()
+  assert load_model(tmp_path / "out").tokenizer.chat_template == tokenizer.chat_template
 
 
 def test_what_cannot_be_exported(kinds, tmp_path):
