@@ -37,7 +37,7 @@ from atma_jax.training.continued import check_start, initial_tokenizer
 from atma_jax.training.workdir import data_directory
 
 LIMIT = 60.0  # seconds that one answer may take
-_EXTRAS = ("cuda", "eval", "convert", "gcs", "hf", "s3", "serve", "tpu", "wandb")
+_EXTRAS = ("cuda", "eval", "convert", "gcs", "hf", "s3", "serve", "tpu", "transformers", "wandb")
 _IMPLIED = {"tpu": ("gcs", "hf"), "gcs": ("hf",), "s3": ("hf",)}  # extras that bring what others do
 _KINDS = {**{device.name: device.memory_gib for device in DEVICES}, "tpu7x": math.nan, "gpu": math.nan}
 _T = TypeVar("_T")

@@ -268,8 +268,8 @@ def poisoned(recipe: Config, tmp_path: pathlib.Path, monkeypatch, bad: set[int],
     seen[0] += 1
     return {"tokens": np.where(seen[0] in bad, -1 - tokens, tokens)}
 
-  def loss(model, tokens, **options):
-    value, z = real_loss(model, jnp.abs(tokens), **options)
+  def loss(model, tokens, weights, **options):
+    value, z = real_loss(model, jnp.abs(tokens), weights, **options)
     return jnp.where(tokens[0, 0] < 0, jnp.nan, value), z
 
   monkeypatch.setattr(loop.TrainingData, "__next__", marked)
