@@ -27,8 +27,8 @@ PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 SCRIPTS = [*sorted(LAUNCH.rglob("*.sh")), REPOSITORY / ".ci" / "run"]
-FIRST_PARTY = {"atma_jax", "tests"}
-PACKAGE_OF = {"absl": "absl-py", "orbax": "orbax-checkpoint", "tensorboardX": "tensorboardx", "yaml": "pyyaml"}
+FIRST_PARTY = {"atma_jax", "tests", "tables"}  # the last is a script of configs/results
+PACKAGE_OF = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint", "tensorboardX": "tensorboardx", "yaml": "pyyaml"}
 NOT_DECLARED = {"torch"}  # a test compares with it where it happens to be installed
 NOT_IMPORTED = {
   "gcp-storage-emulator": "a server that tests start",
@@ -86,7 +86,7 @@ def test_core_pins_no_accelerator():
 def imported_packages(*folders: str) -> set[str]:
   """The distributions, by canonical name, whose modules the Python files under `folders` import at any depth."""
   roots = set()
-  for path in (path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")):
+  for path in (path for folder in folders for path in (REPOSITORY / folder).glob("*.py" if folder == "configs" else "**/*.py")):
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.Import):
         roots.update(alias.name.partition(".")[0] for alias in node.names)
@@ -101,17 +101,17 @@ def declared(*groups: list[str]) -> set[str]:
 
 
 def test_every_import_is_declared():
-  """The package and its recipes import what the core or an extra declares; the tests what `dev` adds to it."""
+  """The package and its recipes import what the core or an extra declares; tests and results what `dev` adds to it."""
   users = [group for name, group in EXTRAS.items() if name != "dev"]
   assert imported_packages("atma_jax", "configs") <= declared(PROJECT["dependencies"], *users)
-  assert imported_packages("tests") <= declared(PROJECT["dependencies"], *EXTRAS.values()) | NOT_DECLARED
+  assert imported_packages("tests", "configs/results") <= declared(PROJECT["dependencies"], *EXTRAS.values()) | NOT_DECLARED
 
 
 def test_every_declaration_is_used():
   """Nothing is installed that nobody imports, but for the tools and plugins listed above."""
   assert declared(PROJECT["dependencies"]) - imported_packages("atma_jax", "configs") == set()
   optional = declared(*EXTRAS.values())
-  assert optional - imported_packages("atma_jax", "configs", "tests") - NOT_IMPORTED.keys() == set()
+  assert optional - imported_packages("atma_jax", "configs", "configs/results", "tests") - NOT_IMPORTED.keys() == set()
   assert NOT_IMPORTED.keys() <= optional
 
 
@@ -192,7 +192,8 @@ def test_quickstart_dry_run(tmp_path):
 
 def test_test_dry_run(tmp_path):
   """One process on one device, one on eight; paths go to the process they belong to, options to both."""
-  python = f"{tmp_path}/environment/bin/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile"
+  python = (f"{tmp_path}/environment/bin/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile "
+            "--no-loadscope-reorder")
   flags = "env JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count"
 
   def commands(*arguments: str) -> list[str]:
@@ -200,7 +201,8 @@ def test_test_dry_run(tmp_path):
     assert "--editable .\\[dev\\]\n" in result.stdout
     return [line for line in result.stdout.splitlines() if line.startswith("env ")]
 
-  one, eight = (f"{flags}={devices}\\ --xla_backend_optimization_level=0 {python}" for devices in (1, 8))
+  one, eight = (f"{flags}={devices}\\ --xla_backend_optimization_level=0\\ --xla_llvm_disable_expensive_passes=true {python}"
+                for devices in (1, 8))
   assert commands("-x") == [f"{one} tests --ignore=tests/multidevice -x", f"{eight} tests/multidevice -x"]
   assert commands("tests/ops", "-k", "a b") == [f"{one} tests/ops --ignore=tests/multidevice -k a\\ b"]
   assert commands("tests/multidevice/test_step.py") == [f"{eight} tests/multidevice/test_step.py"]

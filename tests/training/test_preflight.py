@@ -206,7 +206,7 @@ def test_every_recipe_as_it_stands(hub, name, tmp_path, monkeypatch):  # noqa: F
   monkeypatch.setattr(PythonSource, "files", lambda self: [SourceFile(str(python), python.name)])  # 3 s for all of them
   config = load_recipe(name).validate()
   if config.train.init_from:  # of a run that there is not
-    config.train.init_from, config.data.tokenizer = "", "sentencepiece"
+    config.train.init_from, config.data.tokenizer, config.data.tokenizer_vocab_size = "", "sentencepiece", config.model.vocab_size
   for entry in config.data.sources:
     if entry.startswith("hf:"):
       dataset, _, sample = entry.removeprefix("hf:").partition(":")

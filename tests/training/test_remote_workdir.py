@@ -188,7 +188,7 @@ def test_one_process_of_a_host_prepares(monkeypatch, tmp_path, index, shared, pr
   monkeypatch.setattr(workdir.jax, "process_index", lambda: index)
   monkeypatch.setattr(workdir.distributed, "agreed", contextlib.nullcontext)
   monkeypatch.setattr(workdir.distributed, "exchange", lambda message: ["a", "a", "b"] if message != "x" else found)
-  monkeypatch.setattr(workdir, "prepare", lambda config, directory: calls.append(directory))
+  monkeypatch.setattr(workdir, "prepare", lambda config, directory, tokenizer: calls.append(directory))
   monkeypatch.setattr(workdir, "load_manifest", lambda directory: types.SimpleNamespace(fingerprint="x"))
   workdir.prepare_data(Config(), tmp_path, shared=shared)
   assert calls == [tmp_path] * prepares
