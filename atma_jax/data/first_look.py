@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pyarrow
 
-from atma_jax.data.documents import LEGAL_FILES, SourceFile, open_parquet
+from atma_jax.data.documents import SourceFile, open_parquet
 from atma_jax.data.remote import file_name, is_remote_path, open_remote
 from atma_jax.data.shards import HEADER_BYTES, Shard, open_shard, read_header
 from atma_jax.data.source import Source, TextSource, TokenSource
@@ -56,7 +56,7 @@ def _first_document(source: TextSource, files: Sequence[SourceFile]) -> str:
       return f"{file.name} is there, and too large to look into"
     for document in itertools.islice(source.read(file), _ROWS):
       if document.text is None and not source.skips_unreadable:
-        raise UserError(f"{source.label}: {document.name}: {document.problem}; legal: {LEGAL_FILES}")
+        raise UserError(f"{source.label}: {document.name}: {document.problem}; legal: {source.legal}")
       if document.text and not document.text.isspace():
         return f"the first document has {len(document.text):,} characters"
   return f"no text in the first {_ROWS} rows of the first {len(files)} files"

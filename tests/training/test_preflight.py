@@ -67,6 +67,10 @@ def broken(config: Config, folder: pathlib.Path, what: str) -> tuple[str, str]:
       (folder / "rows.jsonl").write_text(json.dumps({"content": "x"}) + "\n")
       config.data.sources = (f"text:{folder}/rows.jsonl",)
       return str(workdir), r"rows\.jsonl:1: no field 'text' \(fields: content\)"
+    case "conversation":
+      (folder / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "bot", "content": "x"}]}) + "\n")
+      config.data.sources = (f"chat:{folder}/chats.jsonl",)
+      return str(workdir), r"chats\.jsonl:1: .*\"bot\".*; legal: .*\"assistant\", \"content\""
     case "not text":
       (folder / "texts" / "00.txt").write_bytes(b"\xff\xfe")
       return str(workdir), "not UTF-8 at byte 0"
@@ -102,7 +106,7 @@ def broken(config: Config, folder: pathlib.Path, what: str) -> tuple[str, str]:
   raise AssertionError(what)
 
 
-@pytest.mark.parametrize("what", ["nothing", "column", "not text", "tokens of another", "shard", "tokenizer", "vocabulary",
+@pytest.mark.parametrize("what", ["nothing", "conversation", "column", "not text", "tokens of another", "shard", "tokenizer", "vocabulary",
                                   "trained vocabulary", "mesh", "file", "start", "memory"])
 def test_what_would_fail(config, tmp_path, what):
   """One error for each, before anything is made."""
