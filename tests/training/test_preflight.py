@@ -106,8 +106,8 @@ def broken(config: Config, folder: pathlib.Path, what: str) -> tuple[str, str]:
   raise AssertionError(what)
 
 
-@pytest.mark.parametrize("what", ["nothing", "conversation", "column", "not text", "tokens of another", "shard", "tokenizer", "vocabulary",
-                                  "trained vocabulary", "mesh", "file", "start", "memory"])
+@pytest.mark.parametrize("what", ["nothing", "conversation", "column", "not text", "tokens of another", "shard", "tokenizer",
+                                  "vocabulary", "trained vocabulary", "mesh", "file", "start", "memory"])
 def test_what_would_fail(config, tmp_path, what):
   """One error for each, before anything is made."""
   workdir, message = broken(config, tmp_path, what)
