@@ -13,11 +13,10 @@ from atma_jax.checkpoints.load import load_model
 from atma_jax.checkpoints.model_hub import fetch_checkpoint, located, push_directory
 from atma_jax.checkpoints.store import save_model
 from atma_jax.config import Config, DataConfig
-from atma_jax.data import remote
 from atma_jax.data.tokenizers import ByteTokenizer
 from atma_jax.errors import RunError, UserError
 from atma_jax.pytorch import write_published
-from tests.data.hub_stand_in import SHA, serve_hub
+from tests.data.hub_stand_in import SHA, connected_hub
 from tests.small_model import SMALL, lively_model
 
 TOKEN = "Bearer hf_token"
@@ -25,15 +24,9 @@ TOKEN = "Bearer hf_token"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-  """A stand-in that HF_ENDPOINT names, with quick repetitions and an empty cache, and a token that it knows."""
-  for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-    monkeypatch.delenv(name, raising=False)
-  monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
-  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+  """A stand-in (see `connected_hub`) that takes what is pushed with the token."""
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-  monkeypatch.setenv("HF_TOKEN", "hf_token")
-  with serve_hub() as hub:
-    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+  with connected_hub(monkeypatch, tmp_path / "hub-cache") as hub:
     hub.tokens.add(TOKEN)
     yield hub
 

@@ -8,9 +8,15 @@ import contextlib
 import hashlib
 import http.server
 import json
+import pathlib
 import re
 import threading
 from typing import Any
+
+import huggingface_hub.constants
+import pytest
+
+from atma_jax.data import remote
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -203,3 +209,16 @@ def serve_hub() -> Iterator[HubStandIn]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@contextlib.contextmanager
+def connected_hub(monkeypatch: pytest.MonkeyPatch, cache: pathlib.Path) -> Iterator[HubStandIn]:
+  """Runs a stand-in that HF_ENDPOINT names, with quick repetitions, an empty cache in a folder, and a token to send."""
+  for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+  monkeypatch.setenv("HF_TOKEN", "hf_token")
+  with serve_hub() as hub:
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    yield hub

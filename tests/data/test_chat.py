@@ -23,19 +23,14 @@ from atma_jax.data.sources import parse_source
 from atma_jax.data.sources.docstrings import answers_in
 from atma_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, tokenizer_from_dict, train_sentencepiece
 from atma_jax.errors import UserError
+from tests.data.test_tokenizers import byte_level_json
 
 CONVERSATION = [Message("system", "Be brief."), Message("user", "What?"), Message("assistant", "That."), Message("user", "Why?")]
 
 
 def hub_tokenizer() -> HuggingFaceTokenizer:
   """A byte-level BPE with GPT-2's end-of-text."""
-  made = tokenizers.Tokenizer(tokenizers.models.BPE())
-  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  made.decoder = tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
-                                           initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  made.train_from_iterator(["Be brief. What? That. Why?"] * 20, trainer)
-  return HuggingFaceTokenizer(made.to_str())
+  return HuggingFaceTokenizer(byte_level_json())
 
 
 TOKENIZERS = [ByteTokenizer, lambda: train_sentencepiece(["Be brief. What? That. Why? " * 20], 300), hub_tokenizer]

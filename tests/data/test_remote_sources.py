@@ -24,7 +24,7 @@ from atma_jax.data.sources import parse_source
 from atma_jax.data.tokenizers import is_hub_name, load_tokenizer
 from atma_jax.errors import RunError, UserError
 from tests.data.conftest import json_lines, make_text
-from tests.data.hub_stand_in import SHA, serve_hub
+from tests.data.hub_stand_in import SHA, connected_hub
 from tests.data.test_tokenizers import byte_level_json
 
 ROWS, GROUP = 40, 8  # of a Parquet shard, and of one of its row groups
@@ -51,15 +51,9 @@ ENTRY = "hf:Team/web:sample-10BT"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-  """A stand-in that HF_ENDPOINT names, with quick repetitions, an empty cache and no token."""
-  for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-    monkeypatch.delenv(name, raising=False)
-  monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
-  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-  monkeypatch.setenv("HF_TOKEN", "hf_token")
+  """A stand-in (see `connected_hub`) with two datasets and a tokenizer."""
   documents.parquet_metadata.cache_clear()
-  with serve_hub() as server:
-    monkeypatch.setenv("HF_ENDPOINT", server.address)
+  with connected_hub(monkeypatch, tmp_path / "hub-cache") as server:
     server.datasets = {"Team/web": (dict(FILES), CARD), "plain/set": (dict(PLAIN), None)}
     server.models = {"gpt2": {"tokenizer.json": byte_level_json().encode()}}
     yield server

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -18,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from atma_jax.evaluation import lm_eval_adapter
+from tests import local_task
 
 TOKENIZER = ByteTokenizer()
 PAIRS = [("The fox", " jumps"), ("", "alone"), ("A context of some length, then", " more than eight tokens of continuation"),
@@ -131,31 +130,7 @@ def test_nothing_is_cut_or_ignored(model):
 @pytest.mark.slow
 def test_a_local_task_through_the_harness(model, direct, tmp_path, monkeypatch):
   """A multiple-choice task in JSON lines, without network: accuracy and log-likelihoods equal those computed directly."""
-  for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-    monkeypatch.setenv(name, "1")
-  import datasets
-  from lm_eval.evaluator import simple_evaluate
-  from lm_eval.tasks import TaskManager
-
-  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-  items = [{"question": f"Item {i}:", "choices": ["red", "green", "blue"], "answer": i % 3} for i in range(4)]
-  (tmp_path / "data.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-  (tmp_path / "colours.yaml").write_text(f"""
-task: colours
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list:
-  - metric: acc
-""")
-  results = simple_evaluate(model=model(batch_size=3), tasks=["colours"], bootstrap_iters=0,
-                            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
-  scores = [[direct(item["question"], " " + choice)[0] for choice in item["choices"]] for item in items]
-  found = [[float(np.asarray(r[0] if isinstance(r[0], tuple) else r)[0]) for r in sample["resps"]]
-           for sample in results["samples"]["colours"]]
+  found, accuracy = local_task.evaluate(tmp_path, monkeypatch, model=model(batch_size=3))
+  scores = [[direct(item["question"], " " + choice)[0] for choice in item["choices"]] for item in local_task.ITEMS]
   np.testing.assert_allclose(found, scores, rtol=2e-5)
-  assert results["results"]["colours"]["acc,none"] == np.mean(np.argmax(scores, 1) == [item["answer"] for item in items])
+  assert accuracy == np.mean(np.argmax(scores, 1) == [item["answer"] for item in local_task.ITEMS])

@@ -1,4 +1,4 @@
-"""Suites ``lookup`` and ``mqar``, wordings and intervals: stub models that know, guess or copy; one program for all trials."""
+"""Suites ``lookup`` and ``mqar``, wordings and intervals: scripted models that know, guess or copy; one program a task."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SENTENCEPIECE = train_sentencepiece([TEXT + "".join(make_text(seed, 300) for see
 VALUE = r"(?: \d){5}"
 
 
-class Stub(Scorer):
+class Scripted(Scorer):
   """Answers rows by a function from their text before the answer, and the right answer, to the answer that it gives."""
 
   def __init__(self, tokenizer: Tokenizer, reply: Callable[[str, list[str]], list[str]]):
@@ -105,8 +105,8 @@ TASKS = ("multikey-8", "multivalue-2", "tracking-2")
 
 def test_a_model_that_looks_up_is_always_right():
   """In both haystacks, wordings and lengths, and by every depth; all trials of a length have one shape."""
-  stub = Stub(SENTENCEPIECE, knows)
-  cells = lookup.lookup_cells(make_inputs(SENTENCEPIECE, stub, (1024, 2048), 10), LookupOptions(TASKS))
+  scripted = Scripted(SENTENCEPIECE, knows)
+  cells = lookup.lookup_cells(make_inputs(SENTENCEPIECE, scripted, (1024, 2048), 10), LookupOptions(TASKS))
   assert len(cells) == 3 * 2 * 2 * 2
   found = measured(cells)
   assert set(found) == {f"{task}{wording}_{what}" for task in TASKS for wording in ("", "_unseen")
@@ -118,15 +118,15 @@ def test_a_model_that_looks_up_is_always_right():
         assert m.value == 1 and m.n == 10 and m.interval == wilson_interval(10, 10)
         assert sum(part["n"] for part in m.bins) == 10 and all(part["value"] == 1 for part in m.bins if part["n"])
         assert m.chance == parse_task(name.split("_")[0]).chance
-  assert stub.shapes == {(7, padded_width(n), ANSWER_TOKENS) for n in (1024, 2048)}
+  assert scripted.shapes == {(7, padded_width(n), ANSWER_TOKENS) for n in (1024, 2048)}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_model_that_copies_values_is_at_chance(task):
   """The chance of the record is what copying gives."""
   chance = parse_task(task).chance
-  stub = Stub(ByteTokenizer(), copies(np.random.default_rng(0)))
-  inputs = make_inputs(ByteTokenizer(), stub, (2048,), 300)
+  scripted = Scripted(ByteTokenizer(), copies(np.random.default_rng(0)))
+  inputs = make_inputs(ByteTokenizer(), scripted, (2048,), 300)
   found = measured(lookup.lookup_cells(inputs, LookupOptions((task,), ("text",), ("seen",))))
   (exact,), (digits,) = found[f"{task}_exact"], found[f"{task}_accuracy"]
   assert digits.chance is None
@@ -134,8 +134,8 @@ def test_a_model_that_copies_values_is_at_chance(task):
 
 
 def test_a_model_that_guesses_is_never_right():
-  stub = Stub(ByteTokenizer(), guesses(np.random.default_rng(0)))
-  inputs = make_inputs(ByteTokenizer(), stub, (1024,), 200)
+  scripted = Scripted(ByteTokenizer(), guesses(np.random.default_rng(0)))
+  inputs = make_inputs(ByteTokenizer(), scripted, (1024,), 200)
   found = measured([*lookup.lookup_cells(inputs, LookupOptions(("multikey-8",), ("filler",))),
                     *needle.needle_cells(inputs, CheckedOptions())])
   for name in ("multikey-8_exact", "multikey-8_unseen_exact", "needle_exact", "unseen_exact", "absent_exact"):
@@ -146,7 +146,7 @@ def test_a_model_that_guesses_is_never_right():
 
 def test_trials_are_the_same_at_every_length_and_different_from_each_other():
   """Keys, values and depths; the haystack of a shorter row is a prefix of that of a longer one."""
-  inputs = make_inputs(ByteTokenizer(), Stub(ByteTokenizer(), knows), (1024, 2048), 4)
+  inputs = make_inputs(ByteTokenizer(), Scripted(ByteTokenizer(), knows), (1024, 2048), 4)
   task, haystack = parse_task("multikey-4"), np.append(inputs.tokenizer.encode(TEXT), 256)
   trials = [encode_trial(inputs.tokenizer, evaluation_trial(task, "seen", t, 0)) for t in range(4)]
   statement = r" The access code for record \d+ is" + VALUE
@@ -162,7 +162,7 @@ def test_trials_are_the_same_at_every_length_and_different_from_each_other():
 
 
 def test_what_does_not_fit_is_left_out_or_refused():
-  inputs = make_inputs(SENTENCEPIECE, Stub(SENTENCEPIECE, knows), (128, 1024), 2)
+  inputs = make_inputs(SENTENCEPIECE, Scripted(SENTENCEPIECE, knows), (128, 1024), 2)
   cells = lookup.lookup_cells(inputs, LookupOptions(("multikey-8", "multikey-512")))
   assert {(c.settings["task"], c.expected[0][1]) for c in cells} == {("multikey-8", 1024)}
   with pytest.raises(UserError, match=r"--lookup_tasks=multikey-512: none fits into 1024 tokens"):
@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_left_out_or_refused():
   with pytest.raises(UserError, match=r"--mqar_pairs=1: must be whole numbers"):
     MqarOptions((1,))
   with pytest.raises(UserError, match=r"the bytes tokenizer has 0"):
-    mqar.mqar_cells(make_inputs(ByteTokenizer(), Stub(ByteTokenizer(), knows), (512,), 2), MqarOptions())
+    mqar.mqar_cells(make_inputs(ByteTokenizer(), Scripted(ByteTokenizer(), knows), (512,), 2), MqarOptions())
 
 
 # --- Pairs ------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def knows_pairs(before: str, right: list[str]) -> list[str]:
 
 def test_pairs_by_hand():
   """All pairs are of different words, each question repeats one of them, and the row has its length."""
-  inputs = make_inputs(SENTENCEPIECE, Stub(SENTENCEPIECE, knows_pairs), (256, 512), 20)
+  inputs = make_inputs(SENTENCEPIECE, Scripted(SENTENCEPIECE, knows_pairs), (256, 512), 20)
   words = mqar.single_words(SENTENCEPIECE)
   assert len(words) >= 20 and all(re.fullmatch(" ?[a-z]{2,}", SENTENCEPIECE.decode([w])) for w in words)
   haystack = SENTENCEPIECE.encode(TEXT)
@@ -256,10 +256,10 @@ def test_the_page_shows_curves_and_depths():
   """Panels and depths of lookup and the curve of mqar, from the cells' own records."""
   base = {"schema": 1, "checkpoint": "/runs/a", "step": 1, "name": "a", "training_length": 1024, "config": Config().to_dict(),
           "jax": "0", "hardware": "1 x test", "code": "0", "seconds": 1.0}
-  stub = Stub(SENTENCEPIECE, knows)
-  inputs = make_inputs(SENTENCEPIECE, stub, (1024,), 8)
+  scripted = Scripted(SENTENCEPIECE, knows)
+  inputs = make_inputs(SENTENCEPIECE, scripted, (1024,), 8)
   cells = [("lookup", cell) for cell in lookup.lookup_cells(inputs, LookupOptions(("multikey-8",)))]
-  pairs = dataclasses.replace(inputs, scorer=Stub(SENTENCEPIECE, knows_pairs))
+  pairs = dataclasses.replace(inputs, scorer=Scripted(SENTENCEPIECE, knows_pairs))
   cells += [("mqar", cell) for cell in mqar.mqar_cells(pairs, MqarOptions((2, 8)))]
   records = [{**base, "suite": suite, "settings": cell.settings, **dataclasses.asdict(m)} for suite, cell in cells
              for m in cell.run(lambda tokens: None)]

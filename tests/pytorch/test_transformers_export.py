@@ -25,6 +25,7 @@ from atma_jax.inference.api import generate
 from atma_jax.models.retention_cap import with_retention_cap
 from atma_jax.pytorch import read_published, write_published
 from atma_jax.pytorch.fast_tokenizer import end_of_text, tokenizer_json
+from tests import local_task
 from tests.data.test_tokenizers import SAMPLE, byte_level_json
 from tests.small_model import lively_model
 
@@ -250,35 +251,12 @@ def test_auto_tokenizer_is_ours(hugging_face, kinds, kind, tmp_path):
 def test_the_harness_scores_both_alike(pair, tmp_path, monkeypatch):
   """A local task of the lm-evaluation-harness: its own model ``hf``, and ours."""
   pytest.importorskip("lm_eval.models.huggingface")
-  monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-  import datasets
-  from lm_eval.evaluator import simple_evaluate
-  from lm_eval.tasks import TaskManager
-
   import atma_jax.evaluation.lm_eval_adapter  # registers the model  # noqa: F401
 
-  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-  rows = [{"question": f"Item {i}:", "choices": ["red", "green", "blue sky"], "answer": i % 3} for i in range(5)]
-  (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  (tmp_path / "colours.yaml").write_text(f"""
-task: colours
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list:
-  - metric: acc
-""")
   folder, found = pair[1], {}
   for name, arguments in (("atma_jax", {"checkpoint": str(folder)}),
                           ("hf", {"pretrained": str(folder), "trust_remote_code": True, "add_bos_token": True, "device": "cpu"})):
-    results = simple_evaluate(model=name, model_args=arguments, tasks=["colours"], bootstrap_iters=0, batch_size=2,
-                              task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
-    found[name] = [[float(np.asarray(r[0] if isinstance(r[0], tuple) else r)[0]) for r in sample["resps"]]
-                   for sample in results["samples"]["colours"]], results["results"]["colours"]["acc,none"]
+    found[name] = local_task.evaluate(tmp_path, monkeypatch, model=name, model_args=arguments, batch_size=2)
   np.testing.assert_allclose(found["hf"][0], found["atma_jax"][0], rtol=2e-5)
   assert found["hf"][1] == found["atma_jax"][1]
 
