@@ -31,7 +31,7 @@ def main() -> None:
   if not _OUTPUT.value:
     raise UserError("--output=DIR is required: the folder to write")
   preset, folder = ready_shards.preset_of(_PRESET.value), pathlib.Path(_OUTPUT.value)
-  print(ready_shards.described(ready_shards.fetch(preset, folder, _SHARDS.value), preset, folder))
+  print(ready_shards.summary(ready_shards.fetch(preset, folder, _SHARDS.value), preset, folder))
 
 
 if __name__ == "__main__":

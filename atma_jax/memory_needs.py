@@ -61,6 +61,21 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
   return {"matrices": matrices, "embedding": model.vocab_size * model.width, "head": model.vocab_size * model.width}
 
 
+def state_needs(config: Config, shards: int = 1) -> Needs:
+  """What a training state holds, and with it a checkpoint: parameters, their average, and the moments of the optimizer.
+
+  Args:
+    config: a validated recipe.
+    shards: parts that every parameter is divided into; the bytes are those of one.
+  """
+  counts = parameter_counts(config.model)
+  total = sum(counts.values())
+  size = _BYTES[config.model.param_dtype] / shards
+  moments = 2 * total if config.optimizer.kind == "adamw" else counts["matrices"] + 2 * (counts["embedding"] + counts["head"])
+  return Needs({"parameters": total * size, "average of parameters": total * size * (config.train.ema_decay is not None),
+                "optimizer": moments * size})
+
+
 def training_needs(config: Config, devices: int = 1) -> Needs:
   """What one of several devices must hold during a training step.
 
@@ -73,11 +88,8 @@ def training_needs(config: Config, devices: int = 1) -> Needs:
   fixed = math.prod(max(size, 1) for size in mesh.values())
   mesh = {axis: max(devices // fixed, 1) if size == -1 else size for axis, size in mesh.items()}
 
-  counts = parameter_counts(model)
-  total = sum(counts.values())
-  size = _BYTES[model.param_dtype] / (mesh["fsdp"] * mesh["tensor"])
-  moments = 2 * total if config.optimizer.kind == "adamw" else counts["matrices"] + 2 * (counts["embedding"] + counts["head"])
-
+  state = state_needs(config, mesh["fsdp"] * mesh["tensor"]).parts
+  gradients = {"gradients": state["parameters"]}
   rows = config.data.batch_size / train.accumulation / (mesh["data"] * mesh["fsdp"])
   time = config.data.sequence_length / mesh["context"]
   steps = time / math.ceil(time / train.loss_chunk)
@@ -86,10 +98,8 @@ def training_needs(config: Config, devices: int = 1) -> Needs:
   logits, recomputed = rows * steps * model.vocab_size / mesh["tensor"] * 4, number * again
   working = {"activations": number * kept,
              **({"logits": logits} if logits > recomputed else {"recomputed activations": recomputed})}
-  gradients = {"gradients": total * size}
   return Needs({
-    "parameters": total * size, "average of parameters": total * size * (train.ema_decay is not None),
-    "optimizer": moments * size, "sums of gradients": total * size * (train.accumulation > 1),
+    **state, "sums of gradients": state["parameters"] * (train.accumulation > 1),
     "batch": config.data.batch_size * (config.data.sequence_length + 1) * 4 / (mesh["data"] * mesh["fsdp"]),
     **max(working, gradients, key=lambda parts: sum(parts.values())),  # gradients replace activations in the backward pass
   })

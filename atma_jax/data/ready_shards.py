@@ -232,7 +232,7 @@ def _in_threads(work: Callable[[_T, threading.Event], _R], items: Sequence[_T]) 
     stop.set()
 
 
-def described(fetched: Fetched, preset: Preset, folder: pathlib.Path) -> str:
+def summary(fetched: Fetched, preset: Preset, folder: pathlib.Path) -> str:
   """What was fetched and how to train on it, as lines of text."""
   if fetched.unchecked:
     logging.warning("%d files have no digest on the hub: only their size and header were checked", fetched.unchecked)

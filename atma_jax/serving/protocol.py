@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import secrets
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn, TypeVar
 
 from jaxtyping import Int
 import numpy as np
@@ -31,6 +31,7 @@ MOST_STOPS = 16
 LONGEST_STOP = 256  # characters
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 SAMPLING_FIELDS = {field.name: field for field in dataclasses.fields(Sampling)}
+_Default = TypeVar("_Default", int, None)
 FIELDS = {"model", "prompt", "n", "stream", "stream_options", "logprobs", "echo", "user", "suffix", "presence_penalty",
           "frequency_penalty", "best_of", "logit_bias", *SAMPLING_FIELDS}
 
@@ -198,16 +199,18 @@ def _typed(values: dict[str, Any], name: str, kind: type, default: Any, legal: s
   return value
 
 
-@overload
-def read_integer(values: dict[str, Any], name: str, default: int, low: int, high: int) -> int: ...
+def read_integer(values: dict[str, Any], name: str, default: _Default, low: int, high: int) -> int | _Default:
+  """A whole number of a body.
 
+  Args:
+    values: the body.
+    name: of the field.
+    default: what is returned if the field is missing or null.
+    low, high: the least and the greatest legal number.
 
-@overload
-def read_integer(values: dict[str, Any], name: str, default: None, low: int, high: int) -> int | None: ...
-
-
-def read_integer(values: dict[str, Any], name: str, default: int | None, low: int, high: int) -> int | None:
-  """A whole number of a body, `default` if it is missing or null. Raises `ProtocolError` if it is not from `low` to `high`."""
+  Raises:
+    ProtocolError: the field is no whole number from `low` to `high`.
+  """
   value = values.get(name)
   if value is None:
     return default

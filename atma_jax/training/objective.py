@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from atma_jax.config import AuxiliaryConfig
+from atma_jax.config import AuxiliaryConfig, TrainConfig
 from atma_jax.errors import UserError
 from atma_jax.models import Atma
 from atma_jax.models.block import Block, Trace
@@ -16,7 +16,7 @@ from atma_jax.ops.regularizers import draw_sketch, regularizer
 
 
 def language_model_loss(model: Atma, tokens: Int[Array, "B T+1"], weights: Float[Array, "B T"] | None = None, *,
-                        z_loss: float = 0.0, chunk: int = 512,
+                        z_loss: float = TrainConfig.z_loss, chunk: int = TrainConfig.loss_chunk,
                         first_token: int | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """The next-token loss, differentiable in the model's parameters.
 

@@ -28,7 +28,7 @@ from atma_jax.data.remote import EXTRAS, is_remote_path
 from atma_jax.data.source import Source, TextSource, TokenSource
 from atma_jax.data.tokenizers import Tokenizer, check_vocabulary, is_hub_name
 from atma_jax.errors import RunError, UserError, described
-from atma_jax.memory_needs import GIB, Needs, check_training_fits, parameter_counts, shown_bytes
+from atma_jax.memory_needs import GIB, Needs, check_training_fits, parameter_counts, shown_bytes, state_needs
 from atma_jax.ops.core.devices import DEVICES
 from atma_jax.sharding import mesh_sizes
 from atma_jax.training.batches import check_divides
@@ -236,9 +236,9 @@ def _workdir(config: Config, workdir: str, target: Target) -> Iterator[str]:
   else:
     path = pathlib.Path(workdir).absolute()
     _check_writable(path, "--workdir")
-    parts = check_parts(config)
-    if _free(path) < parts:
-      raise UserError(f"{flag}: a checkpoint takes at least {shown_bytes(parts)}, and {shown_bytes(_free(path))} are free: "
+    checkpoint = state_needs(config).total
+    if _free(path) < checkpoint:
+      raise UserError(f"{flag}: a checkpoint takes at least {shown_bytes(checkpoint)}, and {shown_bytes(_free(path))} are free: "
                       "make room, or name another")
     owner = Claims().owner(path) if path.is_dir() else None
     if owner is not None and owner.partition(":")[0] == socket.gethostname():
@@ -246,22 +246,13 @@ def _workdir(config: Config, workdir: str, target: Target) -> Iterator[str]:
                       "another directory")
     last = f"; last used by {owner}, which may still be alive" if owner is not None else ""
     goes_on = "; training goes on from its checkpoints" if any((path / FOLDER).glob("[0-9]*")) else ""
-    room = f"{_free(path) / 1e9:,.1f} GB free, a checkpoint takes at least {shown_bytes(parts)}"
+    room = f"{_free(path) / 1e9:,.1f} GB free, a checkpoint takes at least {shown_bytes(checkpoint)}"
     yield f"ok           {flag}: can be written, {room}{goes_on}{last}"
   if config.train.init_from and not target.here and not is_remote(config.train.init_from):
     yield f"not checked  config.train.init_from={config.train.init_from}: a directory of the other machines"
   elif config.train.init_from:
     _within_limit(lambda: check_start(config, workdir), "config.train.init_from")
     yield f"ok           config.train.init_from={config.train.init_from}"
-
-
-def check_parts(config: Config) -> float:
-  """Bytes of a checkpoint, at least: parameters and the state of the optimizer."""
-  counts = parameter_counts(config.model)
-  total = sum(counts.values())
-  moments = 2 * total if config.optimizer.kind == "adamw" else counts["matrices"] + 2 * (counts["embedding"] + counts["head"])
-  size = {"float64": 8, "float32": 4}.get(config.model.param_dtype, 2)
-  return float((total + moments + total * (config.train.ema_decay is not None)) * size)
 
 
 def _write_and_remove(folder: str, flag: str) -> None:
