@@ -14,8 +14,8 @@ Another checkpoint is named by --config.train.init_from=DIR; the model here must
 the same options as flags. The rates are a tenth of those of pre-training.
 Hardware: 2 CPU cores, three minutes (168 s of steps beside other work). Expected, after `quickstart`: the loss of the answers
 falls from 2.86 at step 20 to 2.33 nats a token at step 200, and is 2.82 on unseen questions
-(configs/results/quickstart/chat_results.csv). A model of a million parameters learns how a docstring sounds; it does not learn what
-the functions do, and its likeliest answers repeat themselves.
+(configs/results/quickstart/chat_results.csv). A model of a million parameters learns how a docstring sounds; it does not learn
+what the functions do, and its likeliest answers repeat themselves.
 """
 
 import pathlib
