@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import pathlib
+import types
 
 from atma_jax.config import Config
 from atma_jax.errors import UserError, unknown_name
@@ -77,13 +76,15 @@ def _read(path: str) -> Config:
 
 
 def _run(path: str) -> Config:
-  """The configuration that ``get_config()`` of a Python file returns."""
-  loader = importlib.machinery.SourceFileLoader("recipe", path)
-  spec = importlib.util.spec_from_loader("recipe", loader)
-  assert spec is not None
-  module = importlib.util.module_from_spec(spec)
+  """The configuration that ``get_config()`` of a Python file returns.
+
+  The file is compiled each time. An import would keep bytecode beside it and take that for the file's own as long as its size and
+  the second of its last change are the same.
+  """
+  module = types.ModuleType("recipe")
+  module.__file__ = path
   try:
-    loader.exec_module(module)
+    exec(compile(pathlib.Path(path).read_bytes(), path, "exec"), vars(module))
     config = module.get_config()
   except KeyboardInterrupt:
     raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -129,3 +130,15 @@ def test_every_field_is_explained(main):
   said = " ".join(main("train", "--help").stdout.split())
   for leaf in leaves(Config()):
     assert leaf.help and f"--{leaf.name}: {' '.join(leaf.help.split())[:30]}" in said
+
+
+def test_a_recipe_is_read_as_it_is(tmp_path, monkeypatch):
+  """A change that keeps size and time of the file counts, and nothing is left beside it."""
+  monkeypatch.setattr(sys, "dont_write_bytecode", False)
+  path = tmp_path / "recipe.py"
+  for steps in (100, 200):
+    path.write_text(f"from atma_jax.config import Config, TrainConfig\n"
+                    f"def get_config():\n  return Config(train=TrainConfig(steps={steps}))\n")
+    os.utime(path, (1e9, 1e9))
+    assert load_recipe(str(path)).train.steps == steps
+  assert list(tmp_path.iterdir()) == [path]
