@@ -63,8 +63,7 @@ prepare_environment() {  # directory, extra ("" or "[dev]"); sets PYTHON to the 
       find "$directory" -mindepth 1 -maxdepth 1 ! -name atma-stamp -exec rm -rf {} +
     fi
     run "$PYTHON" -m venv "$directory"
-    # Bytecode is made of what is imported, when it is: to make it of everything would take a third of the installation.
-    run "$directory/bin/python" -m pip install -qq --disable-pip-version-check --no-compile \
+    run "$directory/bin/python" -m pip install -qq --disable-pip-version-check \
       --constraint launch/constraints.txt --editable ".$extra" || {
       echo "error: the installation into $directory failed; the same command starts it anew" >&2
       exit 1

@@ -183,7 +183,7 @@ def test_quickstart_dry_run(tmp_path):
   assert [line for line in result.stdout.splitlines() if not line.startswith("#")] == [
     f"cd {REPOSITORY}",
     f"{sys.executable} -m venv {tmp_path}/environment",
-    f"{python} -m pip install -qq --disable-pip-version-check --no-compile --constraint launch/constraints.txt --editable .",
+    f"{python} -m pip install -qq --disable-pip-version-check --constraint launch/constraints.txt --editable .",
     f"{python} -m atma_jax.train --config=configs/quickstart.py --workdir={workdir} --config.train.steps=5",
     f"{python} -m atma_jax.evaluate --checkpoint={workdir} --suite=loss,needle --output={workdir}/evaluation",
   ]
